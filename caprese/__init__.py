@@ -1,0 +1,45 @@
+"""caprese: cheaper inference for causal LMs, with the quality given back."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from caprese.adapters import load as load
+    from caprese.adapters import save as save
+    from caprese.efficient_methods import Cats as Cats
+    from caprese.efficient_methods import Griffin as Griffin
+    from caprese.efficient_methods import apply as apply
+    from caprese.efficient_methods import dense as dense
+    from caprese.efficient_methods import phases as phases
+    from caprese.efficient_methods import remove as remove
+    from caprese.errors import CapreseError as CapreseError
+    from caprese.models import load_base as load_base
+    from caprese.recipes import Recipe as Recipe
+    from caprese.recovery import recover as recover
+
+_PUBLIC = {
+    "Cats": "efficient_methods",
+    "CapreseError": "errors",
+    "Griffin": "efficient_methods",
+    "Recipe": "recipes",
+    "apply": "efficient_methods",
+    "dense": "efficient_methods",
+    "load": "adapters",
+    "load_base": "models",
+    "phases": "efficient_methods",
+    "recover": "recovery",
+    "remove": "efficient_methods",
+    "save": "adapters",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `caprese --help` need not wait for torch."""
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"caprese.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module 'caprese' has no attribute {name!r}")

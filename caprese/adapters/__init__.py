@@ -1,0 +1,10 @@
+"""What gives it back: the low-rank branch in the slot, its files, and the fingerprint of its base."""
+
+from caprese.adapters.branch import attach_adapter, branch_parameters, get_branches, set_branch, set_branches
+from caprese.adapters.fingerprint import fingerprint
+from caprese.adapters.storage import Sidecar, check_base, load, public_id, read_sidecar, save
+
+__all__ = [
+    "Sidecar", "attach_adapter", "branch_parameters", "check_base", "fingerprint", "get_branches", "load", "public_id",
+    "read_sidecar", "save", "set_branch", "set_branches",
+]

@@ -1,0 +1,88 @@
+"""The recovery branch x L R: an ordinary PEFT LoRA adapter in the slots of an applied model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from caprese.efficient_methods import applied_ffns
+from caprese.errors import CapreseError
+from caprese.models import base_of, unwrap
+
+ADAPTER = "default"
+
+
+def attach_adapter(model: nn.Module, ranks: int | Sequence[int], bias: bool = False) -> PeftModel:
+    """Fill the slots of an applied model with a trainable branch that starts at zero.
+
+    Args:
+        ranks: one rank for all applied layers, or one for each of them.
+        bias: also learn a vector [D] per layer (free at inference).
+
+    Raises:
+        CapreseError: no method applied, a rank outside 1..D, or the wrong number of ranks.
+    """
+    ffns = applied_ffns(model)
+    if not ffns:
+        raise CapreseError("a recovery adapter needs an applied method: caprese.apply(model, caprese.Griffin()) first")
+    each = [ranks] * len(ffns) if isinstance(ranks, int) else list(ranks)
+    hidden = next(iter(ffns.values())).view.hidden_size
+    if len(each) != len(ffns):
+        raise CapreseError(f"{len(each)} ranks were given for {len(ffns)} applied layers")
+    for rank in each:
+        if not 1 <= rank <= hidden:
+            raise CapreseError(f"rank {rank} does not fit a hidden size of {hidden}: choose 1 to {hidden}")
+    top = max(each)
+    pattern = {f"{name}.recovery": rank for name, rank in zip(ffns, each, strict=True) if rank != top}
+    base = base_of(model)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules=["recovery"],
+        r=top,
+        lora_alpha=top,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        lora_bias=bias,
+        base_model_name_or_path=base.model_id,
+        revision=base.revision,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*lora_bias.*")
+        adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+    config.base_model_name_or_path = base.model_id
+    config.inference_mode = False
+    return adapted
+
+
+def branch_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the recovery branches, in layer order."""
+    return [p for n, p in unwrap(model).named_parameters() if ".recovery.lora_" in n]
+
+
+def get_branches(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the branch weights by name, on the CPU."""
+    named = unwrap(model).named_parameters()
+    return {n: p.detach().cpu().clone() for n, p in named if ".recovery.lora_" in n}
+
+
+def set_branches(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Write back what `get_branches` gave."""
+    parameters = dict(unwrap(model).named_parameters())
+    with torch.no_grad():
+        for name, value in weights.items():
+            parameters[name].copy_(value)
+
+
+def set_branch(
+    recovery: nn.Module, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None
+) -> None:
+    """Put L [D, r], R [r, D] and the bias [D] into one slot's branch."""
+    with torch.no_grad():
+        recovery.lora_A[ADAPTER].weight.copy_(left.T)  # type: ignore[index, union-attr]
+        recovery.lora_B[ADAPTER].weight.copy_(right.T)  # type: ignore[index, union-attr]
+        if bias is not None:
+            recovery.lora_B[ADAPTER].bias.copy_(bias)  # type: ignore[index, union-attr]

@@ -1,0 +1,334 @@
+"""The command line: one function a verb. Parse, call, print."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from caprese import __version__
+from caprese.errors import CapreseError
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+recipes_app = typer.Typer(no_args_is_help=True, help="List, show, copy and check recipes.")
+app.add_typer(recipes_app, name="recipes")
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Alias, hub id or local directory.")]
+Adapter = Annotated[str, typer.Option("--adapter", "-a", help="Directory or hub id of a recovery adapter.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, nothing else.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+
+
+def _verb(function: Callable[..., None]) -> Callable[..., None]:
+    """One clear line instead of a traceback for what a user can mend."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        from caprese.progress import console
+
+        try:
+            function(*args, **kwargs)
+        except CapreseError as error:
+            console.print(f"[red]error:[/red] {_escaped(error)}", highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            console.print("\n[yellow]stopped.[/yellow] Finished work is kept: run the same command again to go on.")
+            raise typer.Exit(130) from None
+
+    return run
+
+
+def _escaped(error: Exception) -> str:
+    from rich.markup import escape
+
+    return escape(" ".join(str(error).split()))
+
+
+def _quiet(on: bool) -> None:
+    """With --json, nothing but JSON on stdout, and no progress at all."""
+    from transformers.utils import logging
+
+    from caprese import progress
+
+    progress.quiet = on
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    import warnings
+
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def _version(on: bool) -> None:
+    if on:
+        print(f"caprese {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Make a causal LM's inference cheaper, and give back what that cost."""
+
+
+def _layers(text: str | None) -> str | list[int] | None:
+    """all, first-half, or numbers and ranges: 0,1,4-7."""
+    if text is None or text in ("all", "first-half"):
+        return text
+    numbers: list[int] = []
+    try:
+        for part in text.split(","):
+            low, _, high = part.strip().partition("-")
+            numbers += range(int(low), int(high or low) + 1)
+    except ValueError:
+        raise CapreseError(f"--layers {text!r}: use all, first-half, or numbers like 0,1,4-7") from None
+    return numbers
+
+
+def _set(overrides: dict[str, Any], path: str, value: Any) -> None:
+    if value is None:
+        return
+    *sections, key = path.split(".")
+    for section in sections:
+        overrides = overrides.setdefault(section, {})
+    overrides[key] = value
+
+
+def _rank(text: str | None) -> int | str | None:
+    if text is None or text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise CapreseError(f"--rank {text!r}: use a number or auto") from None
+
+
+@app.command()
+@_verb
+def recover(
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Alias, hub id or local directory.")] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Shipped recipe or YAML file; flags override it.")] = None,
+    method: Annotated[str | None, typer.Option(help="griffin or cats.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Fraction of FFN neurons removed, in (0, 1).")] = None,
+    layers: Annotated[str | None, typer.Option(help="all, first-half, or numbers like 0,1,4-7.")] = None,
+    rank: Annotated[str | None, typer.Option(help="Rank of each branch, or auto.")] = None,
+    bias: Annotated[bool | None, typer.Option("--bias/--no-bias", help="Also learn a bias on each branch.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="gym:TASK, a .jsonl or .parquet file, or a dataset name.")] = None,
+    column: Annotated[str | None, typer.Option(help="Column that holds the prompt.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Training samples.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Length limit of a completion.")] = None,
+    layerwise: Annotated[str | None, typer.Option(help="closed, sequential, adam or none.")] = None,
+    objective: Annotated[str | None, typer.Option(help="End to end: kl or hidden.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="End-to-end epochs; 0 skips the stage.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="End-to-end peak learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Directory for the result.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Hub revision of the base model.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another recipe's result in --output.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan: parameters, bytes, time estimate.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make MODEL cheaper and distil an adapter that gives its quality back. Goes on where a stopped run was."""
+    from caprese.models import load_base, load_config, resolve
+    from caprese.progress import say
+    from caprese.recipes import resolve_recipe
+
+    _quiet(as_json)
+    overrides: dict[str, Any] = {}
+    for path, value in {
+        "method": method, "sparsity": sparsity, "layers": _layers(layers), "rank": _rank(rank), "bias": bias,
+        "samples.prompts": prompts, "samples.column": column, "samples.train": samples,
+        "samples.max_new_tokens": max_new_tokens, "layerwise.how": layerwise, "end_to_end.objective": objective,
+        "end_to_end.epochs": epochs, "end_to_end.learning_rate": learning_rate, "seed": seed, "output": output,
+        "revision": revision, "dtype": dtype, "device": device,
+    }.items():
+        _set(overrides, path, value)
+    resolved = resolve_recipe(recipe, model, **overrides)
+    if resolved.model is None:
+        raise CapreseError("which model? give --model, or a recipe that names one (caprese recipes ls)")
+    base = resolve(resolved.model, resolved.revision)
+    say(f"[bold]{base}[/bold]  {resolved.method} {resolved.sparsity:.0%}, rank {resolved.rank}, seed {resolved.seed} -> {resolved.output}")
+    resolved.make_method()
+    if dry_run:
+        from caprese.plan import plan
+
+        figures = plan(load_config(resolved.model, resolved.revision), resolved)
+        print(json.dumps(figures, indent=2)) if as_json else _print_table("plan", figures)
+        return
+    from caprese.recovery import recover as run
+
+    loaded, tokenizer = load_base(resolved.model, revision=resolved.revision, dtype=resolved.dtype, device=resolved.device)
+    report = run(loaded, tokenizer, resolved, overwrite=overwrite)
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    _print_report(report)
+    say(f"\nreport: {Path(resolved.output) / 'report.html'}")
+    say(f"try it: caprese generate --model {resolved.model} --adapter {resolved.output} --prompt '...'")
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from caprese.evaluation.summary import summary_lines, summary_table
+
+    console = Console()
+    console.print(summary_table(report))
+    for line in summary_lines(report):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_table(title: str, figures: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, show_header=False)
+    for key, value in figures.items():
+        table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    Console().print(table)
+
+
+@app.command()
+@_verb
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer.")],
+    adapter: Annotated[str | None, typer.Option("--adapter", "-a", help="Recovery adapter; without one the model runs dense.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit of the answer.", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    instruction: Annotated[str, typer.Option(help="Put before the prompt.")] = "",
+    seed: int = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt, streaming, and show the time to next token."""
+    from caprese.adapters import load
+    from caprese.inference import stream
+    from caprese.models import load_base
+    from caprese.progress import say
+
+    _quiet(as_json)
+    if not prompt.strip():
+        raise CapreseError("the prompt is empty; give --prompt some text")
+    loaded, tokenizer = load_base(model, dtype=dtype, device=device)
+    lm: Any = load(loaded, adapter) if adapter else loaded
+    result = stream(
+        lm, tokenizer, prompt, instruction=instruction, max_new_tokens=max_new_tokens, temperature=temperature,
+        top_p=top_p, seed=seed, emit=None if as_json else lambda text: print(text, end="", flush=True),
+    )
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    print()
+    ttnt = "" if result["ttnt_ms"] is None else f", TTNT {result['ttnt_ms']:.1f} ms (median)"
+    say(f"[dim]{result['new_tokens']} tokens, first after {result['first_token_ms']:.0f} ms{ttnt}[/dim]")
+
+
+@app.command("eval")
+@_verb
+def evaluate(
+    model: Model,
+    adapter: Adapter,
+    prompts: Annotated[str, typer.Option(help="gym:TASK, a .jsonl or .parquet file, or a dataset name.")] = "gym:gsm_symbolic",
+    column: Annotated[str, typer.Option(help="Column that holds the prompt.")] = "prompt",
+    samples: Annotated[int, typer.Option(help="Held-out prompts.", min=1)] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit of a completion.", min=2)] = 128,
+    latency_tokens: Annotated[int, typer.Option(help="Tokens over which TTNT is measured; 0 skips it.", min=0)] = 64,
+    seed: Annotated[int, typer.Option(help="Another seed asks other prompts.")] = 1,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure an adapter: dense, efficient and recovered side by side on held-out prompts."""
+    from caprese.adapters import load, read_sidecar
+    from caprese.data_gen import Samples
+    from caprese.evaluation import Evaluation
+    from caprese.models import load_base
+    from caprese.recovery import measure
+
+    _quiet(as_json)
+    sidecar = read_sidecar(adapter)
+    base, tokenizer = load_base(model, dtype=dtype, device=device)
+    lm = load(base, adapter)
+    asked = Samples(prompts=prompts, column=column, test=samples, max_new_tokens=max_new_tokens)
+    measured = measure(lm, tokenizer, asked, Evaluation(latency_tokens=latency_tokens, examples=0), seed)
+    report = {"model": model, "adapter": adapter, **sidecar.method, "seed": seed, **measured}
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print_report(report)
+
+
+@recipes_app.command("ls")
+@_verb
+def recipes_ls(as_json: Json = False) -> None:
+    """The recipes that come with caprese."""
+    from caprese.recipes import names, resolve_recipe
+
+    rows = {name: resolve_recipe(name) for name in names()}
+    if as_json:
+        print(json.dumps({name: r.model_dump(mode="json") for name, r in rows.items()}, indent=2))
+        return
+    for name, r in rows.items():
+        print(f"{name:32} {r.model:32} {r.method} {r.sparsity:.0%} on {r.layers}, rank {r.rank}, {r.samples.train} samples")
+
+
+@recipes_app.command("show")
+@_verb
+def recipes_show(name: str, as_json: Json = False) -> None:
+    """A recipe with every default filled in."""
+    from caprese.recipes import resolve_recipe
+
+    recipe = resolve_recipe(name)
+    print(json.dumps(recipe.model_dump(mode="json"), indent=2) if as_json else recipe.to_yaml(), end="\n" if as_json else "")
+
+
+@recipes_app.command("cp")
+@_verb
+def recipes_cp(name: str, target: Path) -> None:
+    """Copy a recipe to a file of your own."""
+    from caprese.files import write_text
+    from caprese.recipes import resolve_recipe
+
+    if target.is_dir():
+        target = target / f"{name}.yaml"
+    if target.exists():
+        raise CapreseError(f"{target} exists; choose another name")
+    write_text(target, resolve_recipe(name).to_yaml())
+    print(target)
+
+
+@recipes_app.command("validate")
+@_verb
+def recipes_validate(name: str, as_json: Json = False) -> None:
+    """Check a recipe: keys, values, method and model name."""
+    from caprese.models import resolve
+    from caprese.recipes import resolve_recipe
+
+    recipe = resolve_recipe(name)
+    recipe.make_method()
+    if recipe.model is not None:
+        resolve(recipe.model)
+    print(json.dumps({"valid": True}) if as_json else f"{name}: valid")
+
+
+def run() -> None:
+    """Entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,240 @@
+"""The dense model completes prompts: left-padded batches, reproducible from a seed, shard by shard."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from accelerate import PartialState
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+
+from caprese.data_gen.prompts import Prompt, encode_prompt, load_prompts
+from caprese.data_gen.shards import Sample, read_shard, write_shard
+from caprese.errors import CapreseError
+from caprese.models import unwrap
+from caprese.progress import bar
+
+SPLITS = ("test", "validation", "train")
+
+
+class Samples(BaseModel):
+    """Stage 1: what the teacher is asked, and how it answers."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompts: str = "gym:gsm_symbolic"
+    """gym:TASK (reasoning-gym), a .jsonl or .parquet file, or a `datasets` name, optionally with :SPLIT."""
+    column: str = "prompt"
+    """Column of a file or dataset that holds the prompt; "answer", if there, is the reference answer."""
+    instruction: str = "Please reason step by step."
+    """Put before every prompt."""
+    chat_template: bool = True
+    """Use the model's chat template if it has one."""
+    train: Annotated[int, Field(ge=1)] = 20_000
+    """Samples to distil from."""
+    validation: Annotated[int, Field(ge=1)] = 64
+    """Held-out samples that choose ridge and checkpoints."""
+    test: Annotated[int, Field(ge=1)] = 200
+    """Held-out samples that only the report sees."""
+    max_new_tokens: Annotated[int, Field(ge=2)] = 512
+    """Length limit of a completion, in tokens."""
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.7
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Sequences generated together."""
+    shard_size: Annotated[int, Field(ge=1)] = 512
+    """Samples per file; an interrupted run loses at most one."""
+
+
+class Nucleus(LogitsProcessor):
+    """Temperature and top-p with a partial sort; the same set of tokens as a full one, ten times sooner on a CPU."""
+
+    def __init__(self, temperature: float, top_p: float, head: int = 256) -> None:
+        self.temperature, self.top_p, self.head = temperature, top_p, head
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores / self.temperature
+        if self.top_p >= 1:
+            return scores
+        probabilities = scores.softmax(-1)
+        count = min(self.head, scores.shape[-1])
+        top, index = probabilities.topk(count)
+        if count < scores.shape[-1] and (top.sum(-1) < self.top_p).any():  # a flat distribution: sort it all
+            top, index = probabilities.sort(descending=True)
+        drop = top.cumsum(-1) - top > self.top_p  # the token that crosses the border stays
+        kept = scores.gather(-1, index).masked_fill(drop, -torch.inf)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, index, kept)
+
+
+def _seed(*parts: object) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
+
+
+@torch.no_grad()
+def complete(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    config: Samples,
+    seed: object,
+    advance: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """Sampled completions of tokenised prompts, in their order; each ends with end-of-text or at the length limit."""
+    device = unwrap(model).get_input_embeddings().weight.device
+    ends = unwrap(model).generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    # long prompts together: less padding
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    results: list[list[int]] = [[] for _ in prompts]
+    # everything but the warping is as plain as it can be, whatever the model's own defaults say
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=config.max_new_tokens,
+        pad_token_id=pad,
+        eos_token_id=sorted(ends) or None,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    own = unwrap(model).generation_config
+    unwrap(model).generation_config = settings
+    try:
+        for start in range(0, len(order), config.batch_size):
+            batch = order[start : start + config.batch_size]
+            longest = max(len(prompts[i]) for i in batch)
+            ids = torch.full((len(batch), longest), pad, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for row, i in enumerate(batch):
+                ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
+                mask[row, longest - len(prompts[i]) :] = 1
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.manual_seed(_seed(seed, start))
+                out = model.generate(  # type: ignore[operator]
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
+                    generation_config=settings,
+                    logits_processor=LogitsProcessorList([Nucleus(config.temperature, config.top_p)]),
+                )
+            for row, i in enumerate(batch):
+                tokens = out[row, longest:].tolist()
+                stop = next((n + 1 for n, token in enumerate(tokens) if token in ends), len(tokens))
+                results[i] = tokens[:stop]
+            if advance is not None:
+                advance(len(batch))
+    finally:
+        unwrap(model).generation_config = own
+    return results
+
+
+def split_prompts(config: Samples, seed: int) -> dict[str, list[Prompt]]:
+    """Distinct prompts for test, validation and train; the first two do not depend on the size of the third.
+
+    Raises:
+        CapreseError: too few prompts to hold any out.
+    """
+    held_out = config.test + config.validation
+    prompts = load_prompts(config.prompts, held_out + config.train, seed, config.column)
+    if len(prompts) <= held_out:
+        raise CapreseError(
+            f"{config.prompts} has {len(prompts)} distinct prompts; with {config.test} for test and {config.validation} "
+            "for validation none are left to train on: give more, or lower samples.test and samples.validation"
+        )
+    return {
+        "test": prompts[: config.test],
+        "validation": prompts[config.test : held_out],
+        "train": prompts[held_out:],
+    }
+
+
+def make_samples(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Samples,
+    directory: Path,
+    seed: int,
+    identity: Mapping[str, str],
+) -> dict[str, list[Sample]]:
+    """Stage 1: every split as shards in `directory`; shards that exist are read, not made.
+
+    Args:
+        identity: fingerprint of the model, kept with the shards.
+
+    Raises:
+        CapreseError: bad prompts, prompts that do not fit the context, damaged or foreign shards.
+    """
+    # sizes of the splits are not part of what a sample is
+    kept = {"train", "validation", "test"}
+    settings = {**config.model_dump(mode="json", exclude=kept), "seed": seed, "model": dict(identity)}
+    prompts = split_prompts(config, seed)
+    encoded = {
+        split: [encode_prompt(tokenizer, p.text, config.instruction, config.chat_template) for p in prompts[split]]
+        for split in SPLITS
+    }
+    context = getattr(unwrap(model).config, "max_position_embeddings", None)
+    for split in SPLITS:
+        for prompt, ids in zip(prompts[split], encoded[split], strict=True):
+            if context and len(ids) + config.max_new_tokens > context:
+                raise CapreseError(
+                    f"a prompt of {len(ids)} tokens and {config.max_new_tokens} new ones exceed the model's context of "
+                    f"{context} ({prompt.text[:40]!r}...); drop it or lower samples.max_new_tokens"
+                )
+    samples = {}
+    with bar("1/4 samples", sum(len(p) for p in prompts.values()), "samples") as advance:
+        for split in SPLITS:
+            samples[split] = complete_in_shards(
+                model, tokenizer, prompts[split], encoded[split], config, directory, split, settings, advance
+            )
+    return samples
+
+
+def complete_in_shards(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    encoded: Sequence[list[int]],
+    config: Samples,
+    directory: Path,
+    name: str,
+    settings: dict[str, object],
+    advance: Callable[[int], None],
+) -> list[Sample]:
+    """Completions of prompts as shards `name-00000.parquet` ...; those that exist are read, not made.
+
+    Every process of a distributed run makes its share, then all read all.
+    """
+    world = PartialState()
+    starts = range(0, len(prompts), config.shard_size)
+    paths = [directory / f"{name}-{number:05d}.parquet" for number in range(len(starts))]
+    for number, (start, path) in enumerate(zip(starts, paths, strict=True)):
+        chunk = slice(start, start + config.shard_size)
+        if path.exists():
+            advance(len(prompts[chunk]))
+        elif number % world.num_processes == world.process_index:
+            seed = (settings["seed"], name, number)
+            completions = complete(model, tokenizer, encoded[chunk], config, seed, advance)
+            shard = [
+                Sample(ids + new, len(ids), p.text, tokenizer.decode(new, skip_special_tokens=True), p.answer)
+                for p, ids, new in zip(prompts[chunk], encoded[chunk], completions, strict=True)
+            ]
+            write_shard(path, shard, {**settings, "rows": len(shard)})
+    world.wait_for_everyone()
+    rows = [len(prompts[start : start + config.shard_size]) for start in starts]
+    return [s for path, n in zip(paths, rows, strict=True) for s in read_shard(path, {**settings, "rows": n})]
+
+
+def describe(samples: list[Sample]) -> dict[str, int]:
+    """How many samples and tokens."""
+    prompt = sum(s.prompt_length for s in samples)
+    return {
+        "samples": len(samples),
+        "prompt_tokens": prompt,
+        "completion_tokens": sum(len(s.input_ids) for s in samples) - prompt,
+    }
+

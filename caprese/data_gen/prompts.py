@@ -1,0 +1,117 @@
+"""Where prompts come from: a reasoning-gym task, a JSONL or Parquet file, or a `datasets` name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from caprese.errors import CapreseError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    text: str
+    answer: str | None = None
+
+
+def load_prompts(source: str, count: int, seed: int, column: str = "prompt") -> list[Prompt]:
+    """Up to `count` distinct prompts, the same for the same seed.
+
+    Args:
+        source: "gym:TASK", a .jsonl or .parquet file, or the name of a dataset ("openai/gsm8k:train").
+        column: where a file or dataset has the prompt; the answer is in "answer" if there is such a column.
+
+    Raises:
+        CapreseError: unknown source or task, a bad row, an empty prompt, or no prompt at all.
+    """
+    if source.startswith("gym:"):
+        rows: Iterable[dict[str, Any]] = _gym(source[4:], 2 * count + 100, seed)
+        column = "question"
+    elif source.endswith((".jsonl", ".parquet")) or Path(source).exists():
+        rows = _file(Path(source))
+    else:
+        rows = _dataset(source)
+    seen: dict[str, Prompt] = {}
+    for number, row in enumerate(rows):
+        text = row.get(column)
+        if not isinstance(text, str):
+            raise CapreseError(f"{source}, row {number + 1}: no text in column {column!r} (columns: {', '.join(row)}); see --column")
+        if not text.strip():
+            raise CapreseError(f"{source}, row {number + 1}: the prompt is empty; remove the row")
+        answer = row.get("answer")
+        seen.setdefault(text, Prompt(text, None if answer is None else str(answer)))
+        if len(seen) >= count:
+            break
+    if not seen:
+        raise CapreseError(f"{source} holds no prompts")
+    return list(seen.values())
+
+
+def _gym(task: str, size: int, seed: int) -> Iterator[dict[str, Any]]:
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise CapreseError("prompts from gym: need reasoning-gym; pip install reasoning-gym") from error
+    from reasoning_gym.factory import DATASETS
+
+    if task not in DATASETS:
+        near = [name for name in sorted(DATASETS) if any(part in name for part in task.split("_"))][:5]
+        raise CapreseError(
+            f"reasoning-gym has no task {task!r}" + (f"; did you mean {', '.join(near)}?" if near else "")
+        )
+    dataset = reasoning_gym.create_dataset(task, size=size, seed=seed)
+    return (dataset[i] for i in range(size))
+
+
+def _file(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        raise CapreseError(f"no prompt file at {path}")
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            yield from pyarrow.parquet.read_table(path).to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise CapreseError(f"{path} is not a readable Parquet file ({error})") from error
+        return
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise CapreseError(f"{path}, line {number}: not JSON ({error.msg}); one object with a 'prompt' per line") from error
+            if not isinstance(row, dict):
+                raise CapreseError(f"{path}, line {number}: not an object; one object with a 'prompt' per line")
+            yield row
+
+
+def _dataset(name: str) -> Iterator[dict[str, Any]]:
+    from datasets import load_dataset
+
+    path, _, split = name.partition(":")
+    try:
+        yield from load_dataset(path, split=split or "train", streaming=True)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CapreseError(
+            f"prompts {name!r}: neither gym:TASK, nor a .jsonl/.parquet file, nor a dataset that can be loaded ({first})"
+        ) from error
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, instruction: str, chat_template: bool) -> list[int]:
+    """Token ids of "instruction prompt", inside the model's chat template if it has one and it is wanted."""
+    content = f"{instruction} {text}".strip()
+    if chat_template and tokenizer.chat_template:
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        return tokenizer(rendered, add_special_tokens=False).input_ids
+    return tokenizer(content + "\n").input_ids

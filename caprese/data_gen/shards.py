@@ -1,0 +1,89 @@
+"""Samples on disk: Parquet shards with token ids, the prompt/completion boundary and the settings that made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from caprese.errors import CapreseError
+from caprese.files import write_atomic
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and the teacher's completion of it.
+
+    `input_ids[:prompt_length]` is the prompt, the rest the completion (with its end-of-text token if it ended).
+    """
+
+    input_ids: list[int]
+    prompt_length: int
+    prompt: str
+    completion: str
+    answer: str | None = None
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self.input_ids[: self.prompt_length]
+
+    @property
+    def completion_ids(self) -> list[int]:
+        return self.input_ids[self.prompt_length :]
+
+
+_SCHEMA = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("prompt_length", pa.int32()),
+        ("prompt", pa.string()),
+        ("completion", pa.string()),
+        ("answer", pa.string()),
+    ]
+)
+
+
+def _digest(samples: list[Sample]) -> str:
+    digest = hashlib.sha256()
+    for s in samples:
+        digest.update(json.dumps([s.input_ids, s.prompt_length, s.prompt, s.completion, s.answer]).encode())
+    return digest.hexdigest()
+
+
+def write_shard(path: Path, samples: list[Sample], settings: dict[str, Any]) -> None:
+    """Write atomically; `settings` and a digest of the rows go into the schema's metadata."""
+    facts = {"caprese": json.dumps({"settings": settings, "sha256": _digest(samples)})}
+    table = pa.Table.from_pylist([vars(s) for s in samples], schema=_SCHEMA.with_metadata(facts))
+    write_atomic(path, lambda tmp: pq.write_table(table, tmp))
+
+
+def read_shard(path: Path, settings: dict[str, Any] | None = None) -> list[Sample]:
+    """Read a shard back.
+
+    Args:
+        settings: what it should have been made with; None takes any.
+
+    Raises:
+        CapreseError: truncated or altered, or made with other settings.
+    """
+    try:
+        table = pq.read_table(path)
+        facts = json.loads(table.schema.metadata[b"caprese"])
+        samples = [Sample(**row) for row in table.to_pylist()]
+        if _digest(samples) != facts["sha256"]:
+            raise ValueError("its rows were altered")
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CapreseError(f"shard {path} is damaged ({first}); delete it and run again to make it anew") from error
+    if settings is not None and facts["settings"] != settings:
+        old = facts["settings"]
+        differ = ", ".join(k for k in sorted(settings) if old.get(k) != settings[k])
+        raise CapreseError(
+            f"{path.parent} holds samples made with another {differ}; choose another --output, or delete that directory"
+        )
+    return samples

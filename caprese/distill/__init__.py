@@ -1,0 +1,9 @@
+"""The recovery branches are learned from the dense model: layer by layer in closed form, then end to end."""
+
+from caprese.distill.batches import Batch, make_batches
+from caprese.distill.end_to_end import EndToEnd, HeldOut
+from caprese.distill.layerwise import Layerwise, accumulate, allocate_ranks, fit_layer, new_moments
+
+__all__ = [
+    "Batch", "EndToEnd", "HeldOut", "Layerwise", "accumulate", "allocate_ranks", "fit_layer", "make_batches", "new_moments",
+]

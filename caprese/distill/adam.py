@@ -1,0 +1,69 @@
+"""The paper's own layer-wise recipe, kept as the baseline: Adam 1e-3, 20 epochs, linear schedule, 2% warm-up.
+
+All layers train at once from one forward pass; their losses do not touch, so this equals training each alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from transformers import get_linear_schedule_with_warmup
+
+from caprese.adapters import branch_parameters
+from caprese.distill.batches import Batch, completion_hidden, device_of, prefill
+from caprese.distill.layerwise import Layerwise
+from caprese.efficient_methods import EfficientFFN
+
+Activations = dict[EfficientFFN, tuple[torch.Tensor, torch.Tensor]]
+
+
+@torch.no_grad()
+def _activations(model: nn.Module, batch: Batch) -> Activations:
+    """x and E [n, D] of every applied layer for one batch."""
+    seen: Activations = {}
+
+    def observe(wrapper: EfficientFFN, x: torch.Tensor, e: torch.Tensor, _: torch.Tensor) -> None:
+        seen[wrapper] = (x, e)
+
+    batch = batch.to(device_of(model))
+    completion_hidden(model, batch, prefill(model, batch), observe)
+    return seen
+
+
+def fit_adam(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    config: Layerwise,
+    seed: int,
+    advance: Callable[[int], None] | None = None,
+) -> None:
+    """Train every branch on its own layer's residual, in place."""
+    parameters = branch_parameters(model)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    per_batch = [-(-batch.tokens // config.token_batch) for batch in batches]
+    total = sum(per_batch) * config.epochs
+    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
+    schedule = get_linear_schedule_with_warmup(optimizer, round(0.02 * total), total)
+    known: dict[int, Activations] = {}
+    for epoch in range(config.epochs):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        for index in torch.randperm(len(batches), generator=generator).tolist():
+            seen = known.get(index) or _activations(model, batches[index])
+            if config.cache_activations:
+                known[index] = seen
+            order = torch.randperm(batches[index].tokens, generator=generator)
+            for part in order.split(config.token_batch):
+                loss = torch.zeros(())
+                for wrapper, (x, e) in seen.items():
+                    loss = loss + (e[part] - wrapper.recovery(x[part])).square().sum(-1).mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                schedule.step()
+        if advance is not None:
+            advance(1)
+    for parameter in parameters:
+        parameter.requires_grad_(False)

@@ -1,0 +1,125 @@
+"""Samples as batches, and the two passes that training and evaluation are made of: prompt, then completion.
+
+The prompt runs dense in every phase of every stage, so its KV cache and what a method learns from it do not depend on
+the adapter: one prefill serves teacher and student, and no gradient goes through it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from caprese.data_gen import Sample
+from caprese.efficient_methods import Observer, phases
+from caprese.models import unwrap
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts padded left, completions padded right, so that they meet.
+
+    `inputs` are the completion tokens that are read, all but the last; `targets` the tokens they predict.
+    The first completion token is predicted by the dense prompt and cannot differ.
+    Shapes: prompt [B, P], inputs, targets and mask [B, C].
+    """
+
+    prompt: torch.Tensor
+    prompt_mask: torch.Tensor
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    mask: torch.Tensor
+
+    @property
+    def prompt_lengths(self) -> torch.Tensor:
+        return self.prompt_mask.sum(-1)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.mask.sum())
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+
+
+def make_batches(samples: Sequence[Sample], size: int) -> list[Batch]:
+    """Batches of samples of like length; always the same ones for the same samples.
+
+    Samples whose completion is a single token have nothing to learn from and are left out.
+    """
+    useful = [s for s in samples if len(s.completion_ids) > 1]
+    useful.sort(key=lambda s: (len(s.input_ids), s.input_ids))
+    return [_batch(useful[i : i + size]) for i in range(0, len(useful), size)]
+
+
+def _batch(samples: Sequence[Sample]) -> Batch:
+    width = max(s.prompt_length for s in samples)
+    length = max(len(s.completion_ids) for s in samples) - 1
+    prompt = torch.zeros(len(samples), width, dtype=torch.long)
+    prompt_mask = torch.zeros_like(prompt, dtype=torch.bool)
+    inputs = torch.zeros(len(samples), length, dtype=torch.long)
+    targets, mask = torch.zeros_like(inputs), torch.zeros_like(inputs, dtype=torch.bool)
+    for row, sample in enumerate(samples):
+        prompt[row, width - sample.prompt_length :] = torch.tensor(sample.prompt_ids)
+        prompt_mask[row, width - sample.prompt_length :] = True
+        n = len(sample.completion_ids) - 1
+        inputs[row, :n] = torch.tensor(sample.completion_ids[:-1])
+        targets[row, :n] = torch.tensor(sample.completion_ids[1:])
+        mask[row, :n] = True
+    return Batch(prompt, prompt_mask, inputs, targets, mask)
+
+
+@torch.no_grad()
+def prefill(model: nn.Module, batch: Batch) -> Cache:
+    """The dense pass over the prompts; returns their KV cache, with what the method learned on it."""
+    with phases(model, batch.prompt_lengths):
+        out = unwrap(model).get_decoder()(
+            input_ids=batch.prompt,
+            attention_mask=batch.prompt_mask.long(),
+            position_ids=(batch.prompt_mask.cumsum(-1) - 1).clamp_min(0),
+            use_cache=True,
+        )
+    return out.past_key_values
+
+
+def fork(cache: Cache) -> Cache:
+    """A cache that grows on its own; what is in it already is shared."""
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    return twin
+
+
+def completion_hidden(
+    model: nn.Module, batch: Batch, cache: Cache, observer: Observer | None = None
+) -> torch.Tensor:
+    """Final hidden states (before the LM head) of the completion inputs after `prefill`, [B, C, D].
+
+    Efficient, with the adapter; dense inside `dense(model)`. The cache is left as it was.
+    """
+    lengths = batch.prompt_lengths
+    with phases(model, lengths, observer):
+        out = unwrap(model).get_decoder()(
+            input_ids=batch.inputs,
+            attention_mask=torch.cat([batch.prompt_mask, batch.mask], 1).long(),
+            position_ids=lengths[:, None] + torch.arange(batch.inputs.shape[1], device=lengths.device),
+            past_key_values=fork(cache),
+            use_cache=True,
+        )
+    return out.last_hidden_state
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's inputs go."""
+    return unwrap(model).get_input_embeddings().weight.device
+
+
+def lm_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Final hidden states [n, D] -> logits [n, V] in float32, soft-capped where the model does."""
+    base = unwrap(model)
+    logits = base.get_output_embeddings()(hidden).float()
+    cap = getattr(base.config, "final_logit_softcapping", None)
+    return logits if not cap else torch.tanh(logits / cap) * cap

@@ -1,0 +1,215 @@
+"""Stage 3: all branches together, against the dense model's own output.
+
+Prompt tokens dense, completion tokens efficient; base weights frozen. The teacher is the same model with transforms
+off. Batches are always the same, in an order that the seed and the epoch give, and state is written every few steps,
+so a run that was killed ends with the same adapter as one that was not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+from transformers import Cache, get_linear_schedule_with_warmup
+
+from caprese.adapters import branch_parameters, get_branches, set_branches
+from caprese.distill.batches import Batch, completion_hidden, device_of, lm_logits, prefill
+from caprese.distill.losses import CHUNK, hidden_kl, hidden_mse, kl_divergence
+from caprese.efficient_methods import dense
+from caprese.errors import CapreseError
+from caprese.files import read_tensors, write_tensors
+from caprese.progress import bar
+
+
+class EndToEnd(BaseModel):
+    """Stage 3: how the branches are trained together."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    objective: Literal["kl", "hidden"] = "kl"
+    """kl: KL(dense || student) of the next-token distributions. hidden: the paper's squared error of final hidden
+    states."""
+    epochs: Annotated[int, Field(ge=0)] = 3
+    """Passes over the samples; 0 skips the stage."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """Peak of a linear schedule with 2% warm-up; smaller for larger models."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Sequences in one optimiser step."""
+    micro_batch: Annotated[int, Field(ge=1)] = 8
+    """Sequences in one forward pass; gradients accumulate up to batch_size."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest gradient norm."""
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.02
+    """Fraction of the steps in which the rate rises."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 5
+    """Optimiser steps between two saved states: what a kill can cost."""
+    cache_gigabytes: Annotated[float, Field(ge=0)] = 3.0
+    """Memory for what does not change between epochs: prompt KV caches and the teacher's hidden states."""
+
+
+class _Teacher:
+    """Prompt caches and teacher states by batch, remembered up to a limit; the same whether remembered or not."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], limit: float) -> None:
+        self.model, self.batches, self.left = model, batches, limit * 1e9
+        self.known: dict[int, tuple[Batch, Cache, torch.Tensor]] = {}
+
+    @torch.no_grad()
+    def __getitem__(self, index: int) -> tuple[Batch, Cache, torch.Tensor]:
+        """The batch on its device, its prompt cache, and the teacher's hidden states of completion tokens [n, D]."""
+        if index in self.known:
+            return self.known[index]
+        batch = self.batches[index].to(device_of(self.model))
+        cache = prefill(self.model, batch)
+        with dense(self.model):
+            hidden = completion_hidden(self.model, batch, cache)[batch.mask]
+        item = (batch, cache, hidden)
+        layers = ((layer.keys, layer.values) for layer in cache.layers)
+        size = hidden.nbytes + sum(t.nbytes for pair in layers for t in pair)
+        if size <= self.left:
+            self.left -= size
+            self.known[index] = item
+        return item
+
+
+class HeldOut:
+    """Validation batches with their teacher states, for asking again and again."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], limit: float) -> None:
+        self.model, self.teacher = model, _Teacher(model, batches, limit)
+
+    @torch.no_grad()
+    def kl(self) -> float:
+        """KL(dense || student) per completion token."""
+        total, tokens = 0.0, 0
+        for index in range(len(self.teacher.batches)):
+            batch, cache, target = self.teacher[index]
+            hidden = completion_hidden(self.model, batch, cache)[batch.mask]
+            for start in range(0, len(hidden), CHUNK):
+                part = slice(start, start + CHUNK)
+                student, teacher = lm_logits(self.model, hidden[part]), lm_logits(self.model, target[part])
+                total += float(kl_divergence(student, teacher).sum(dtype=torch.float64))
+            tokens += batch.tokens
+        return total / max(1, tokens)
+
+
+def train(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    validation: HeldOut,
+    config: EndToEnd,
+    seed: int,
+    state: Path,
+    identity: str,
+    start_kl: float,
+) -> tuple[float, list[dict[str, float]], list[dict[str, float]]]:
+    """Train the branches of `model` in place; they end as the best checkpoint by held-out KL, or as they began.
+
+    Args:
+        batches: micro-batches of the training samples.
+        state: file the run is resumed from and kept in.
+        identity: what the state must belong to (recipe, samples, start).
+        start_kl: held-out KL of the branches as given.
+
+    Returns: the best held-out KL, the training curve and the validation curve.
+
+    Raises:
+        CapreseError: the loss is not finite, or the state belongs to something else.
+    """
+    world = PartialState()
+    parameters = branch_parameters(model)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    accumulate = max(1, config.batch_size // config.micro_batch)
+    steps_per_epoch = -(-len(batches) // accumulate)
+    total = steps_per_epoch * config.epochs
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    schedule = get_linear_schedule_with_warmup(optimizer, round(config.warmup * total), total)
+    teacher = _Teacher(model, batches, config.cache_gigabytes)
+    best_kl, best = start_kl, get_branches(model)
+    curve: list[dict[str, float]] = []
+    held_out: list[dict[str, float]] = []
+    done = 0
+    if state.exists():
+        tensors, facts = read_tensors(state, "delete it and run again to repeat this stage")
+        if facts["identity"] != identity:
+            raise CapreseError(f"{state} belongs to another recipe; choose another --output, or delete that file")
+        done, best_kl, curve, held_out = facts["step"], facts["best_kl"], facts["curve"], facts["validation"]
+        set_branches(model, _under("now.", tensors))
+        best = _under("best.", tensors)
+        for i, parameter in enumerate(parameters):
+            if f"exp_avg.{i}" in tensors:
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(float(done)),
+                    "exp_avg": tensors[f"exp_avg.{i}"].to(parameter),
+                    "exp_avg_sq": tensors[f"exp_avg_sq.{i}"].to(parameter),
+                }
+        for _ in range(done):  # replayed, because a scheduler's own state is a pickle
+            optimizer._opt_called = True  # type: ignore[attr-defined]
+            schedule.step()
+
+    def keep_state(step: int) -> None:
+        if not world.is_main_process:
+            return
+        tensors = {f"now.{k}": v for k, v in get_branches(model).items()} | {f"best.{k}": v for k, v in best.items()}
+        for i, parameter in enumerate(parameters):
+            moments = optimizer.state.get(parameter, {})
+            tensors |= {f"{k}.{i}": moments[k] for k in ("exp_avg", "exp_avg_sq") if k in moments}
+        facts = {"identity": identity, "step": step, "best_kl": best_kl, "curve": curve, "validation": held_out}
+        write_tensors(state, tensors, facts)
+
+    loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = (
+        hidden_mse if config.objective == "hidden" else lambda s, t: hidden_kl(s, t, lambda h: lm_logits(model, h))
+    )
+    with bar("3/4 end-to-end", total, "steps", done) as advance:
+        for step in range(done, total):
+            epoch, within = divmod(step, steps_per_epoch)
+            order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+            chosen = order[within * accumulate : (within + 1) * accumulate].tolist()
+            tokens = sum(batches[i].tokens for i in chosen)
+            summed = torch.zeros((), device=device_of(model))
+            for index in chosen[world.process_index :: world.num_processes]:
+                batch, cache, target = teacher[index]
+                hidden = completion_hidden(model, batch, cache)[batch.mask]
+                loss = loss_of(hidden, target) / tokens
+                loss.backward()
+                summed += loss.detach()
+            if world.num_processes > 1:
+                summed = reduce(summed, "sum")
+                for parameter in parameters:
+                    grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                    parameter.grad = reduce(grad, "sum")
+            if not torch.isfinite(summed):
+                raise CapreseError(
+                    f"the end-to-end loss is {float(summed)} at step {step + 1}; lower end_to_end.learning_rate "
+                    f"(now {config.learning_rate:g})"
+                )
+            nn.utils.clip_grad_norm_(parameters, config.clip)
+            rate = schedule.get_last_lr()[0]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            curve.append({"step": step + 1, "epoch": (step + 1) / steps_per_epoch, "loss": float(summed), "lr": rate})
+            if within == steps_per_epoch - 1:
+                kl = validation.kl()
+                held_out.append({"step": step + 1, "kl": kl})
+                if kl < best_kl:
+                    best_kl, best = kl, get_branches(model)
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == total:
+                keep_state(step + 1)
+            advance(1)
+    set_branches(model, best)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    return best_kl, curve, held_out
+
+
+def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,134 @@
+"""The sequential closed form: layer i is fitted on the inputs that the recovered layers below it produce, towards the
+dense hidden state after layer i, so that it also repairs what they left.
+
+Layers run one at a time over all samples, as post-training quantisation does; the hidden states of all samples, dense
+and recovered, are held in memory (2 x tokens x D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from caprese.adapters import set_branch
+from caprese.distill.batches import Batch, device_of
+from caprese.distill.layerwise import Fit, Moments, fit_layer
+from caprese.efficient_methods import applied_ffns, phases
+from caprese.efficient_methods.phases import Pass, phases_of
+from caprese.errors import CapreseError
+from caprese.models import unwrap
+from caprese.models.families import family_of
+
+
+class _Stop(Exception):
+    pass
+
+
+class _Stream:
+    """One batch between layers: its dense and recovered hidden states and what a layer needs beside them."""
+
+    def __init__(self, batch: Batch, hidden: torch.Tensor, kwargs: dict[str, Any], current: Pass) -> None:
+        self.completion = torch.cat([torch.zeros_like(batch.prompt_mask), batch.mask], 1)
+        self.dense = self.recovered = hidden
+        self.kwargs, self.current = kwargs, current
+        self.ffn_input: torch.Tensor | None = None
+
+
+def _enter(model: nn.Module, layers: nn.ModuleList, batch: Batch) -> _Stream:
+    """Run the model up to its first layer, and keep what that layer was called with."""
+    caught: dict[str, Any] = {}
+
+    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.update(hidden=args[0], kwargs=kwargs, current=phases_of(model).current)
+        raise _Stop
+
+    handle = layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+    mask = torch.cat([batch.prompt_mask, batch.mask], 1)
+    try:
+        unwrap(model).get_decoder()(
+            input_ids=torch.cat([batch.prompt, batch.inputs], 1),
+            attention_mask=mask.long(),
+            position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
+            use_cache=False,
+        )
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return _Stream(batch, caught["hidden"], caught["kwargs"], caught["current"])
+
+
+@torch.no_grad()
+def fit_sequential(
+    model: nn.Module,
+    train: Sequence[Batch],
+    held_out: Sequence[Batch],
+    ranks: Sequence[int],
+    ridge: float | str = "auto",
+    bias: bool = False,
+    advance: Callable[[int], None] | None = None,
+) -> list[Fit]:
+    """Fit and set the branch of every applied layer, bottom to top.
+
+    Raises:
+        CapreseError: the model normalises after its FFN, where a hidden state is no linear target.
+    """
+    family = family_of(unwrap(model).config)
+    if family.norm_after_ffn:
+        raise CapreseError(
+            f"layerwise.how=sequential needs an FFN that adds straight to the hidden state, and "
+            f"{unwrap(model).config.model_type} normalises in between; use layerwise.how=closed"
+        )
+    layers: Any = unwrap(model).get_submodule(family.layers)
+    wrappers = {w.layer: w for w in applied_ffns(model).values()}
+    shared = phases_of(model)
+    fits = []
+    streams: dict[bool, list[_Stream]] = {True: [], False: []}
+    for is_train, batches in ((True, train), (False, held_out)):
+        for batch in batches:
+            batch = batch.to(device_of(model))
+            with phases(model, batch.prompt_lengths):
+                streams[is_train].append(_enter(model, layers, batch))
+    for index, layer in enumerate(layers):
+        wrapper = wrappers.get(index)
+        moments = {True: None, False: None} if wrapper is None else {
+            k: Moments.zeros(wrapper.view.hidden_size, device_of(model)) for k in (True, False)
+        }
+        inputs: list[torch.Tensor] = []
+        handle = None
+        if wrapper is not None:
+            handle = wrapper.register_forward_pre_hook(lambda _, args, seen=inputs: seen.append(args[0]))
+        for is_train, group in streams.items():
+            for stream in group:
+                dense_before, recovered_before = stream.dense, stream.recovered
+                shared.current = None
+                stream.dense = layer(dense_before, **stream.kwargs)
+                shared.prompt_lengths, shared.current = torch.zeros(0), stream.current
+                stream.recovered = layer(recovered_before, **stream.kwargs)  # the branch is still zero
+                shared.prompt_lengths = shared.current = None
+                if wrapper is not None:
+                    m, at = moments[is_train], stream.completion
+                    assert m is not None
+                    m.add(inputs[-1][at], (stream.dense - stream.recovered)[at], (stream.dense - dense_before)[at])
+                    stream.ffn_input = inputs[-1]
+                    inputs.clear()
+        if handle is not None:
+            handle.remove()
+        if wrapper is None:
+            continue
+        rank = ranks[len(fits)]
+        fit = fit_layer(moments[True], moments[False], rank, ridge, bias)  # type: ignore[arg-type]
+        fits.append(fit)
+        left, right, offset = fit.at(rank)
+        set_branch(wrapper.recovery, left, right, offset)
+        for group in streams.values():
+            for stream in group:
+                branch = wrapper.recovery(stream.ffn_input)
+                stream.recovered = stream.recovered + branch * stream.completion.unsqueeze(-1)
+                stream.ffn_input = None
+        if advance is not None:
+            advance(1)
+    return fits

@@ -1,0 +1,12 @@
+"""What a cheaper model costs and what comes back: fidelity, accuracy, latency, and the report of it."""
+
+from caprese.evaluation.accuracy import accuracy, is_correct, mean_new_tokens
+from caprese.evaluation.config import Evaluation
+from caprese.evaluation.fidelity import VARIANTS, fidelity, layer_errors, variant
+from caprese.evaluation.latency import parameter_counts, time_to_next_token
+from caprese.evaluation.report import environment, evaluate, recovered_fraction, write_report
+
+__all__ = [
+    "VARIANTS", "Evaluation", "accuracy", "environment", "evaluate", "fidelity", "is_correct", "layer_errors",
+    "mean_new_tokens", "parameter_counts", "recovered_fraction", "time_to_next_token", "variant", "write_report",
+]

@@ -1,0 +1,91 @@
+"""How close a cheaper model stays to the dense one on the dense model's own completions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from caprese.distill.batches import Batch, completion_hidden, device_of, lm_logits, prefill
+from caprese.distill.layerwise import Moments, accumulate, new_moments
+from caprese.distill.losses import CHUNK, kl_divergence
+from caprese.efficient_methods import applied_ffns, dense
+from caprese.progress import bar
+
+VARIANTS = ("dense", "efficient", "recovered")
+
+
+@contextmanager
+def variant(model: nn.Module, name: str) -> Iterator[None]:
+    """Run an applied model as "dense", "efficient" (without its adapter) or "recovered" (with it)."""
+    context: AbstractContextManager[Any]
+    if name == "dense":
+        context = dense(model)
+    elif name == "efficient" and isinstance(model, PeftModel):
+        context = model.disable_adapter()
+    else:
+        context = nullcontext()
+    with context:
+        yield
+
+
+@torch.no_grad()
+def fidelity(model: nn.Module, batches: Sequence[Batch], names: Sequence[str] = VARIANTS) -> dict[str, dict[str, float]]:
+    """KL(dense || x), top-1 agreement and perplexity of the teacher's completions, for each variant.
+
+    Means over the completion tokens that an efficient pass predicts (all but a completion's first, which the dense
+    prompt predicts).
+    """
+    sums = {name: torch.zeros(3, dtype=torch.float64) for name in names}
+    tokens = 0
+    with bar("4/4 evaluation: fidelity", len(batches), "batches") as advance:
+        for batch in batches:
+            batch = batch.to(device_of(model))
+            cache = prefill(model, batch)
+            hidden = {}
+            for name in ("dense", *(n for n in names if n != "dense")):
+                with variant(model, name):
+                    hidden[name] = completion_hidden(model, batch, cache)[batch.mask]
+            targets = batch.targets[batch.mask]
+            for start in range(0, len(targets), CHUNK):
+                part = slice(start, start + CHUNK)
+                teacher = lm_logits(model, hidden["dense"][part])
+                for name in names:
+                    logits = teacher if name == "dense" else lm_logits(model, hidden[name][part])
+                    sums[name] += torch.stack(
+                        [
+                            kl_divergence(logits, teacher).sum(dtype=torch.float64),
+                            (logits.argmax(-1) == teacher.argmax(-1)).sum(dtype=torch.float64),
+                            nn.functional.cross_entropy(logits, targets[part], reduction="sum").double(),
+                        ]
+                    ).cpu()
+            tokens += batch.tokens
+            advance(1)
+    result = {}
+    for name in names:
+        kl, top1, loss = (sums[name] / max(1, tokens)).tolist()
+        result[name] = {"kl": max(0.0, kl), "top1_agreement": top1, "perplexity": float(torch.tensor(loss).exp())}
+    return result
+
+
+@torch.no_grad()
+def layer_errors(model: nn.Module, batches: Sequence[Batch]) -> list[dict[str, float]]:
+    """Per layer, ||FF(x) - FF_eff(x)|| / ||FF(x)|| on dense inputs, without and with the branch."""
+    moments: list[Moments] = new_moments(model)
+    accumulate(model, batches, moments)
+    rows = []
+    for wrapper, m in zip(applied_ffns(model).values(), moments, strict=True):
+        row = {"layer": wrapper.layer, "rank": 0, "efficient": float((m.ee / m.yy).sqrt())}
+        row["recovered"] = row["efficient"]
+        lora_a = getattr(wrapper.recovery, "lora_A", None)
+        if lora_a:
+            name = next(iter(lora_a))
+            up = wrapper.recovery.lora_B[name]  # type: ignore[index, union-attr]
+            row["rank"] = lora_a[name].out_features
+            row["recovered"] = m.error(lora_a[name].weight.T, up.weight.T, up.bias) ** 0.5
+        rows.append(row)
+    return rows

@@ -1,0 +1,83 @@
+"""Time to next token (TTNT): token by token, the variants taking turns, so that a slow moment hits all alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from caprese.distill.batches import device_of
+from caprese.efficient_methods import applied_ffns
+from caprese.evaluation.fidelity import VARIANTS, variant
+from caprese.models import count_parameters, unwrap
+from caprese.progress import bar
+
+
+def _sync(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+@torch.no_grad()
+def time_to_next_token(
+    model: nn.Module, prompt: Sequence[int], new_tokens: int, names: Sequence[str] = VARIANTS, warmup: int = 4
+) -> dict[str, dict[str, float]]:
+    """Batch 1, greedy: {name: {"ttnt_ms": median, "spread_ms": interquartile range}}, measured interleaved."""
+    device = device_of(model)
+    ids = torch.tensor([list(prompt)], device=device)
+    caches: dict[str, Any] = {}
+    token: dict[str, torch.Tensor] = {}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        with variant(model, name):
+            out = model(input_ids=ids, use_cache=True)
+        caches[name], token[name] = out.past_key_values, out.logits[:, -1:].argmax(-1)
+    with bar("4/4 evaluation: latency", new_tokens, "tokens") as advance:
+        for step in range(new_tokens):
+            for offset in range(len(names)):  # nobody is always first
+                name = names[(step + offset) % len(names)]
+                with ExitStack() as stack:
+                    stack.enter_context(variant(model, name))
+                    _sync(device)
+                    start = time.perf_counter()
+                    out = model(input_ids=token[name], past_key_values=caches[name], use_cache=True)
+                    token[name] = out.logits[:, -1:].argmax(-1)
+                    _sync(device)
+                    if step >= warmup:
+                        times[name].append(1000 * (time.perf_counter() - start))
+            advance(1)
+    result = {}
+    for name, values in times.items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        result[name] = {"ttnt_ms": middle, "spread_ms": high - low}
+    return result
+
+
+def parameter_counts(model: nn.Module) -> dict[str, Any]:
+    """Parameters of base and adapter, and those read for one generated token.
+
+    An input embedding that is not also the head is looked up, not read.
+    """
+    base = unwrap(model)
+    total = count_parameters(model)
+    adapter = sum(p.numel() for n, p in base.named_parameters() if ".lora_" in n)
+    embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
+    active = total if embedding is head else total - embedding.numel()
+    removed = 0
+    for wrapper in applied_ffns(model).values():
+        view = wrapper.view
+        removed += 3 * view.hidden_size * view.width
+        removed -= wrapper.method.active_parameters(view.hidden_size, view.width)
+    return {
+        "base": total,
+        "adapter": adapter,
+        "fraction": adapter / total,
+        "active_dense": active,
+        "active_efficient": active - removed,
+        "active_recovered": active - removed + adapter,
+    }

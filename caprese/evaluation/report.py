@@ -1,0 +1,137 @@
+"""The figures of stage 4, and the files they go into."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from caprese.data_gen import Prompt, Sample, Samples, complete_in_shards
+from caprese.distill import make_batches
+from caprese.distill.batches import device_of
+from caprese.evaluation.accuracy import accuracy, mean_new_tokens
+from caprese.evaluation.config import Evaluation
+from caprese.evaluation.fidelity import VARIANTS, fidelity, layer_errors, variant
+from caprese.evaluation.latency import parameter_counts, time_to_next_token
+from caprese.files import write_json, write_text
+from caprese.models import unwrap
+from caprese.progress import bar
+
+
+def recovered_fraction(dense: float | None, efficient: float | None, recovered: float | None) -> float | None:
+    """(recovered - efficient) / (dense - efficient): 1 is all of what the method cost, None where nothing was lost."""
+    if dense is None or efficient is None or recovered is None or dense == efficient:
+        return None
+    return (recovered - efficient) / (dense - efficient)
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    test: Sequence[Sample],
+    samples: Samples,
+    config: Evaluation,
+    scratch: Path,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Everything measured on the test samples, for dense, efficient and recovered.
+
+    Args:
+        test: prompts with the dense model's completions, which stand for "dense" in free generation.
+        scratch: where the other variants' completions are kept as shards until the run is over.
+        settings: what those shards depend on, "seed" among it.
+    """
+    batches = make_batches(test, config.batch_size)
+    quality: dict[str, dict[str, float | None]] = {n: dict(q) for n, q in fidelity(model, batches).items()}
+    answers = {"dense": list(test)}
+    if config.generate:
+        prompts = [Prompt(s.prompt, s.answer) for s in test]
+        encoded = [s.prompt_ids for s in test]
+        with bar("4/4 evaluation: answers", 2 * len(test), "samples") as advance:
+            for name in VARIANTS[1:]:
+                with variant(model, name):
+                    answers[name] = complete_in_shards(
+                        model, tokenizer, prompts, encoded, samples, scratch, name, dict(settings), advance
+                    )
+    for name in VARIANTS:
+        quality[name]["accuracy"] = accuracy(answers[name]) if name in answers else None
+        quality[name]["mean_new_tokens"] = mean_new_tokens(answers[name]) if name in answers else None
+    layers = layer_errors(model, batches)
+    latency: dict[str, Any] | None = None
+    parameters = parameter_counts(model)
+    if config.latency_tokens:
+        middle = sorted(test, key=lambda s: s.prompt_length)[len(test) // 2]
+        times = time_to_next_token(model, middle.prompt_ids, config.latency_tokens)
+        latency = {
+            **times,
+            "ratio": times["recovered"]["ttnt_ms"] / times["dense"]["ttnt_ms"],
+            "floor_ratio": parameters["active_recovered"] / parameters["active_dense"],
+        }
+    return {
+        "parameters": parameters,
+        "quality": quality,
+        "recovered_fraction": {
+            key: recovered_fraction(*(quality[name][key] for name in VARIANTS)) for key in ("kl", "accuracy")
+        },
+        "latency": latency,
+        "layers_error": layers,
+        "completions": [
+            {
+                "prompt": sample.prompt,
+                "answer": sample.answer,
+                **{name: answers[name][i].completion if name in answers else "" for name in VARIANTS},
+            }
+            for i, sample in enumerate(test[: config.examples])
+        ],
+    }
+
+
+def environment(model: nn.Module) -> dict[str, Any]:
+    """What the figures were measured on."""
+    import peft
+    import transformers
+
+    device = device_of(model)
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((line.partition(":")[2].strip() for line in info.open() if line.startswith("model name")), cpu)
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(unwrap(model).dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "cpu": cpu,
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_report(report: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """Plots, report.html, the model card README.md and, last, report.json; returns the report as written."""
+    from caprese.evaluation.card import render_card
+    from caprese.evaluation.html import render_html
+    from caprese.evaluation.plots import write_plots
+    from caprese.evaluation.summary import portable
+
+    final: dict[str, Any] = portable(_finite(dict(report)))
+    write_plots(final, directory / "plots")
+    write_text(directory / "report.html", render_html(final))
+    write_text(directory / "README.md", render_card(final))
+    write_json(directory / "report.json", final)
+    return final

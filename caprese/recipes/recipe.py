@@ -1,0 +1,135 @@
+"""A recipe is a complete, reproducible run: validated, overridden by flags, written beside its result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from caprese.data_gen import Samples
+from caprese.distill import EndToEnd, Layerwise
+from caprese.efficient_methods import METHODS, Layers, Method
+from caprese.errors import CapreseError
+from caprese.evaluation.config import Evaluation
+
+DIRECTORY = Path(__file__).parent
+
+
+class Recipe(BaseModel):
+    """Everything one run of `recover` depends on."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    model: str | None = None
+    """Alias, hub id or local path; may be left out when a loaded model is given."""
+    revision: str | None = None
+    """Hub revision of the base model."""
+    dtype: str = "auto"
+    """auto, float32, bfloat16 or float16. auto: the checkpoint's on an accelerator, float32 on CPU."""
+    device: str = "auto"
+    """auto, cpu, cuda, ..."""
+    method: str = "griffin"
+    """What is taken away: griffin or cats."""
+    sparsity: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.5
+    """Fraction of FFN neurons removed."""
+    layers: Layers = "all"
+    """all, first-half, or a list of layer numbers."""
+    rank: Annotated[int, Field(ge=1)] | Literal["auto"] = 256
+    """Rank of each branch; auto spreads `budget` over the layers by their measured error curves."""
+    budget: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """rank auto: adapter parameters as a fraction of the base."""
+    bias: bool = False
+    """Also learn a bias on each branch; it costs nothing at inference."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    output: str = "out"
+    """Directory for the result; a rerun goes on there."""
+    samples: Samples = Samples()
+    layerwise: Layerwise = Layerwise()
+    end_to_end: EndToEnd = EndToEnd()
+    evaluation: Evaluation = Evaluation()
+
+    def make_method(self) -> Method:
+        """The efficient method, configured.
+
+        Raises:
+            CapreseError: unknown method.
+        """
+        if self.method not in METHODS:
+            raise CapreseError(f"unknown method {self.method!r}; one of {', '.join(METHODS)}")
+        return METHODS[self.method](sparsity=self.sparsity, layers=self.layers)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def names() -> list[str]:
+    """The recipes that come with caprese."""
+    return sorted(path.stem for path in DIRECTORY.glob("*.yaml"))
+
+
+def explain(error: ValidationError, source: str) -> CapreseError:
+    """pydantic's findings in one line: where, what, and what is allowed."""
+    parts = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "recipe"
+        if item["type"] == "extra_forbidden":
+            parts.append(f"unknown key {where!r} (caprese recipes show smollm2-135m lists all)")
+        else:
+            parts.append(f"{where}: {item['msg'].lower()} (given {item['input']!r})")
+    return CapreseError(f"{source}: " + "; ".join(dict.fromkeys(parts)))
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        known = merged.get(key)
+        merged[key] = merge(known, value) if isinstance(known, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def read_yaml(name: str) -> tuple[dict[str, Any], str]:
+    """The raw content of a recipe and where it is from; `name` is a shipped recipe or a file.
+
+    Raises:
+        CapreseError: no such recipe, or not YAML.
+    """
+    path = DIRECTORY / f"{name}.yaml"
+    if name not in names():
+        path = Path(name).expanduser()
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CapreseError(f"no recipe {name!r}: neither shipped ({', '.join(names())}) nor a file") from error
+    except IsADirectoryError as error:
+        raise CapreseError(f"recipe {name!r} is a directory; give a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f" at line {mark.line + 1}" if mark else ""
+        raise CapreseError(f"recipe {path} is not valid YAML{at}; see caprese recipes show smollm2-135m") from error
+    if not isinstance(raw, dict):
+        raise CapreseError(f"recipe {path} is not a mapping of keys to values")
+    return raw, str(path)
+
+
+def resolve_recipe(recipe: str | None = None, model: str | None = None, **overrides: Any) -> Recipe:
+    """A recipe by name or file, or the one shipped for `model`, or the defaults; `overrides` on top.
+
+    Raises:
+        CapreseError: unknown recipe, bad YAML, or a value that does not fit; the line names the key.
+    """
+    raw: dict[str, Any] = {}
+    source = "recipe"
+    if recipe is not None:
+        raw, source = read_yaml(recipe)
+    elif model in names():
+        raw, source = read_yaml(model)
+    if model is not None:
+        overrides["model"] = model
+    try:
+        return Recipe.model_validate(merge(raw, overrides))
+    except ValidationError as error:
+        raise explain(error, source) from error

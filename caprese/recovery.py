@@ -1,0 +1,372 @@
+"""The main job, told in one page: samples -> distil layer by layer -> distil end to end -> evaluate -> save.
+
+Every stage leaves its result in OUTPUT/.state (samples in OUTPUT/samples) and is skipped if it is there, so a run that
+was stopped goes on where it was. A stage that does not help on held-out samples is not kept.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from caprese import __version__
+from caprese.adapters import (
+    attach_adapter,
+    branch_parameters,
+    fingerprint,
+    get_branches,
+    public_id,
+    save,
+    set_branch,
+    set_branches,
+)
+from caprese.data_gen import Sample, Samples, complete_in_shards, describe, encode_prompt, load_prompts, make_samples
+from caprese.distill import HeldOut, accumulate, allocate_ranks, fit_layer, make_batches, new_moments
+from caprese.distill.adam import fit_adam
+from caprese.distill.batches import Batch
+from caprese.distill.end_to_end import train
+from caprese.distill.layerwise import Fit, Moments
+from caprese.distill.sequential import fit_sequential
+from caprese.efficient_methods import applied_ffns, apply, remove
+from caprese.errors import CapreseError
+from caprese.evaluation import Evaluation, environment, evaluate, variant, write_report
+from caprese.files import check_writable, read_tensors, write_json, write_tensors, write_text
+from caprese.models import base_of, count_parameters, find_ffns
+from caprese.progress import bar, say
+from caprese.recipes import Recipe
+
+STATE = ".state"
+_AGAIN = "delete it and run again to repeat this stage"
+
+
+def recover(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe | None = None,
+    *,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Distil a recovery adapter for a cheaper `model` from the dense `model` itself.
+
+    The adapter, the recipe, the samples and the report are written to `recipe.output`; the model itself comes back as
+    it was. A second call with the same recipe goes on where the first one stopped, or returns its report.
+
+    Args:
+        overwrite: replace what another recipe left in the output directory.
+
+    Returns: the report, as in report.json.
+
+    Raises:
+        CapreseError: anything wrong with model, recipe, prompts or output, in one line with the remedy.
+    """
+    recipe = recipe or Recipe()
+    recipe = recipe.model_copy(update={"model": recipe.model or base_of(model).name})
+    method = recipe.make_method()
+    sites = find_ffns(model)
+    chosen = method.layer_indices(len(sites))
+    hidden = sites[0].ffn.hidden_size
+    if isinstance(recipe.rank, int) and recipe.rank > hidden:
+        raise CapreseError(f"rank {recipe.rank} exceeds the hidden size {hidden}; choose 1 to {hidden}, or auto")
+    out = Path(recipe.output).expanduser()
+    check_writable(out)
+    state = out / STATE
+    prints = fingerprint(model)
+    identity = _identity(recipe, prints)
+    finished = _finished(out, identity)
+    if finished is not None:
+        say(f"[green]{out} already holds this run's result[/green]; nothing to do")
+        return finished
+    _claim(out, state, identity, overwrite)
+
+    with _stage(state, "samples", 1) as stage:
+        samples = make_samples(model, tokenizer, recipe.samples, out / "samples", recipe.seed, prints)
+        stage.update(note=f"{len(samples['train'])} train, {len(samples['validation'])} validation, {len(samples['test'])} test")
+    adapted: nn.Module = apply(model, method)
+    try:
+        validation = make_batches(samples["validation"], recipe.layerwise.batch_size)
+        held_out = HeldOut(model, validation, recipe.end_to_end.cache_gigabytes)
+        with _stage(state, "layerwise", 2) as stage:
+            adapted, fitted = _layerwise(model, samples, held_out, recipe, state, identity)
+            kept = fitted["kl"]["layerwise"] < fitted["kl"]["efficient"]
+            stage.update(kept=kept, note=f"held-out KL {fitted['kl']['efficient']:.4f} -> {fitted['kl']['layerwise']:.4f}")
+        start = min(fitted["kl"].values())
+        with _stage(state, "end_to_end", 3) as stage:
+            best, curve, checks = _end_to_end(adapted, samples, held_out, recipe, state, identity, start)
+            stage.update(kept=best < start, note=f"held-out KL {start:.4f} -> {best:.4f}")
+        with _stage(state, "evaluation", 4) as stage:
+            settings = {"seed": recipe.seed, "identity": identity}
+            measured = evaluate(
+                adapted, tokenizer, samples["test"], recipe.samples, recipe.evaluation, state / "answers", settings
+            )
+            stage.update(note=f"{len(samples['test'])} test samples")
+        if not PartialState().is_main_process:
+            return measured
+        save(adapted, out)
+        stages = json.loads((state / "stages.json").read_text())
+        base = base_of(model)
+        ranks = fitted["ranks"]
+        write_text(out / "recipe.yaml", _portable_recipe(recipe).to_yaml())
+        report = {
+            "caprese_version": __version__,
+            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "command": "caprese recover --recipe recipe.yaml",
+            "model": recipe.model,
+            "model_id": public_id(base.model_id),
+            "revision": base.revision,
+            "fingerprint": ":".join(prints.values()),
+            "license": None,
+            "method": method.name,
+            "sparsity": recipe.sparsity,
+            "rank": ranks[0] if len(set(ranks)) == 1 else ranks,
+            "layers": chosen,
+            "seed": recipe.seed,
+            **measured,
+            "stages": stages,
+            "curves": {
+                "end_to_end": curve,
+                "validation": [
+                    {"stage": "efficient", "step": 0, "kl": fitted["kl"]["efficient"]},
+                    {"stage": "layerwise", "step": 0, "kl": fitted["kl"]["layerwise"]},
+                    *({"stage": "end_to_end", **point} for point in checks),
+                ],
+                "rank_error": fitted["rank_error"],
+            },
+            "samples": {split: describe(rows) for split, rows in samples.items()},
+            "environment": environment(model),
+            "recipe": _portable_recipe(recipe).model_dump(mode="json"),
+            "identity": identity,
+        }
+        final = write_report(report, out)
+        shutil.rmtree(state, ignore_errors=True)
+        return final
+    finally:
+        remove(adapted)
+
+
+def _identity(recipe: Recipe, prints: Mapping[str, str]) -> str:
+    """What a result depends on, as one digest: the recipe without its places, and the base's weights."""
+    facts = recipe.model_dump(mode="json", exclude={"output", "model", "revision", "device"})
+    return hashlib.sha256(json.dumps([facts, dict(prints)], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _portable_recipe(recipe: Recipe) -> Recipe:
+    """The recipe without this machine's directories."""
+    return recipe.model_copy(
+        update={"model": public_id(recipe.model or ""), "output": public_id(recipe.output)}
+    )
+
+
+def _finished(out: Path, identity: str) -> dict[str, Any] | None:
+    """The report of a finished run of the same recipe, if that is what `out` holds."""
+    try:
+        report = json.loads((out / "report.json").read_text())
+    except (OSError, ValueError):
+        return None
+    if report.get("identity") != identity or not (out / "caprese_config.json").exists():
+        return None
+    return report
+
+
+def _claim(out: Path, state: Path, identity: str, overwrite: bool) -> None:
+    """Mark `out` as this recipe's, unless it is another's."""
+    mark = state / "identity.json"
+    if not overwrite:
+        held = "is half way through" if mark.exists() else "holds the result of"
+        path = mark if mark.exists() else out / "report.json"
+        if path.exists():
+            try:
+                other = json.loads(path.read_text()).get("identity")
+            except ValueError:
+                other = None
+            if other != identity:
+                raise CapreseError(f"{out} {held} another recipe or base; choose another --output, or give --overwrite")
+    elif mark.exists() and json.loads(mark.read_text()).get("identity") != identity:
+        shutil.rmtree(state)
+    if PartialState().is_main_process:
+        write_json(mark, {"identity": identity})
+    PartialState().wait_for_everyone()
+
+
+@contextmanager
+def _stage(state: Path, name: str, number: int) -> Iterator[dict[str, Any]]:
+    """Time a stage and note it in stages.json; a stage done by an earlier run keeps the time it took then."""
+    path = state / "stages.json"
+    known = {s["name"]: s for s in json.loads(path.read_text())} if path.exists() else {}
+    stage: dict[str, Any] = {"name": name, "seconds": 0.0, "kept": True, "note": ""}
+    begin = time.perf_counter()
+    yield stage
+    stage["seconds"] = known.get(name, stage)["seconds"] or round(time.perf_counter() - begin, 2)
+    if PartialState().is_main_process:
+        write_json(path, [*(s for s in known.values() if s["name"] != name), stage])
+    say(f"{number}/4 {name}: {stage['note']}" + ("" if stage["kept"] else " [yellow](not kept)[/yellow]"))
+
+
+def _moments(
+    model: nn.Module, batches: Mapping[str, list[Batch]], path: Path, identity: str, every: int
+) -> dict[str, list[Moments]]:
+    """One pass over train and validation samples, saved every `every` batches."""
+    world = PartialState()
+    sums = {split: new_moments(model) for split in batches}
+    work = [(split, batch) for split, group in batches.items() for batch in group]
+    done = 0
+    if path.exists():
+        tensors, facts = read_tensors(path, _AGAIN)
+        if facts["identity"] == identity:
+            done = facts["done"]
+            for split, group in sums.items():
+                for i, moments in enumerate(group):
+                    for field, tensor in moments.tensors().items():
+                        tensor.copy_(tensors[f"{split}.{i}.{field}"])
+    with bar("2/4 layer-wise", len(work), "batches", done) as advance:
+        while done < len(work):
+            part = work[done : done + every]
+            fresh = {split: new_moments(model) for split in batches} if world.num_processes > 1 else sums
+            for split, batch in part[world.process_index :: world.num_processes]:
+                accumulate(model, [batch], fresh[split])
+                advance(world.num_processes)
+            if world.num_processes > 1:
+                for split in sums:
+                    for total, new in zip(sums[split], fresh[split], strict=True):
+                        for field, tensor in new.tensors().items():
+                            getattr(total, field).add_(reduce(tensor, "sum"))
+            done += len(part)
+            if world.is_main_process:
+                tensors = {
+                    f"{split}.{i}.{field}": tensor
+                    for split, group in sums.items()
+                    for i, moments in enumerate(group)
+                    for field, tensor in moments.tensors().items()
+                }
+                write_tensors(path, tensors, {"identity": identity, "done": done})
+    return sums
+
+
+def _layerwise(
+    model: nn.Module,
+    samples: Mapping[str, list[Sample]],
+    held_out: HeldOut,
+    recipe: Recipe,
+    state: Path,
+    identity: str,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Stage 2: the model with its adapter, and {"ranks", "kl": {"efficient", "layerwise"}, "rank_error"}."""
+    path = state / "layerwise.safetensors"
+    config = recipe.layerwise
+    count = len(applied_ffns(model))
+    hidden = next(iter(applied_ffns(model).values())).view.hidden_size
+    if path.exists():
+        tensors, facts = read_tensors(path, _AGAIN)
+        adapted = _attach(model, facts["ranks"], recipe)
+        set_branches(adapted, tensors)
+        return adapted, facts
+    batches = {split: make_batches(samples[split], config.batch_size) for split in ("validation", "train")}
+    budget = max(count, int(recipe.budget * count_parameters(model) / (2 * hidden)))
+    mean_rank = recipe.rank if isinstance(recipe.rank, int) else max(1, min(hidden, budget // count))
+    ranks = [mean_rank] * count
+    fits: list[Fit] = []
+    rank_error: dict[str, list[float]] = {"ranks": [], "error": []}
+    if config.how == "closed" or recipe.rank == "auto":
+        every = max(1, recipe.samples.shard_size // config.batch_size)
+        sums = _moments(model, batches, state / "moments.safetensors", identity, every)
+        pairs = list(zip(sums["train"], sums["validation"], strict=True))
+        with bar("2/4 layer-wise: solve", count, "layers") as advance:
+            for fitted_on, held in pairs:
+                fits.append(fit_layer(fitted_on, held, mean_rank, config.ridge, recipe.bias))
+                advance(1)
+        curves = [fit.curve.clamp_min(0).sqrt() for fit in fits]
+        rank_error = _rank_error(curves)
+        if recipe.rank == "auto":
+            ranks = allocate_ranks([fit.curve for fit in fits], budget)
+    adapted = _attach(model, ranks, recipe)
+    zero = get_branches(adapted)
+    kl = {"efficient": held_out.kl()}
+    if config.how == "closed":
+        for wrapper, fit, rank in zip(applied_ffns(adapted).values(), fits, ranks, strict=True):
+            set_branch(wrapper.recovery, *fit.at(rank))
+    elif config.how == "sequential":
+        with bar("2/4 layer-wise: sequential", count, "layers") as advance:
+            fit_sequential(adapted, batches["train"], batches["validation"], ranks, config.ridge, recipe.bias, advance)
+    elif config.how == "adam":
+        with bar("2/4 layer-wise: Adam", config.epochs, "epochs") as advance:
+            fit_adam(adapted, batches["train"], config, recipe.seed, advance)
+    kl["layerwise"] = held_out.kl() if config.how != "none" else kl["efficient"]
+    if not kl["layerwise"] < kl["efficient"]:
+        set_branches(adapted, zero)
+    facts = {"ranks": ranks, "kl": kl, "rank_error": rank_error}
+    if PartialState().is_main_process:
+        write_tensors(path, get_branches(adapted), facts)
+    PartialState().wait_for_everyone()
+    return adapted, facts
+
+
+def _attach(model: nn.Module, ranks: list[int], recipe: Recipe) -> nn.Module:
+    """The adapter at zero; its random half is the seed's."""
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        adapted = attach_adapter(model, ranks, recipe.bias)
+    for parameter in branch_parameters(adapted):
+        parameter.requires_grad_(False)
+    return adapted
+
+
+def _rank_error(curves: list[torch.Tensor]) -> dict[str, list[float]]:
+    """The mean relative FFN error on validation samples at ranks 0, 1, 2, 4, ..."""
+    top = len(curves[0]) - 1
+    ranks = [0, *(1 << i for i in range(top.bit_length()) if 1 << i <= top)]
+    return {"ranks": [float(r) for r in ranks], "error": [float(torch.stack([c[r] for c in curves]).mean()) for r in ranks]}
+
+
+def _end_to_end(
+    adapted: nn.Module,
+    samples: Mapping[str, list[Sample]],
+    held_out: HeldOut,
+    recipe: Recipe,
+    state: Path,
+    identity: str,
+    start: float,
+) -> tuple[float, list[dict[str, float]], list[dict[str, float]]]:
+    """Stage 3, in place: the best held-out KL, the training curve and the validation curve."""
+    config = recipe.end_to_end
+    if config.epochs == 0:
+        return start, [], []
+    batches = make_batches(samples["train"], config.micro_batch)
+    path = state / "end_to_end.safetensors"
+    return train(adapted, batches, held_out, config, recipe.seed, path, identity, start)
+
+
+def measure(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Samples,
+    evaluation: Evaluation,
+    seed: int,
+) -> dict[str, Any]:
+    """Stage 4 alone, for a loaded adapter: fresh prompts, dense, efficient and recovered side by side.
+
+    Args:
+        model: from `caprese.load`.
+        samples: `test` prompts are asked; the other splits are not made.
+    """
+    with tempfile.TemporaryDirectory(prefix="caprese-") as scratch:
+        prompts = load_prompts(samples.prompts, samples.test, seed, samples.column)
+        encoded = [encode_prompt(tokenizer, p.text, samples.instruction, samples.chat_template) for p in prompts]
+        settings = {"seed": seed}
+        with bar("4/4 evaluation: dense", len(prompts), "samples") as advance, variant(model, "dense"):
+            test = complete_in_shards(
+                model, tokenizer, prompts, encoded, samples, Path(scratch), "test", dict(settings), advance
+            )
+        return evaluate(model, tokenizer, test, samples, evaluation, Path(scratch), settings)

@@ -1,0 +1,73 @@
+"""Small real models and tokenizers, made once per test run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import caprese
+from caprese import progress
+
+torch.set_num_threads(2)
+progress.quiet = True
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, plus end of text and padding."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<pad>": 0, "<end>": 1, **{c: i + 2 for i, c in enumerate(alphabet)}}
+    inner = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>")
+
+
+def tiny_llama(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
+    """A random Llama large enough in its weights that removing neurons shows."""
+    settings: dict[str, object] = {
+        "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 258, "max_position_embeddings": 512, "initializer_range": 0.3,
+        "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
+    }
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **overrides}))
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def tiny() -> LlamaForCausalLM:
+    return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model on disk, as a user would have one."""
+    directory = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny_llama().save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def small_recipe(tmp_path: Path) -> caprese.Recipe:
+    """A whole run in seconds."""
+    return caprese.Recipe(
+        rank=4,
+        output=str(tmp_path / "out"),
+        samples={
+            "prompts": "gym:simple_equations", "train": 24, "validation": 6, "test": 6, "max_new_tokens": 16,
+            "batch_size": 8, "shard_size": 8,
+        },
+        layerwise={"batch_size": 4},
+        end_to_end={"epochs": 2, "batch_size": 4, "micro_batch": 4, "checkpoint_every": 2, "learning_rate": 3e-3},
+        evaluation={"latency_tokens": 8, "batch_size": 4},
+    )
