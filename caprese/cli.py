@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,7 +74,9 @@ def _version(on: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Make a causal LM's inference cheaper, and give back what that cost."""
 
@@ -116,7 +117,9 @@ def _rank(text: str | None) -> int | str | None:
 @_verb
 def recover(
     model: Annotated[str | None, typer.Option("--model", "-m", help="Alias, hub id or local directory.")] = None,
-    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Shipped recipe or YAML file; flags override it.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="Shipped recipe or YAML file; flags override it.")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="griffin or cats.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Fraction of FFN neurons removed, in (0, 1).")] = None,
     layers: Annotated[str | None, typer.Option(help="all, first-half, or numbers like 0,1,4-7.")] = None,
@@ -135,8 +138,12 @@ def recover(
     revision: Annotated[str | None, typer.Option(help="Hub revision of the base model.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another recipe's result in --output.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan: parameters, bytes, time estimate.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace another recipe's result in --output.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan: parameters, bytes, time estimate.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Make MODEL cheaper and distil an adapter that gives its quality back. Goes on where a stopped run was."""
@@ -147,18 +154,34 @@ def recover(
     _quiet(as_json)
     overrides: dict[str, Any] = {}
     for path, value in {
-        "method": method, "sparsity": sparsity, "layers": _layers(layers), "rank": _rank(rank), "bias": bias,
-        "samples.prompts": prompts, "samples.column": column, "samples.train": samples,
-        "samples.max_new_tokens": max_new_tokens, "layerwise.how": layerwise, "end_to_end.objective": objective,
-        "end_to_end.epochs": epochs, "end_to_end.learning_rate": learning_rate, "seed": seed, "output": output,
-        "revision": revision, "dtype": dtype, "device": device,
+        "method": method,
+        "sparsity": sparsity,
+        "layers": _layers(layers),
+        "rank": _rank(rank),
+        "bias": bias,
+        "samples.prompts": prompts,
+        "samples.column": column,
+        "samples.train": samples,
+        "samples.max_new_tokens": max_new_tokens,
+        "layerwise.how": layerwise,
+        "end_to_end.objective": objective,
+        "end_to_end.epochs": epochs,
+        "end_to_end.learning_rate": learning_rate,
+        "seed": seed,
+        "output": output,
+        "revision": revision,
+        "dtype": dtype,
+        "device": device,
     }.items():
         _set(overrides, path, value)
     resolved = resolve_recipe(recipe, model, **overrides)
     if resolved.model is None:
         raise CapreseError("which model? give --model, or a recipe that names one (caprese recipes ls)")
     base = resolve(resolved.model, resolved.revision)
-    say(f"[bold]{base}[/bold]  {resolved.method} {resolved.sparsity:.0%}, rank {resolved.rank}, seed {resolved.seed} -> {resolved.output}")
+    say(
+        f"[bold]{base}[/bold]  {resolved.method} {resolved.sparsity:.0%}, rank {resolved.rank}, "
+        f"seed {resolved.seed} -> {resolved.output}"
+    )
     resolved.make_method()
     if dry_run:
         from caprese.plan import plan
@@ -168,7 +191,9 @@ def recover(
         return
     from caprese.recovery import recover as run
 
-    loaded, tokenizer = load_base(resolved.model, revision=resolved.revision, dtype=resolved.dtype, device=resolved.device)
+    loaded, tokenizer = load_base(
+        resolved.model, revision=resolved.revision, dtype=resolved.dtype, device=resolved.device
+    )
     report = run(loaded, tokenizer, resolved, overwrite=overwrite)
     if as_json:
         print(json.dumps(report, indent=2))
@@ -204,7 +229,9 @@ def _print_table(title: str, figures: dict[str, Any]) -> None:
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer.")],
-    adapter: Annotated[str | None, typer.Option("--adapter", "-a", help="Recovery adapter; without one the model runs dense.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", "-a", help="Recovery adapter; without one the model runs dense.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of the answer.", min=1)] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
@@ -226,8 +253,15 @@ def generate(
     loaded, tokenizer = load_base(model, dtype=dtype, device=device)
     lm: Any = load(loaded, adapter) if adapter else loaded
     result = stream(
-        lm, tokenizer, prompt, instruction=instruction, max_new_tokens=max_new_tokens, temperature=temperature,
-        top_p=top_p, seed=seed, emit=None if as_json else lambda text: print(text, end="", flush=True),
+        lm,
+        tokenizer,
+        prompt,
+        instruction=instruction,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        emit=None if as_json else lambda text: print(text, end="", flush=True),
     )
     if as_json:
         print(json.dumps(result, indent=2))
@@ -242,7 +276,9 @@ def generate(
 def evaluate(
     model: Model,
     adapter: Adapter,
-    prompts: Annotated[str, typer.Option(help="gym:TASK, a .jsonl or .parquet file, or a dataset name.")] = "gym:gsm_symbolic",
+    prompts: Annotated[
+        str, typer.Option(help="gym:TASK, a .jsonl or .parquet file, or a dataset name.")
+    ] = "gym:gsm_symbolic",
     column: Annotated[str, typer.Option(help="Column that holds the prompt.")] = "prompt",
     samples: Annotated[int, typer.Option(help="Held-out prompts.", min=1)] = 32,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of a completion.", min=2)] = 128,
@@ -276,6 +312,7 @@ def evaluate(
 @_verb
 def recipes_ls(as_json: Json = False) -> None:
     """The recipes that come with caprese."""
+    from caprese.models import ALIASES
     from caprese.recipes import names, resolve_recipe
 
     rows = {name: resolve_recipe(name) for name in names()}
@@ -283,7 +320,10 @@ def recipes_ls(as_json: Json = False) -> None:
         print(json.dumps({name: r.model_dump(mode="json") for name, r in rows.items()}, indent=2))
         return
     for name, r in rows.items():
-        print(f"{name:32} {r.model:32} {r.method} {r.sparsity:.0%} on {r.layers}, rank {r.rank}, {r.samples.train} samples")
+        print(
+            f"{name:32} {ALIASES.get(r.model or '', r.model):44} {r.method} {r.sparsity:.0%} on {r.layers}, "
+            f"rank {r.rank}, {r.samples.train} samples"
+        )
 
 
 @recipes_app.command("show")
@@ -293,7 +333,10 @@ def recipes_show(name: str, as_json: Json = False) -> None:
     from caprese.recipes import resolve_recipe
 
     recipe = resolve_recipe(name)
-    print(json.dumps(recipe.model_dump(mode="json"), indent=2) if as_json else recipe.to_yaml(), end="\n" if as_json else "")
+    print(
+        json.dumps(recipe.model_dump(mode="json"), indent=2) if as_json else recipe.to_yaml(),
+        end="\n" if as_json else "",
+    )
 
 
 @recipes_app.command("cp")
@@ -331,4 +374,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    run()

@@ -94,7 +94,9 @@ def recover(
 
     with _stage(state, "samples", 1) as stage:
         samples = make_samples(model, tokenizer, recipe.samples, out / "samples", recipe.seed, prints)
-        stage.update(note=f"{len(samples['train'])} train, {len(samples['validation'])} validation, {len(samples['test'])} test")
+        stage.update(
+            note=f"{len(samples['train'])} train, {len(samples['validation'])} validation, {len(samples['test'])} test"
+        )
     adapted: nn.Module = apply(model, method)
     try:
         validation = make_batches(samples["validation"], recipe.layerwise.batch_size)
@@ -102,7 +104,9 @@ def recover(
         with _stage(state, "layerwise", 2) as stage:
             adapted, fitted = _layerwise(model, samples, held_out, recipe, state, identity)
             kept = fitted["kl"]["layerwise"] < fitted["kl"]["efficient"]
-            stage.update(kept=kept, note=f"held-out KL {fitted['kl']['efficient']:.4f} -> {fitted['kl']['layerwise']:.4f}")
+            stage.update(
+                kept=kept, note=f"held-out KL {fitted['kl']['efficient']:.4f} -> {fitted['kl']['layerwise']:.4f}"
+            )
         start = min(fitted["kl"].values())
         with _stage(state, "end_to_end", 3) as stage:
             best, curve, checks = _end_to_end(adapted, samples, held_out, recipe, state, identity, start)
@@ -165,9 +169,7 @@ def _identity(recipe: Recipe, prints: Mapping[str, str]) -> str:
 
 def _portable_recipe(recipe: Recipe) -> Recipe:
     """The recipe without this machine's directories."""
-    return recipe.model_copy(
-        update={"model": public_id(recipe.model or ""), "output": public_id(recipe.output)}
-    )
+    return recipe.model_copy(update={"model": public_id(recipe.model or ""), "output": public_id(recipe.output)})
 
 
 def _finished(out: Path, identity: str) -> dict[str, Any] | None:
@@ -327,7 +329,10 @@ def _rank_error(curves: list[torch.Tensor]) -> dict[str, list[float]]:
     """The mean relative FFN error on validation samples at ranks 0, 1, 2, 4, ..."""
     top = len(curves[0]) - 1
     ranks = [0, *(1 << i for i in range(top.bit_length()) if 1 << i <= top)]
-    return {"ranks": [float(r) for r in ranks], "error": [float(torch.stack([c[r] for c in curves]).mean()) for r in ranks]}
+    return {
+        "ranks": [float(r) for r in ranks],
+        "error": [float(torch.stack([c[r] for c in curves]).mean()) for r in ranks],
+    }
 
 
 def _end_to_end(

@@ -29,9 +29,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_llama(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
     """A random Llama large enough in its weights that removing neurons shows."""
     settings: dict[str, object] = {
-        "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 258, "max_position_embeddings": 512, "initializer_range": 0.3,
-        "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
+        "hidden_size": 32,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 258,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
     }
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**{**settings, **overrides}))
@@ -64,8 +72,13 @@ def small_recipe(tmp_path: Path) -> caprese.Recipe:
         rank=4,
         output=str(tmp_path / "out"),
         samples={
-            "prompts": "gym:simple_equations", "train": 24, "validation": 6, "test": 6, "max_new_tokens": 16,
-            "batch_size": 8, "shard_size": 8,
+            "prompts": "gym:simple_equations",
+            "train": 24,
+            "validation": 6,
+            "test": 6,
+            "max_new_tokens": 16,
+            "batch_size": 8,
+            "shard_size": 8,
         },
         layerwise={"batch_size": 4},
         end_to_end={"epochs": 2, "batch_size": 4, "micro_batch": 4, "checkpoint_every": 2, "learning_rate": 3e-3},

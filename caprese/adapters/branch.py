@@ -52,7 +52,7 @@ def attach_adapter(model: nn.Module, ranks: int | Sequence[int], bias: bool = Fa
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*lora_bias.*")
-        adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+        adapted = get_peft_model(model, config)
     config.base_model_name_or_path = base.model_id
     config.inference_mode = False
     return adapted

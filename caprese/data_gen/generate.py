@@ -220,7 +220,7 @@ def complete_in_shards(
             seed = (settings["seed"], name, number)
             completions = complete(model, tokenizer, encoded[chunk], config, seed, advance)
             shard = [
-                Sample(ids + new, len(ids), p.text, tokenizer.decode(new, skip_special_tokens=True), p.answer)
+                Sample(ids + new, len(ids), p.text, str(tokenizer.decode(new, skip_special_tokens=True)), p.answer)
                 for p, ids, new in zip(prompts[chunk], encoded[chunk], completions, strict=True)
             ]
             write_shard(path, shard, {**settings, "rows": len(shard)})

@@ -5,5 +5,13 @@ from caprese.distill.end_to_end import EndToEnd, HeldOut
 from caprese.distill.layerwise import Layerwise, accumulate, allocate_ranks, fit_layer, new_moments
 
 __all__ = [
-    "Batch", "EndToEnd", "HeldOut", "Layerwise", "accumulate", "allocate_ranks", "fit_layer", "make_batches", "new_moments",
+    "Batch",
+    "EndToEnd",
+    "HeldOut",
+    "Layerwise",
+    "accumulate",
+    "allocate_ranks",
+    "fit_layer",
+    "make_batches",
+    "new_moments",
 ]

@@ -93,9 +93,7 @@ def fork(cache: Cache) -> Cache:
     return twin
 
 
-def completion_hidden(
-    model: nn.Module, batch: Batch, cache: Cache, observer: Observer | None = None
-) -> torch.Tensor:
+def completion_hidden(model: nn.Module, batch: Batch, cache: Cache, observer: Observer | None = None) -> torch.Tensor:
     """Final hidden states (before the LM head) of the completion inputs after `prefill`, [B, C, D].
 
     Efficient, with the adapter; dense inside `dense(model)`. The cache is left as it was.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -71,8 +71,8 @@ class _Teacher:
         with dense(self.model):
             hidden = completion_hidden(self.model, batch, cache)[batch.mask]
         item = (batch, cache, hidden)
-        layers = ((layer.keys, layer.values) for layer in cache.layers)
-        size = hidden.nbytes + sum(t.nbytes for pair in layers for t in pair)
+        layers: list[Any] = cache.layers
+        size = hidden.nbytes + sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
         if size <= self.left:
             self.left -= size
             self.known[index] = item

@@ -143,7 +143,9 @@ def fit_layer(train: Moments, held_out: Moments, rank: int, ridge: float | str =
     scale = values.mean()
     floor = 1e-12 * values[-1]
 
-    def solve(fraction: float, directions: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def solve(
+        fraction: float, directions: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """L = W V, V and the held-out relative error at each rank; V are all eigenvectors, or the leading few."""
         shifted = values + fraction * scale
         inverse = torch.where(shifted > floor, 1 / shifted, 0)

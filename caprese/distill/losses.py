@@ -41,7 +41,7 @@ class _HiddenKL(torch.autograd.Function):
 
 def hidden_kl(student: torch.Tensor, teacher: torch.Tensor, head: Head, chunk: int = CHUNK) -> torch.Tensor:
     """Sum over tokens of KL(teacher || student), from hidden states [n, D]; [tokens, vocabulary] is never made."""
-    return _HiddenKL.apply(student, teacher, head, chunk)  # type: ignore[no-any-return]
+    return _HiddenKL.apply(student, teacher, head, chunk)
 
 
 def hidden_mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

