@@ -1,0 +1,112 @@
+"""GRIFFIN and CATS against plain float64 references written from the papers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from caprese.efficient_methods import METHODS, Cats, Griffin
+from caprese.errors import CapreseError
+
+
+def activations(seed: int, batch: int, tokens: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.nn.functional.silu(torch.randn(batch, tokens, width, generator=generator))
+    return a, a * torch.randn(batch, tokens, width, generator=generator)
+
+
+def griffin_scores(z: torch.Tensor) -> torch.Tensor:
+    """s_j = || z_ij / ||z_i||_2 ||_2 over tokens i; z [T, F]."""
+    z = z.double()
+    return (z / z.norm(dim=1, keepdim=True)).norm(dim=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 9),
+    width=st.integers(2, 40),
+    sparsity=st.floats(0.01, 0.99),
+    data=st.data(),
+)
+def test_griffin_keeps_the_neurons_of_the_reference(seed, batch, tokens, width, sparsity, data):
+    a, z = activations(seed, batch, tokens, width)
+    lengths = [data.draw(st.integers(1, tokens)) for _ in range(batch)]
+    mask = torch.stack([torch.arange(tokens) >= tokens - n for n in lengths])  # left padding
+    method = Griffin(sparsity=sparsity)
+    choice = method.choose(method.statistic(a, z, mask), width)
+    k = max(1, round((1 - sparsity) * width))
+    for row, n in enumerate(lengths):
+        scores = griffin_scores(z[row, tokens - n :])
+        kept = choice[row, 0]
+        assert int(kept.sum()) == k
+        if k < width:
+            assert scores[kept].min() >= scores[~kept].max() * (1 - 1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 999), tokens=st.integers(1, 30), width=st.integers(8, 60), sparsity=st.floats(0.05, 0.95))
+def test_cats_threshold_is_the_quantile(seed, tokens, width, sparsity):
+    a, z = activations(seed, 1, tokens, width)
+    method = Cats(sparsity=sparsity)
+    tau = float(method.choose(method.statistic(a, z, torch.ones(1, tokens, dtype=torch.bool)), width))
+    values = a.abs().flatten().double().sort().values
+    drop = int(sparsity * len(values))
+    # the threshold lies at the quantile, up to the width of a bin
+    low = values[max(0, drop - 1)]
+    high = values[min(len(values) - 1, drop)]
+    assert low * (1 - 2**-6) <= tau <= high * (1 + 2**-6) or drop == 0
+    dropped = int((a.abs() < tau).sum())
+    near = int(((values > tau * (1 - 2**-5)) & (values < tau * (1 + 2**-5))).sum())
+    assert abs(dropped - drop) <= near + 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_statistics_add_up_over_chunks(name):
+    a, z = activations(1, 2, 12, 33)
+    method = METHODS[name](sparsity=0.6)
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    whole = method.statistic(a, z, mask)
+    parts = sum(method.statistic(a[:, s], z[:, s], mask[:, s]) for s in (slice(0, 5), slice(5, 6), slice(6, 12)))
+    assert torch.allclose(whole.double(), parts.double(), rtol=1e-6)
+    assert torch.equal(method.choose(whole, 33), method.choose(parts, 33))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_padding_does_not_enter_the_statistic(name):
+    a, z = activations(2, 1, 7, 20)
+    padded = [torch.cat([torch.full((1, 3, 20), 50.0), t], 1) for t in (a, z)]
+    mask = torch.tensor([[False] * 3 + [True] * 7])
+    method = METHODS[name](sparsity=0.5)
+    alone = method.statistic(a, z, torch.ones(1, 7, dtype=torch.bool))
+    assert torch.allclose(method.statistic(*padded, mask).double(), alone.double(), rtol=1e-6)
+
+
+def test_a_zero_token_does_not_poison_griffin():
+    z = torch.zeros(1, 2, 8)
+    z[0, 1, 3] = 1.0
+    statistic = Griffin(sparsity=0.5).statistic(z, z, torch.ones(1, 2, dtype=torch.bool))
+    assert torch.isfinite(statistic).all() and int(statistic.argmax()) == 3
+
+
+@pytest.mark.parametrize("sparsity", [0, 1, -1, 1.5, float("nan")])
+def test_sparsity_stays_inside_its_range(sparsity):
+    with pytest.raises(ValueError):
+        Griffin(sparsity=sparsity)
+
+
+def test_layer_lists():
+    assert Griffin(layers="all").layer_indices(5) == [0, 1, 2, 3, 4]
+    assert Griffin(layers="first-half").layer_indices(5) == [0, 1, 2]
+    assert Cats(layers=[4, 1]).layer_indices(5) == [1, 4]
+    for bad in ([], [5], [-1], [1, 1]):
+        with pytest.raises(CapreseError, match="do not fit"):
+            Griffin(layers=bad).layer_indices(5)
+
+
+def test_active_parameters():
+    assert Griffin(sparsity=0.5).active_parameters(10, 40) == 3 * 10 * 20
+    assert Cats(sparsity=0.5).active_parameters(10, 40) == 10 * 40 + 2 * 10 * 20

@@ -1,0 +1,255 @@
+"""Prefill dense, decode efficient; what was learned belongs to the cache."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from transformers import (
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import caprese
+from caprese.adapters import attach_adapter, branch_parameters
+from caprese.efficient_methods import METHODS, applied_ffns
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 258,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+    "head_dim": 8,
+}
+FAMILIES = {
+    "llama": lambda: tiny_llama(eos_token_id=None, mlp_bias=True),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=None)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, query_pre_attn_scalar=8, sliding_window=64)),
+}
+
+
+def family(name: str):
+    torch.manual_seed(3)
+    return FAMILIES[name]().eval().requires_grad_(False)
+
+
+def recovered(model: torch.nn.Module, rank: int = 4, scale: float = 0.05) -> PeftModel:
+    """An adapter that does something."""
+    adapted = attach_adapter(model, rank)
+    generator = torch.Generator().manual_seed(5)
+    for p in branch_parameters(adapted):
+        p.data.copy_(scale * torch.randn(p.shape, generator=generator))
+    return adapted.eval()
+
+
+def prompts(*lengths: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    return [torch.randint(2, 258, (1, n), generator=generator) for n in lengths]
+
+
+def padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(r.shape[1] for r in rows)
+    ids = torch.cat([torch.cat([torch.zeros(1, width - r.shape[1], dtype=torch.long), r], 1) for r in rows])
+    mask = torch.cat([(torch.arange(width) >= width - r.shape[1]).long()[None] for r in rows])
+    return ids, mask
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_apply_and_remove_are_exact_inverses(name, method):
+    model = family(name)
+    ids = prompts(9)[0]
+    names, before = list(model.state_dict()), model(ids).logits
+    hooks = len(model.get_decoder()._forward_pre_hooks)
+    adapted = recovered(caprese.apply(model, METHODS[method](sparsity=0.5)))
+    adapted.generate(input_ids=ids, max_new_tokens=3)
+    assert caprese.remove(adapted) is model
+    assert torch.equal(model(ids).logits, before)
+    assert list(model.state_dict()) == names and len(model.get_decoder()._forward_pre_hooks) == hooks
+    assert not applied_ffns(model)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_keeping_every_neuron_is_dense(name, method):
+    model = family(name)
+    ids = prompts(12)[0]
+    before = model(ids).logits
+    greedy = model.generate(ids, max_new_tokens=8, do_sample=False)
+    caprese.apply(model, METHODS[method](sparsity=1e-9))
+    with caprese.phases(model, [5]):
+        assert (model(ids).logits - before).abs().max() < 1e-5
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), greedy)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dense_context_is_the_base_model(tiny, method):
+    ids = prompts(12)[0]
+    before = tiny(ids).logits
+    adapted = recovered(caprese.apply(tiny, METHODS[method](sparsity=0.7)))
+    with caprese.phases(adapted, [4]):
+        assert not torch.allclose(adapted(input_ids=ids).logits, before)
+        with caprese.dense(adapted):
+            assert torch.equal(adapted(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_one_pass_with_phases_is_what_generation_computes(name, method):
+    model = recovered(caprese.apply(family(name), METHODS[method](sparsity=0.5)))
+    ids = prompts(7)[0]
+    out = model.generate(
+        input_ids=ids, max_new_tokens=9, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    with caprese.phases(model, [7]):
+        whole = model(input_ids=out.sequences[:, :-1]).logits[0, 6:]
+    assert torch.allclose(whole, torch.cat(out.logits), atol=2e-4)
+
+
+@settings(max_examples=12, deadline=None)
+@given(lengths=st.lists(st.integers(1, 14), min_size=2, max_size=4), method=st.sampled_from(sorted(METHODS)))
+def test_a_padded_batch_gives_each_sequence_what_it_gets_alone(lengths, method):
+    model = recovered(caprese.apply(tiny_llama(eos_token_id=None), METHODS[method](sparsity=0.5)))
+    rows = prompts(*lengths)
+    ids, mask = padded(rows)
+    batch = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False)[:, ids.shape[1] :]
+    for row, tokens in zip(rows, batch, strict=True):
+        alone = model.generate(input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=6, do_sample=False)
+        assert torch.equal(alone[0, row.shape[1] :], tokens)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_one_token_prompt_is_prefill(tiny, method):
+    ids = prompts(1)[0]
+    before = tiny(ids).logits
+    caprese.apply(tiny, METHODS[method](sparsity=0.5))
+    assert torch.equal(tiny(ids, use_cache=True).logits, before)
+    assert tiny.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None).shape == (1, 5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_chunked_prefill_learns_what_whole_prefill_learns(tiny, method):
+    caprese.apply(tiny, METHODS[method](sparsity=0.5))
+    ids = prompts(13)[0]
+    logits = []
+    for chunks in ((13,), (4, 2, 7)):
+        cache, start = DynamicCache(config=tiny.config), 0
+        for n in chunks:
+            tiny(ids[:, start : start + n], past_key_values=cache, use_cache=True)
+            start += n
+        logits.append(tiny(torch.tensor([[9]]), past_key_values=cache, use_cache=True).logits)
+    assert torch.allclose(*logits, atol=1e-5)
+
+
+def test_a_second_turn_adds_to_what_the_first_taught(tiny):
+    caprese.apply(tiny, caprese.Griffin(sparsity=0.5))
+    first, second = prompts(8, 6)
+    cache = DynamicCache(config=tiny.config)
+    tiny(first, past_key_values=cache, use_cache=True)
+    state = next(iter(cache.caprese_state.layers.values()))
+    one = state.statistic.clone()
+    tiny(torch.tensor([[7]]), past_key_values=cache, use_cache=True)
+    assert torch.equal(state.statistic, one)  # a generated token teaches nothing
+    tiny(second, past_key_values=cache, use_cache=True)
+    assert (state.statistic > one).any() and state.statistic.sum() == pytest.approx(14, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_caches_do_not_disturb_each_other(tiny, method):
+    caprese.apply(tiny, METHODS[method](sparsity=0.6))
+    rows = prompts(9, 5)
+
+    def run(interleaved: bool) -> list[torch.Tensor]:
+        caches = [DynamicCache(config=tiny.config) for _ in rows]
+        tokens, out = [], [[], []]
+        steps = (
+            [(i, s) for s in range(4) for i in range(2)]
+            if interleaved
+            else [(i, s) for i in range(2) for s in range(4)]
+        )
+        tokens = list(rows)
+        for i, _ in steps:
+            logits = tiny(tokens[i], past_key_values=caches[i], use_cache=True).logits[:, -1:]
+            out[i].append(logits)
+            tokens[i] = logits.argmax(-1)
+        return [torch.cat(o) for o in out]
+
+    for a, b in zip(run(True), run(False), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_copied_cache_keeps_what_it_learned(tiny):
+    caprese.apply(tiny, caprese.Griffin(sparsity=0.5))
+    cache = DynamicCache(config=tiny.config)
+    tiny(prompts(9)[0], past_key_values=cache, use_cache=True)
+    twin = copy.deepcopy(cache)
+    token = torch.tensor([[11]])
+    a, b = (tiny(token, past_key_values=c, use_cache=True).logits for c in (cache, twin))
+    assert torch.equal(a, b)
+
+
+def test_gradient_checkpointing_sees_the_same_phases(tiny):
+    ids = prompts(10)[0]
+    model = recovered(caprese.apply(tiny, caprese.Griffin(sparsity=0.5)))
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            tiny.gradient_checkpointing_enable({"use_reentrant": False})
+            tiny.train()
+        for p in branch_parameters(model):
+            p.requires_grad_(True).grad = None
+        with caprese.phases(model, [4]):
+            model(input_ids=ids, use_cache=False).logits.square().mean().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in branch_parameters(model)]))
+    assert grads[0].abs().sum() > 0
+    assert torch.allclose(*grads, atol=1e-6)
+
+
+def test_sampled_sequences_of_one_prompt(tiny):
+    caprese.apply(tiny, caprese.Griffin(sparsity=0.5))
+    ids = prompts(6)[0]
+    torch.manual_seed(0)
+    out = tiny.generate(ids, max_new_tokens=5, do_sample=True, num_return_sequences=3)
+    assert out.shape[0] == 3
+
+
+def test_a_cache_filled_in_a_dense_pass_is_refused(tiny):
+    caprese.apply(tiny, caprese.Griffin(sparsity=0.5))
+    cache = DynamicCache(config=tiny.config)
+    with caprese.dense(tiny):
+        tiny(prompts(5)[0], past_key_values=cache, use_cache=True)
+    with pytest.raises(caprese.CapreseError, match="has seen no prompt"):
+        tiny(torch.tensor([[3]]), past_key_values=cache, use_cache=True)
+
+
+def test_a_prompt_length_of_zero_is_refused_where_a_prompt_is_needed(tiny):
+    caprese.apply(tiny, caprese.Griffin(sparsity=0.5))
+    with pytest.raises(caprese.CapreseError, match="prompt"), caprese.phases(tiny, [0]):
+        tiny(prompts(5)[0])
+
+
+def test_phases_checks_its_lengths(tiny):
+    caprese.apply(tiny, caprese.Griffin(sparsity=0.5))
+    with pytest.raises(caprese.CapreseError, match="one length"), caprese.phases(tiny, [-1]):
+        pass
+    with pytest.raises(caprese.CapreseError, match="batch of 1"), caprese.phases(tiny, [1, 2]):
+        tiny(prompts(5)[0])
