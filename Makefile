@@ -30,13 +30,13 @@ test-slow: env  ## the slow ones
 	$(BIN)/python -m pytest -q -m slow
 
 lint: env  ## ruff and mypy
-	$(BIN)/ruff check caprese tests examples benchmarks
-	$(BIN)/ruff format --check caprese tests examples benchmarks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 format: env  ## let ruff rewrite
-	$(BIN)/ruff check --fix caprese tests examples benchmarks
-	$(BIN)/ruff format caprese tests examples benchmarks
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 check: lint test  ## what CI runs
 

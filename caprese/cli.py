@@ -57,13 +57,18 @@ def _quiet(on: bool) -> None:
 
     from caprese import progress
 
-    progress.quiet = on
+    # of several processes only the first speaks
+    progress.quiet = on or not _first()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     import warnings
 
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def _first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _version(on: bool) -> None:
@@ -195,6 +200,8 @@ def recover(
         resolved.model, revision=resolved.revision, dtype=resolved.dtype, device=resolved.device
     )
     report = run(loaded, tokenizer, resolved, overwrite=overwrite)
+    if not _first():
+        return
     if as_json:
         print(json.dumps(report, indent=2))
         return
@@ -301,11 +308,17 @@ def evaluate(
     lm = load(base, adapter)
     asked = Samples(prompts=prompts, column=column, test=samples, max_new_tokens=max_new_tokens)
     measured = measure(lm, tokenizer, asked, Evaluation(latency_tokens=latency_tokens, examples=0), seed)
-    report = {"model": model, "adapter": adapter, **sidecar.method, "seed": seed, **measured}
+    facts = sidecar.make_method()
+    report = {"model": model, "adapter": adapter, "method": facts.name, **facts.model_dump(), "seed": seed, **measured}
     if as_json:
         print(json.dumps(report, indent=2))
     else:
-        _print_report(report)
+        from rich.console import Console
+
+        from caprese.evaluation.summary import recovered, summary_table
+
+        Console().print(summary_table(report))
+        print(f"Recovered: {recovered(report) or 'not measured'}")
 
 
 @recipes_app.command("ls")

@@ -38,13 +38,17 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     except (OSError, SafetensorError) as error:
         if isinstance(error, SafetensorError) and "No space" not in str(error):
             raise
-        raise CapreseError(
-            f"cannot write {path}: {getattr(error, 'strerror', None) or error}; free space or choose another --output, "
-            "then run again (finished work is kept)"
-        ) from error
+        raise unwritable(path, error) from error
     finally:
         if tmp is not None:
             tmp.unlink(missing_ok=True)
+
+
+def unwritable(path: Path, error: Exception) -> CapreseError:
+    return CapreseError(
+        f"cannot write {path}: {getattr(error, 'strerror', None) or error}; free space or choose another --output, "
+        "then run again (finished work is kept)"
+    )
 
 
 def _umask() -> int:

@@ -34,7 +34,16 @@ from caprese.adapters import (
     set_branch,
     set_branches,
 )
-from caprese.data_gen import Sample, Samples, complete_in_shards, describe, encode_prompt, load_prompts, make_samples
+from caprese.data_gen import (
+    Sample,
+    Samples,
+    check_context,
+    complete_in_shards,
+    describe,
+    encode_prompt,
+    load_prompts,
+    make_samples,
+)
 from caprese.distill import HeldOut, accumulate, allocate_ranks, fit_layer, make_batches, new_moments
 from caprese.distill.adam import fit_adam
 from caprese.distill.batches import Batch
@@ -47,7 +56,7 @@ from caprese.evaluation import Evaluation, environment, evaluate, variant, write
 from caprese.files import check_writable, read_tensors, write_json, write_tensors, write_text
 from caprese.models import base_of, count_parameters, find_ffns
 from caprese.progress import bar, say
-from caprese.recipes import Recipe
+from caprese.recipes import Recipe, resolve_recipe
 
 STATE = ".state"
 _AGAIN = "delete it and run again to repeat this stage"
@@ -74,7 +83,9 @@ def recover(
         CapreseError: anything wrong with model, recipe, prompts or output, in one line with the remedy.
     """
     recipe = recipe or Recipe()
-    recipe = recipe.model_copy(update={"model": recipe.model or base_of(model).name})
+    if recipe.model is None:
+        # what it leaves open comes from the recipe shipped for this model, if there is one
+        recipe = resolve_recipe(model=base_of(model).name, **recipe.model_dump(exclude_unset=True, exclude={"model"}))
     method = recipe.make_method()
     sites = find_ffns(model)
     chosen = method.layer_indices(len(sites))
@@ -126,7 +137,7 @@ def recover(
         write_text(out / "recipe.yaml", _portable_recipe(recipe).to_yaml())
         report = {
             "caprese_version": __version__,
-            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": "caprese recover --recipe recipe.yaml",
             "model": recipe.model,
             "model_id": public_id(base.model_id),
@@ -189,25 +200,31 @@ def _claim(out: Path, state: Path, identity: str, overwrite: bool) -> None:
     if not overwrite:
         held = "is half way through" if mark.exists() else "holds the result of"
         path = mark if mark.exists() else out / "report.json"
-        if path.exists():
-            try:
-                other = json.loads(path.read_text()).get("identity")
-            except ValueError:
-                other = None
-            if other != identity:
-                raise CapreseError(f"{out} {held} another recipe or base; choose another --output, or give --overwrite")
-    elif mark.exists() and json.loads(mark.read_text()).get("identity") != identity:
+        if path.exists() and _identity_in(path) != identity:
+            raise CapreseError(f"{out} {held} another recipe or base; choose another --output, or give --overwrite")
+    elif mark.exists() and _identity_in(mark) != identity:
         shutil.rmtree(state)
     if PartialState().is_main_process:
         write_json(mark, {"identity": identity})
     PartialState().wait_for_everyone()
 
 
+def _identity_in(path: Path) -> str | None:
+    """Whose result it is; nobody's if the file is damaged."""
+    try:
+        return json.loads(path.read_text()).get("identity")
+    except ValueError:
+        return None
+
+
 @contextmanager
 def _stage(state: Path, name: str, number: int) -> Iterator[dict[str, Any]]:
     """Time a stage and note it in stages.json; a stage done by an earlier run keeps the time it took then."""
     path = state / "stages.json"
-    known = {s["name"]: s for s in json.loads(path.read_text())} if path.exists() else {}
+    try:
+        known = {s["name"]: s for s in json.loads(path.read_text())} if path.exists() else {}
+    except (ValueError, TypeError, KeyError) as error:
+        raise CapreseError(f"{path} is damaged ({error}); delete it and run again") from error
     stage: dict[str, Any] = {"name": name, "seconds": 0.0, "kept": True, "note": ""}
     begin = time.perf_counter()
     yield stage
@@ -369,6 +386,7 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="caprese-") as scratch:
         prompts = load_prompts(samples.prompts, samples.test, seed, samples.column)
         encoded = [encode_prompt(tokenizer, p.text, samples.instruction, samples.chat_template) for p in prompts]
+        check_context(model, prompts, encoded, samples.max_new_tokens)
         settings = {"seed": seed}
         with bar("4/4 evaluation: dense", len(prompts), "samples") as advance, variant(model, "dense"):
             test = complete_in_shards(

@@ -175,7 +175,9 @@ def test_chunked_kl_is_kl_and_so_is_its_gradient():
     p, q = (torch.log_softmax(head(h).double(), -1) for h in (teacher, student))
     reference = (p.exp() * (p - q)).sum()
     reference.backward()
-    assert float(hidden_kl(student.detach(), teacher, head, chunk=5)) == pytest.approx(float(reference.detach()), rel=1e-5)
+    assert float(hidden_kl(student.detach(), teacher, head, chunk=5)) == pytest.approx(
+        float(reference.detach()), rel=1e-5
+    )
     assert torch.allclose(grad, student.grad, atol=1e-5)
     assert float(kl_divergence(head(teacher), head(teacher)).abs().max()) < 1e-6
     assert float(hidden_mse(teacher, teacher + 2)) == pytest.approx(13 * 4)

@@ -17,9 +17,9 @@ from torch import nn
 
 from caprese import __version__
 from caprese.adapters.fingerprint import fingerprint
-from caprese.efficient_methods import METHODS, Method, applied_ffns, apply
+from caprese.efficient_methods import METHODS, Method, applied_ffns, apply, remove
 from caprese.errors import CapreseError
-from caprese.files import check_writable, sha256, write_json
+from caprese.files import check_writable, sha256, unwritable, write_json
 from caprese.models import base_of, load_base, unwrap
 
 SIDECAR = "caprese_config.json"
@@ -51,7 +51,10 @@ class Sidecar(BaseModel):
         name = facts.pop("name", None)
         if name not in METHODS:
             raise CapreseError(f"this adapter needs the method {name!r}, unknown here; upgrade caprese")
-        return METHODS[name](**facts)
+        try:
+            return METHODS[name](**facts)
+        except ValidationError as error:
+            raise CapreseError(f"the method in {SIDECAR} is damaged; fetch or make the adapter again") from error
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -75,18 +78,25 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     id_ = public_id(base.model_id)
     for config in model.peft_config.values():
         config.base_model_name_or_path, config.revision = id_, base.revision
-    with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as scratch:
-        # no look at the hub for embedding layers, which a recovery adapter never has
-        model.save_pretrained(scratch, safe_serialization=True, save_embedding_layers=False)
-        os.replace(Path(scratch) / WEIGHTS, target / WEIGHTS)
-        os.replace(Path(scratch) / CONFIG, target / CONFIG)
-    facts = Sidecar(
-        caprese_version=__version__,
-        method={"name": method.name, **method.model_dump(mode="json")},
-        base=BaseFacts(name=public_id(base.name), id=id_, revision=base.revision, fingerprint=fingerprint(model)),
-        weights_sha256=sha256(target / WEIGHTS),
-    )
-    write_json(target / SIDECAR, facts.model_dump(mode="json"))
+    try:
+        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as name:
+            scratch = Path(name)
+            # no look at the hub for embedding layers, which a recovery adapter never has
+            model.save_pretrained(name, safe_serialization=True, save_embedding_layers=False)
+            facts = Sidecar(
+                caprese_version=__version__,
+                method={"name": method.name, **method.model_dump(mode="json")},
+                base=BaseFacts(
+                    name=public_id(base.name), id=id_, revision=base.revision, fingerprint=fingerprint(model)
+                ),
+                weights_sha256=sha256(scratch / WEIGHTS),
+            )
+            write_json(scratch / SIDECAR, facts.model_dump(mode="json"))
+            # only when all three are on disk do they take the place of older ones
+            for file in (WEIGHTS, CONFIG, SIDECAR):
+                os.replace(scratch / file, target / file)
+    except (OSError, SafetensorError) as error:
+        raise unwritable(target, error) from error
 
 
 def public_id(model_id: str) -> str:
@@ -177,6 +187,14 @@ def load(
         raise CapreseError("another method is applied to this model; caprese.remove(model) first")
     if not applied:
         apply(base, method)
-    model = PeftModel.from_pretrained(base, str(config.parent))
+    try:
+        model = PeftModel.from_pretrained(base, str(config.parent))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        if not applied:  # the base goes back as it came
+            for wrapper in applied_ffns(base).values():
+                wrapper.recovery = getattr(wrapper.recovery, "base_layer", wrapper.recovery)
+            remove(base)
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CapreseError(f"{CONFIG} of {adapter} is damaged ({first}); fetch or make the adapter again") from error
     unwrap(model).eval()
     return model

@@ -78,14 +78,16 @@ def _file(path: Path) -> Iterator[dict[str, Any]]:
         try:
             yield from pyarrow.parquet.read_table(path).to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
-            raise CapreseError(f"{path} is not a readable Parquet file ({error})") from error
+            raise CapreseError(f"{path} is not a readable Parquet file ({error}); write it again") from error
         return
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise CapreseError(f"{path}, line {number}: not UTF-8 text; save the file as UTF-8") from error
             except json.JSONDecodeError as error:
                 raise CapreseError(f"{path}, line {number}: not JSON ({error.msg}); one object with a 'prompt' per line") from error
             if not isinstance(row, dict):

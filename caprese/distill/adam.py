@@ -20,7 +20,7 @@ Activations = dict[EfficientFFN, tuple[torch.Tensor, torch.Tensor]]
 
 
 @torch.no_grad()
-def _activations(model: nn.Module, batch: Batch) -> Activations:
+def collect_activations(model: nn.Module, batch: Batch) -> Activations:
     """x and E [n, D] of every applied layer for one batch."""
     seen: Activations = {}
 
@@ -38,8 +38,13 @@ def fit_adam(
     config: Layerwise,
     seed: int,
     advance: Callable[[int], None] | None = None,
+    known: dict[int, Activations] | None = None,
 ) -> None:
-    """Train every branch on its own layer's residual, in place."""
+    """Train every branch on its own layer's residual, in place.
+
+    Args:
+        known: activations by batch number, if they were collected before.
+    """
     parameters = branch_parameters(model)
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -47,11 +52,11 @@ def fit_adam(
     total = sum(per_batch) * config.epochs
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
     schedule = get_linear_schedule_with_warmup(optimizer, round(0.02 * total), total)
-    known: dict[int, Activations] = {}
+    known = {} if known is None else known
     for epoch in range(config.epochs):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         for index in torch.randperm(len(batches), generator=generator).tolist():
-            seen = known.get(index) or _activations(model, batches[index])
+            seen = known.get(index) or collect_activations(model, batches[index])
             if config.cache_activations:
                 known[index] = seen
             order = torch.randperm(batches[index].tokens, generator=generator)

@@ -187,7 +187,7 @@ def phases(
     """
     shared = phases_of(model)
     lengths = torch.as_tensor(prompt_lengths)
-    if lengths.dim() != 1 or (lengths < 0).any():
+    if lengths.dim() != 1 or lengths.is_floating_point() or (lengths < 0).any():
         raise CapreseError("prompt_lengths takes one length >= 0 per sequence")
     before = shared.prompt_lengths, shared.observer
     shared.prompt_lengths, shared.observer = lengths, observer

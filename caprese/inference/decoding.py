@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 
-from caprese.data_gen import encode_prompt
+from caprese.data_gen import Prompt, check_context, encode_prompt
 from caprese.distill.batches import device_of
 
 
@@ -53,7 +53,9 @@ def stream(
 
     Returns: {"text", "new_tokens", "first_token_ms", "ttnt_ms"}; ttnt_ms is the median, None for a single token.
     """
-    ids = torch.tensor([encode_prompt(tokenizer, prompt, instruction, True)], device=device_of(model))
+    encoded = [encode_prompt(tokenizer, prompt, instruction, True)]
+    check_context(model, [Prompt(prompt)], encoded, max_new_tokens)
+    ids = torch.tensor(encoded, device=device_of(model))
     streamer = _Timed(tokenizer, emit)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     torch.manual_seed(seed)

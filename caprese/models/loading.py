@@ -76,7 +76,10 @@ def resolve(name: str, revision: str | None = None) -> Base:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise CapreseError(f"{name!r} is a directory without config.json; give a directory save_pretrained wrote")
-        config = json.loads((path / "config.json").read_text())
+        try:
+            config = json.loads((path / "config.json").read_text())
+        except ValueError as error:
+            raise CapreseError(f"config.json in {name!r} is not JSON ({error}); get or save the model again") from error
         return Base(name, config.get("_name_or_path") or path.resolve().name, str(path.resolve()), revision)
     if name.count("/") == 1 and not name.startswith(("/", ".", "~")):
         return Base(name, name, name, revision)
@@ -124,6 +127,8 @@ def _explain(base: Base, error: Exception) -> CapreseError:
     low = text.lower()
     if "gated" in low or "401" in text or "403" in text:
         return CapreseError(f"{base.model_id} is gated or private: accept its licence on the hub, then `hf auth login`")
+    if "no file named" in low:
+        return CapreseError(f"{base.source}: {first.rstrip('.')}; give a directory save_pretrained wrote")
     if kind == "SafetensorError" or "safetensor" in low or "header" in low:
         return CapreseError(f"the weights in {base.source} are truncated or damaged ({first}); download them again")
     if "connection" in low or "couldn't connect" in low or "offline" in low or "resolve" in low:
@@ -131,6 +136,12 @@ def _explain(base: Base, error: Exception) -> CapreseError:
             f"cannot reach the model hub for {base.model_id} and it is not in the local cache; "
             "check the network, or give a local directory"
         )
+    if "not a valid git identifier" in low:
+        return CapreseError(f"{base.model_id} has no revision {base.revision!r} on the hub; check --revision")
+    if "`model_type` key" in low:
+        return CapreseError(f"{base.model_id} has no config.json that names a model family; choose a causal LM")
+    if "backend tokenizer" in low:
+        return CapreseError(f"{base.source} holds no tokenizer; save it there with tokenizer.save_pretrained")
     if "not a local folder" in low or "404" in text or "not a valid model" in low:
         return CapreseError(f"no model {base.model_id!r} on the hub (or no access to it); check the spelling")
     return CapreseError(f"cannot load {base.source}: {kind}: {first}")
@@ -180,9 +191,15 @@ def load_base(
     if dtype == "auto" and device == "cpu":
         dtype = torch.float32
     elif isinstance(dtype, str) and dtype != "auto":
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        known = getattr(torch, dtype, None)
+        if not isinstance(known, torch.dtype) or not known.is_floating_point:
             raise CapreseError(f"unknown dtype {dtype!r}; use auto, float32, bfloat16 or float16")
-        dtype = getattr(torch, dtype)
+        dtype = known
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CapreseError(f"cannot use device {device!r} ({first}); --device auto takes what is there") from error
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             base.source, revision=base.revision, dtype=dtype, trust_remote_code=False, use_safetensors=True

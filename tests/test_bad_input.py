@@ -1,0 +1,674 @@
+"""Whatever a user gets wrong: one line with cause and remedy, a non-zero exit code, and earlier output untouched."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_llama
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, DynamicCache, GPT2Config, MixtralConfig, PretrainedConfig, T5Config
+from typer.testing import CliRunner
+
+import caprese
+from caprese import progress
+from caprese.adapters import attach_adapter
+from caprese.cli import app
+from caprese.errors import CapreseError
+
+RECIPE = caprese.Recipe(
+    rank=4,
+    samples={
+        "prompts": "gym:simple_equations",
+        "train": 8,
+        "validation": 4,
+        "test": 4,
+        "max_new_tokens": 8,
+        "batch_size": 8,
+        "shard_size": 8,
+    },
+    layerwise={"batch_size": 4},
+    end_to_end={"epochs": 1, "batch_size": 4, "micro_batch": 4},
+    evaluation={"latency_tokens": 0, "batch_size": 4, "generate": False},
+)
+
+
+@dataclass
+class Desk:
+    """What a case works on: a base, a finished result of `recover`, and room for more."""
+
+    base: Path
+    out: Path
+    tmp: Path
+
+    def recover(self, *flags: object) -> list[str]:
+        recipe = self.tmp / "recipe.yaml"
+        recipe.write_text(RECIPE.to_yaml())
+        first = ["recover", "--recipe", recipe, "--model", self.base, "--output", self.out]
+        return [str(word) for word in (*first, *flags)]
+
+    def generate(self, *flags: object) -> list[str]:
+        first = ["generate", "--model", self.base, "--prompt", "2 + 2 =", "--max-new-tokens", 4]
+        return [str(word) for word in (*first, *flags)]
+
+    def recovered(self, *flags: object) -> list[str]:
+        return self.generate("--adapter", self.out, *flags)
+
+    def prompts(self, content: str | bytes, *flags: object) -> list[str]:
+        file = self.tmp / "prompts.jsonl"
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return self.recover("--overwrite", "--prompts", file, *flags)
+
+    def recipe(self, text: str) -> list[str]:
+        (self.tmp / "mine.yaml").write_text(text)
+        return self.recover("--recipe", self.tmp / "mine.yaml")
+
+    def model(self, config: PretrainedConfig, architecture: str) -> list[str]:
+        config.architectures = [architecture]
+        config.save_pretrained(self.tmp / "model")
+        return self.recover("--model", self.tmp / "model")
+
+    def other_base(self, change: Callable[[Path], None]) -> Path:
+        copy = self.tmp / "base"
+        shutil.copytree(self.base, copy)
+        change(copy)
+        return copy
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """Every file byte for byte; the marks of a run that goes on are not output."""
+    files = (p for p in sorted(directory.rglob("*")) if p.is_file() and ".state" not in p.parts)
+    return {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "out"
+    model, tokenizer = caprese.load_base(str(tiny_dir))
+    caprese.recover(model, tokenizer, RECIPE.model_copy(update={"output": str(out)}))
+    return out
+
+
+@pytest.fixture
+def desk(tiny_dir: Path, finished: Path, tmp_path: Path) -> Iterator[Desk]:
+    shutil.copytree(finished, tmp_path / "out")
+    yield Desk(tiny_dir, tmp_path / "out", tmp_path)
+    progress.quiet = True
+
+
+def told(code: int, stderr: str, *fragments: str) -> str:
+    """The one line, checked."""
+    lines = stderr.strip().splitlines()
+    assert code == 1, stderr
+    assert "Traceback" not in stderr
+    assert [line.startswith("error: ") for line in lines].count(True) == 1, stderr
+    assert lines[-1].startswith("error: "), stderr
+    for fragment in fragments:
+        assert fragment in lines[-1]
+    return lines[-1]
+
+
+def refused(desk: Desk, arguments: list[str], *fragments: str) -> None:
+    before = digests(desk.out)
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, SystemExit), result.exception
+    told(result.exit_code, result.stderr, *fragments)
+    assert digests(desk.out) == before
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def poison(tensors: dict[str, torch.Tensor]) -> None:
+    next(iter(tensors.values()))[0, 0] = float("nan")
+
+
+# Each case prepares its harm and gives a command line; the fragments are cause and remedy.
+Case = Callable[[Desk], list[str]]
+CASES: dict[str, tuple[Case, tuple[str, ...]]] = {}
+
+
+def case(*fragments: str) -> Callable[[Case], Case]:
+    def add(function: Case) -> Case:
+        CASES[function.__name__] = (function, fragments)
+        return function
+
+    return add
+
+
+def simple(name: str, make: Case, *fragments: str) -> None:
+    CASES[name] = (make, fragments)
+
+
+# models
+simple("unknown_alias", lambda d: d.recover("--model", "lama"), "unknown model 'lama'", "llama-3.2-1b", "owner/name")
+simple("no_model", lambda d: ["recover", "--output", str(d.out)], "give --model")
+simple("no_such_directory", lambda d: d.recover("--model", d.tmp / "gone"), "unknown model", "existing directory")
+simple("no_config", lambda d: d.recover("--model", d.tmp), "without config.json", "save_pretrained")
+simple("encoder", lambda d: d.model(BertConfig(), "BertModel"), "not a causal LM", "decoder-only")
+simple(
+    "encoder_decoder", lambda d: d.model(T5Config(), "T5ForConditionalGeneration"), "encoder-decoder", "decoder-only"
+)
+simple("experts", lambda d: d.model(MixtralConfig(), "MixtralForCausalLM"), "mixture of experts", "dense FFNs")
+simple("family", lambda d: d.model(GPT2Config(), "GPT2LMHeadModel"), "'gpt2' is not supported", "supported: gemma")
+
+
+def damaged_base(name: str, change: Callable[[Path], None], *fragments: str) -> None:
+    for verb in ("recover", "generate"):
+        simple(f"{name}_{verb}", lambda d, v=verb: getattr(d, v)("--model", d.other_base(change)), *fragments)
+
+
+damaged_base("base_config_damaged", lambda b: truncate(b / "config.json"), "config.json", "not JSON", "again")
+damaged_base("base_truncated", lambda b: truncate(b / "model.safetensors"), "truncated or damaged", "download")
+damaged_base(
+    "base_weightless",
+    lambda b: (b / "model.safetensors").unlink(),
+    "no file named model.safetensors",
+    "save_pretrained",
+)
+damaged_base("base_tokenizerless", lambda b: [p.unlink() for p in b.glob("token*")], "tokenizer", "save_pretrained")
+simple(
+    "base_nan",
+    lambda d: d.recover("--model", d.other_base(lambda b: edit_weights(b / "model.safetensors", poison))),
+    "NaN or infinity",
+    "download the base model again",
+)
+
+# numbers and names in a recipe
+for value in ("0", "1", "-1", "nan", "inf"):
+    simple(f"sparsity_{value}", lambda d, v=value: d.recover("--sparsity", v), "sparsity: input should be", value)
+for value, fragment in {"0": "rank", "33": "hidden size 32; choose 1 to 32", "x": "use a number or auto"}.items():
+    simple(f"rank_{value}", lambda d, v=value: d.recover("--rank", v), fragment)
+for value, fragment in {
+    "3": "do not fit a model of 3 layers: numbers 0-2",
+    "0,0": "each once",
+    "2-1": "do not fit",
+    "a,b": "use all, first-half, or numbers like",
+}.items():
+    simple(f"layers_{value}", lambda d, v=value: d.recover("--layers", v), fragment)
+simple("unknown_method", lambda d: d.recover("--method", "magic"), "unknown method 'magic'", "griffin, cats")
+simple("unknown_stage", lambda d: d.recover("--layerwise", "open"), "layerwise.how", "'closed'")
+simple("no_samples", lambda d: d.recover("--samples", 0), "samples.train", "greater than or equal to 1")
+simple("unknown_dtype", lambda d: d.recover("--dtype", "float7"), "unknown dtype 'float7'", "bfloat16")
+simple("integer_dtype", lambda d: d.recover("--dtype", "int8"), "unknown dtype 'int8'", "bfloat16")
+simple("unknown_device", lambda d: d.recover("--device", "toaster"), "device 'toaster'", "--device auto")
+if not torch.cuda.is_available():
+    simple("absent_device", lambda d: d.generate("--device", "cuda"), "device 'cuda'", "--device auto")
+simple("recipe_missing", lambda d: d.recover("--recipe", "nope"), "no recipe 'nope'", "smollm2-135m", "nor a file")
+simple("recipe_directory", lambda d: d.recover("--recipe", d.tmp), "is a directory", "YAML file")
+simple("recipe_not_yaml", lambda d: d.recipe("rank: [1,\nmethod: }"), "not valid YAML at line 2", "recipes show")
+simple("recipe_list", lambda d: d.recipe("- rank"), "not a mapping")
+simple("recipe_key", lambda d: d.recipe("rnak: 4"), "unknown key 'rnak'", "recipes show")
+simple("recipe_inner_key", lambda d: d.recipe("samples: {trian: 4}"), "unknown key 'samples.trian'")
+simple("recipe_section", lambda d: d.recipe("samples: 4"), "samples: ", "given 4")
+simple("recipes_show", lambda d: ["recipes", "show", "nope"], "no recipe 'nope'")
+simple("recipes_validate", lambda d: ["recipes", "validate", "nope"], "no recipe 'nope'")
+simple("recipes_cp", lambda d: ["recipes", "cp", "smollm2-135m", str(d.out / "report.json")], "exists", "another name")
+
+# prompts
+ROW = '{"prompt": "hello"}\n'
+simple("prompt_empty", lambda d: d.generate("--prompt", ""), "prompt is empty", "--prompt")
+simple("prompt_blank", lambda d: d.generate("--prompt", " \n "), "prompt is empty", "--prompt")
+simple("prompt_too_long", lambda d: d.generate("--prompt", "x" * 600), "exceed the model's context of 512", "shorten")
+simple("file_missing", lambda d: d.recover("--overwrite", "--prompts", d.tmp / "no.jsonl"), "no prompt file at")
+simple("file_empty", lambda d: d.prompts(""), "holds no prompts")
+simple("file_not_json", lambda d: d.prompts(ROW + "hello\n"), "line 2: not JSON", "one object with a 'prompt' per line")
+simple("file_not_object", lambda d: d.prompts('["hello"]\n'), "line 1: not an object")
+simple("file_not_text", lambda d: d.prompts(b"\xff\xfe\x00"), "not UTF-8 text")
+simple("file_blank_prompt", lambda d: d.prompts(ROW + '{"prompt": " "}\n'), "row 2: the prompt is empty", "remove")
+simple("column_missing", lambda d: d.prompts(ROW, "--column", "question"), "column 'question'", "columns: prompt")
+simple("column_number", lambda d: d.prompts('{"prompt": 4}\n'), "no text in column 'prompt'", "--column")
+simple("too_few_prompts", lambda d: d.prompts(ROW), "1 distinct prompts", "lower samples.test")
+simple("long_prompt", lambda d: d.prompts("".join(json.dumps({"prompt": f"{i}" * 600}) + "\n" for i in range(10, 40))),
+       "exceed the model's context of 512", "lower max_new_tokens")  # fmt: skip
+simple("task_unknown", lambda d: d.recover("--overwrite", "--prompts", "gym:simple_equation"),
+       "no task 'simple_equation'", "did you mean", "simple_equations")  # fmt: skip
+simple("eval_too_long", lambda d: ["eval", "-m", str(d.base), "-a", str(d.out), "--max-new-tokens", "600"],
+       "exceed the model's context of 512")  # fmt: skip
+
+
+@case("not a readable Parquet file", "write it again")
+def file_not_parquet(d: Desk) -> list[str]:
+    (d.tmp / "prompts.parquet").write_text("prompt\nhello\n")
+    return d.recover("--overwrite", "--prompts", d.tmp / "prompts.parquet")
+
+
+# adapters
+WEIGHTS, CONFIG, SIDECAR = "adapter_model.safetensors", "adapter_config.json", "caprese_config.json"
+
+
+def damaged_adapter(name: str, change: Callable[[Path], object], *fragments: str) -> None:
+    def make(d: Desk) -> list[str]:
+        change(d.out)
+        return d.recovered()
+
+    simple(f"adapter_{name}", make, *fragments)
+
+
+simple("adapter_missing", lambda d: d.generate("--adapter", d.tmp / "gone"), "no adapter at", "owner/name")
+simple("adapter_empty", lambda d: d.generate("--adapter", d.base), f"holds no {SIDECAR}", "run caprese recover")
+damaged_adapter("no_sidecar", lambda o: (o / SIDECAR).unlink(), f"holds no {SIDECAR}", "run caprese recover")
+damaged_adapter("no_weights", lambda o: (o / WEIGHTS).unlink(), f"holds no {WEIGHTS}", "run caprese recover")
+damaged_adapter("truncated", lambda o: truncate(o / WEIGHTS), "truncated or damaged", "make it again")
+damaged_adapter("altered", lambda o: flip(o / WEIGHTS), "was altered after it was saved", "fetch it again")
+damaged_adapter("nan", lambda o: edit_weights(o / WEIGHTS, poison), "NaN or infinity", "make it again")
+damaged_adapter("sidecar_truncated", lambda o: truncate(o / SIDECAR), f"{SIDECAR} of", "is damaged", "again")
+damaged_adapter("sidecar_binary", lambda o: (o / SIDECAR).write_bytes(b"\xff"), "is damaged", "again")
+damaged_adapter(
+    "unknown_method",
+    lambda o: edit_json(o / SIDECAR, lambda c: c["method"].update(name="magic")),
+    "needs the method 'magic'",
+    "upgrade caprese",
+)
+damaged_adapter(
+    "bad_method",
+    lambda o: edit_json(o / SIDECAR, lambda c: c["method"].update(sparsity=7)),
+    SIDECAR,
+    "is damaged",
+    "again",
+)
+damaged_adapter("config_truncated", lambda o: truncate(o / CONFIG), CONFIG, "damaged", "again")
+damaged_adapter("config_rank", lambda o: edit_json(o / CONFIG, lambda c: c.update(r=2)), CONFIG, "again")
+
+
+@case("was made for", "other weights", "ffn", "load that base")
+def base_of_another_seed(d: Desk) -> list[str]:
+    tiny_llama(seed=1).save_pretrained(d.tmp / "base")
+    byte_tokenizer().save_pretrained(d.tmp / "base")
+    return d.recovered("--model", d.tmp / "base")
+
+
+@case("was made for", "other weights (ffn)", "recover this one")
+def base_fine_tuned(d: Desk) -> list[str]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.down_proj.weight"][3, 5] += 0.5
+
+    return d.recovered("--model", d.other_base(lambda b: edit_weights(b / "model.safetensors", change)))
+
+
+# output
+@case("cannot write", "Not a directory", "choose another --output")
+def output_under_file(d: Desk) -> list[str]:
+    return d.recover("--output", d.out / "report.json" / "out")
+
+
+@case("cannot write", "File exists", "choose another --output")
+def output_is_file(d: Desk) -> list[str]:
+    return d.recover("--output", d.out / "report.json")
+
+
+simple("output_taken", lambda d: d.recover("--seed", 9), "holds the result of another recipe", "--overwrite")
+simple("output_half", lambda d: half_done(d, "other"), "half way through another recipe", "--overwrite")
+simple("samples_of_other_settings", lambda d: d.recover("--overwrite", "--max-new-tokens", 9),
+       "samples made with another max_new_tokens", "delete that directory")  # fmt: skip
+
+
+def half_done(d: Desk, identity: str) -> list[str]:
+    """As if the run was stopped after the samples."""
+    state = d.out / ".state"
+    state.mkdir()
+    (state / "identity.json").write_text(json.dumps({"identity": identity}))
+    (d.out / "report.json").unlink()
+    return d.recover()
+
+
+def own_identity(d: Desk) -> str:
+    return json.loads((d.out / "report.json").read_text())["identity"]
+
+
+@case("truncated or damaged", "delete it and run again")
+def checkpoint_damaged(d: Desk) -> list[str]:
+    arguments = half_done(d, own_identity(d))
+    (d.out / ".state" / "moments.safetensors").write_bytes(b"\0" * 64)
+    return arguments
+
+
+@case("stages.json", "damaged", "delete it and run again")
+def stages_damaged(d: Desk) -> list[str]:
+    arguments = half_done(d, own_identity(d))
+    (d.out / ".state" / "stages.json").write_text("[")
+    return arguments
+
+
+@case("half way through another recipe", "--overwrite")
+def mark_damaged(d: Desk) -> list[str]:
+    arguments = half_done(d, own_identity(d))
+    (d.out / ".state" / "identity.json").write_text("{")
+    return arguments
+
+
+@case("is damaged", "delete it and run again")
+def shard_truncated(d: Desk) -> list[str]:
+    truncate(d.out / "samples" / "train-00000.parquet")
+    return d.recover("--overwrite", "--epochs", 0)
+
+
+@case("rows were altered", "delete it and run again")
+def shard_altered(d: Desk) -> list[str]:
+    path = d.out / "samples" / "validation-00000.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    rows[0]["input_ids"][-1] += 1
+    pq.write_table(table.from_pylist(rows, schema=table.schema), path)
+    return d.recover("--overwrite", "--epochs", 0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused(name: str, desk: Desk):
+    make, fragments = CASES[name]
+    refused(desk, make(desk), *fragments)
+
+
+def test_table_is_long():
+    assert len(CASES) >= 25
+
+
+def test_same_command_again_does_nothing(desk: Desk):
+    before = digests(desk.out)
+    result = CliRunner().invoke(app, desk.recover())
+    assert result.exit_code == 0 and "nothing to do" in result.stderr
+    assert digests(desk.out) == before
+
+
+def test_json_keeps_stdout_clean(desk: Desk):
+    result = CliRunner().invoke(app, desk.recover("--seed", 9, "--json"))
+    assert result.exit_code == 1 and result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_disk_full_while_writing(desk: Desk, monkeypatch: pytest.MonkeyPatch):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    refused(desk, desk.recover("--overwrite", "--epochs", "0"), "cannot write", "No space left", "free space")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 256 KB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def fill(disk: Path, leave: int) -> None:
+    free = shutil.disk_usage(disk).free
+    (disk / "filler").write_bytes(b"x" * (free - leave))
+
+
+def test_disk_full(desk: Desk, small_disk: Path):
+    shutil.copytree(desk.out, small_disk / "out", ignore=shutil.ignore_patterns("*.html", "*.png", "assets"))
+    fill(small_disk, 8192)
+    there = Desk(desk.base, small_disk / "out", desk.tmp)
+    refused(there, there.recover("--overwrite", "--epochs", "0"), "cannot write", "No space left", "free space")
+
+
+def test_save_on_a_full_disk(small_disk: Path):
+    model = attach_adapter(caprese.apply(tiny_llama(), caprese.Griffin()), 4)
+    caprese.save(model, small_disk / "out")
+    before = digests(small_disk / "out")
+    fill(small_disk, 0)
+    with pytest.raises(CapreseError, match="No space left.*free space"):
+        caprese.save(model, small_disk / "out")
+    assert digests(small_disk / "out") == before
+
+
+# True processes, and a hub of our own on the loopback
+
+HUB = {
+    "nobody/nothing": (401, "RepoNotFound", "Invalid username or password."),
+    "nobody/moved": (404, "RepoNotFound", "Repository not found"),
+    "owner/gated": (401, "GatedRepo", "Access to model owner/gated is restricted. You must have access to it."),
+    "owner/asked": (403, "GatedRepo", "Access to model owner/asked is restricted and you are not in the list."),
+    "owner/bare": (404, "EntryNotFound", "Entry not found"),
+    "owner/old": (404, "RevisionNotFound", "Invalid rev id: v9"),
+}
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does where it refuses."""
+
+    def do_GET(self) -> None:
+        repository = next((name for name in HUB if name in self.path), "nobody/nothing")
+        status, code, message = HUB[repository]
+        body = json.dumps({"error": message}).encode()
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("X-Error-Message", message)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+# one process for many commands: most of a command's time is imports
+_DRIVER = """
+import json, sys, time
+time.sleep = lambda _: None  # the hub client waits longer and longer between its attempts
+from huggingface_hub.utils import logging
+logging.get_logger()  # its handler keeps the stderr it finds first
+from typer.testing import CliRunner
+from caprese.cli import app
+results = [CliRunner().invoke(app, arguments) for arguments in json.load(sys.stdin)]
+print(json.dumps([[r.exit_code, r.stderr, repr(r.exception)] for r in results]))
+"""
+
+
+def environment(endpoint: str, home: Path) -> dict[str, str]:
+    drop = ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
+    kept = {k: v for k, v in os.environ.items() if k not in drop}
+    root = str(Path(caprese.__file__).parents[1])
+    return {**kept, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+
+
+def on_hub(endpoint: str, desk: Desk, commands: list[list[str]]) -> list[tuple[int, str]]:
+    done = subprocess.run(
+        [sys.executable, "-c", _DRIVER],
+        input=json.dumps(commands),
+        env=environment(endpoint, desk.tmp / "hf"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])
+    for _, _, exception in rows:
+        assert exception.startswith("SystemExit"), exception
+    return [(code, stderr) for code, stderr, _ in rows]
+
+
+def test_hub_refuses(desk: Desk, hub: str):
+    before = digests(desk.out)
+    table = [
+        (desk.recover("--model", "nobody/nothing"), ("no model 'nobody/nothing' on the hub", "check the spelling")),
+        (desk.recover("--model", "nobody/moved"), ("no model 'nobody/moved' on the hub", "check the spelling")),
+        (desk.recover("--model", "owner/gated"), ("owner/gated is gated", "accept its licence", "hf auth login")),
+        (desk.generate("--model", "owner/asked"), ("owner/asked is gated", "accept its licence", "hf auth login")),
+        (desk.recover("--model", "owner/bare"), ("owner/bare has no config.json that names", "choose")),
+        (desk.recover("--model", "owner/old", "--revision", "v9"), ("owner/old", "no revision 'v9'", "--revision")),
+        (desk.generate("--adapter", "nobody/nothing"), ("cannot get caprese_config.json of 'nobody/nothing'", "check")),
+        (desk.generate("--adapter", "owner/gated"), ("cannot get caprese_config.json of 'owner/gated'", "access")),
+        (desk.recover("--overwrite", "--prompts", "nobody/nothing"), ("prompts 'nobody/nothing'", "gym:TASK")),
+    ]
+    for (code, stderr), (_, fragments) in zip(on_hub(hub, desk, [c for c, _ in table]), table, strict=True):
+        told(code, stderr, *fragments)
+    assert digests(desk.out) == before
+
+
+def test_no_network(desk: Desk):
+    with socket.socket() as free:  # a port nobody listens on
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
+    before = digests(desk.out)
+    commands = [desk.recover("--model", "owner/name"), desk.generate("--adapter", "owner/name")]
+    model, adapter = on_hub(endpoint, desk, commands)
+    told(*model, "cannot reach the model hub for owner/name", "check the network", "local directory")
+    told(*adapter, "cannot get caprese_config.json of 'owner/name'", "network")
+    assert digests(desk.out) == before
+
+
+def test_true_process(desk: Desk):
+    before = digests(desk.out)
+    done = subprocess.run(
+        [sys.executable, "-m", "caprese", *desk.recover("--seed", "9")],
+        env=environment("http://127.0.0.1:1", desk.tmp / "hf"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    told(done.returncode, done.stderr, "holds the result of another recipe", "--overwrite")
+    assert digests(desk.out) == before
+
+
+def test_true_process_usage():
+    done = subprocess.run(
+        [sys.executable, "-m", "caprese", "recover", "--sparsity", "much"],
+        env=environment("http://127.0.0.1:1", Path("/nowhere")),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "'--sparsity'" in done.stderr and "Traceback" not in done.stderr
+
+
+# Python
+
+
+def test_apply_twice(tiny: torch.nn.Module):
+    caprese.apply(tiny, caprese.Griffin())
+    with pytest.raises(CapreseError, match=r"already applied.*caprese\.remove"):
+        caprese.apply(tiny, caprese.Cats())
+
+
+def test_remove_without_apply(tiny: torch.nn.Module):
+    with pytest.raises(CapreseError, match="nothing to remove"):
+        caprese.remove(tiny)
+
+
+def test_save_without_adapter(tiny: torch.nn.Module, tmp_path: Path):
+    with pytest.raises(CapreseError, match=r"no recovery adapter.*caprese\.recover"):
+        caprese.save(caprese.apply(tiny, caprese.Griffin()), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_save_nan(tiny: torch.nn.Module, tmp_path: Path):
+    model = attach_adapter(caprese.apply(tiny, caprese.Griffin()), 2)
+    next(p for n, p in model.named_parameters() if "lora_A" in n).data[0, 0] = float("nan")
+    with pytest.raises(CapreseError, match="NaN or infinity; not saved"):
+        caprese.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_raw_base_is_no_place_for_the_adapter(tiny: torch.nn.Module, finished: Path):
+    with pytest.raises(ValueError, match="recovery"):
+        PeftModel.from_pretrained(tiny, str(finished))
+
+
+def test_failed_load_leaves_the_base(tiny: torch.nn.Module, desk: Desk):
+    truncate(desk.out / CONFIG)
+    names = [name for name, _ in tiny.named_modules()]
+    with pytest.raises(CapreseError, match=CONFIG):
+        caprese.load(tiny, desk.out)
+    assert [name for name, _ in tiny.named_modules()] == names
+
+
+@pytest.mark.parametrize("ranks", [0, 33, [2, 2]])
+def test_ranks(tiny: torch.nn.Module, ranks: int | list[int]):
+    with pytest.raises(CapreseError, match="choose 1 to 32|3 applied layers"):
+        attach_adapter(caprese.apply(tiny, caprese.Griffin()), ranks)
+
+
+def test_adapter_without_method(tiny: torch.nn.Module):
+    with pytest.raises(CapreseError, match=r"caprese\.apply"):
+        attach_adapter(tiny, 2)
+
+
+def test_phases_without_method(tiny: torch.nn.Module):
+    with pytest.raises(CapreseError, match=r"caprese\.apply"), caprese.phases(tiny, [1]):
+        pass
+    with pytest.raises(CapreseError, match=r"caprese\.apply"), caprese.dense(tiny):
+        pass
+
+
+@pytest.mark.parametrize("lengths", [[-1], [[1]], 3, [0.5]])
+def test_phases_lengths(tiny: torch.nn.Module, lengths: Any):
+    caprese.apply(tiny, caprese.Griffin())
+    with pytest.raises(CapreseError, match="one length >= 0 per sequence"), caprese.phases(tiny, lengths):
+        pass
+
+
+def test_phases_batch(tiny: torch.nn.Module):
+    caprese.apply(tiny, caprese.Griffin())
+    with pytest.raises(CapreseError, match="3 prompt lengths for a batch of 2"), caprese.phases(tiny, [1, 1, 1]):
+        tiny(torch.ones(2, 4, dtype=torch.long))
+    tiny(torch.ones(2, 4, dtype=torch.long))  # and the model is as it was
+
+
+def test_decode_after_a_dense_pass(tiny: torch.nn.Module):
+    caprese.apply(tiny, caprese.Griffin())
+    cache = DynamicCache(config=tiny.config)
+    with caprese.dense(tiny):
+        tiny(torch.ones(1, 4, dtype=torch.long), past_key_values=cache)
+    with pytest.raises(CapreseError, match="has seen no prompt for this KV cache.*start with an empty cache"):
+        tiny(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+
+
+def test_layers_out_of_range(tiny: torch.nn.Module):
+    with pytest.raises(CapreseError, match="numbers 0-2"):
+        caprese.apply(tiny, caprese.Griffin(layers=[3]))

@@ -1,0 +1,176 @@
+"""The command line, on real files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import caprese
+from caprese.cli import app
+from caprese.models import ALIASES
+from caprese.recipes import Recipe, names, resolve_recipe
+
+runner = CliRunner()
+
+
+def call(*args: str) -> str:
+    result = runner.invoke(app, list(args), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "out"
+    sizes = {"train": 12, "validation": 4, "test": 4, "max_new_tokens": 8, "prompts": "gym:simple_equations"}
+    model, tokenizer = caprese.load_base(str(tiny_dir))
+    caprese.recover(
+        model,
+        tokenizer,
+        Recipe(
+            model=str(tiny_dir),
+            rank=4,
+            output=str(out),
+            samples=sizes,
+            end_to_end={"epochs": 1},
+            evaluation={"latency_tokens": 6},
+        ),
+    )
+    return out
+
+
+def test_version():
+    assert call("--version").strip() == f"caprese {caprese.__version__}"
+
+
+def test_recipes(tmp_path):
+    assert {"smollm2-135m", "llama-3.1-8b", "gemma-2-9b"} <= set(json.loads(call("recipes", "ls", "--json")))
+    shown = yaml.safe_load(call("recipes", "show", "llama-3.1-8b"))
+    assert shown["rank"] == 256 and shown["samples"]["train"] == 20000
+    copy = tmp_path / "mine.yaml"
+    call("recipes", "cp", "smollm2-135m", str(copy))
+    assert "valid" in call("recipes", "validate", str(copy))
+    assert resolve_recipe(str(copy)) == resolve_recipe("smollm2-135m")
+
+
+@pytest.mark.parametrize("name", names())
+def test_shipped_recipes_are_valid_and_named_for_their_model(name):
+    recipe = resolve_recipe(name)
+    assert recipe.model == name and name in ALIASES
+    recipe.make_method()
+    if name != "smollm2-135m":
+        assert recipe.rank == 256 and recipe.samples.train == 20_000
+
+
+def test_flags_override_the_recipe(tiny_dir):
+    plan = json.loads(
+        call(
+            "recover",
+            "--recipe",
+            "smollm2-135m",
+            "--model",
+            str(tiny_dir),
+            "--method",
+            "cats",
+            "--sparsity",
+            "0.7",
+            "--layers",
+            "0-1",
+            "--rank",
+            "8",
+            "--dry-run",
+            "--json",
+        )
+    )
+    assert plan["method"] == "cats 70% on 2 of 3 layers"
+    assert plan["adapter_parameters"] == 2 * 2 * 32 * 8
+    assert plan["active_parameters_dense"] < plan["base_parameters"]  # untied: the input embedding is a look-up
+    assert plan["estimated_total_seconds"] > 0
+
+
+def test_dry_run_counts_what_the_run_counts(tiny_dir, adapter):
+    plan = json.loads(call("recover", "--model", str(tiny_dir), "--rank", "4", "--dry-run", "--json"))
+    report = json.loads((adapter / "report.json").read_text())
+    assert plan["adapter_parameters"] == report["parameters"]["adapter"]
+    assert plan["active_parameters_recovered"] == report["parameters"]["active_recovered"]
+    assert plan["base_parameters"] == report["parameters"]["base"]
+
+
+def test_generate(tiny_dir, adapter):
+    answer = json.loads(
+        call(
+            "generate",
+            "--model",
+            str(tiny_dir),
+            "--adapter",
+            str(adapter),
+            "--prompt",
+            "1+1",
+            "--max-new-tokens",
+            "6",
+            "--json",
+        )
+    )
+    assert 1 <= answer["new_tokens"] <= 6 and answer["first_token_ms"] > 0
+    dense = call("generate", "--model", str(tiny_dir), "--prompt", "1+1", "--max-new-tokens", "6", "--json")
+    assert set(json.loads(dense)) == {"text", "new_tokens", "first_token_ms", "ttnt_ms"}
+    streamed = call(
+        "generate", "--model", str(tiny_dir), "--adapter", str(adapter), "--prompt", "1+1", "--max-new-tokens", "6"
+    )
+    assert streamed.rstrip("\n") == answer["text"].rstrip("\n")
+
+
+def test_eval(tiny_dir, adapter):
+    figures = json.loads(
+        call(
+            "eval",
+            "--model",
+            str(tiny_dir),
+            "--adapter",
+            str(adapter),
+            "--samples",
+            "3",
+            "--max-new-tokens",
+            "8",
+            "--prompts",
+            "gym:simple_equations",
+            "--latency-tokens",
+            "6",
+            "--json",
+        )
+    )
+    assert figures["quality"]["dense"]["kl"] == 0 and figures["method"] == "griffin"
+    table = call(
+        "eval",
+        "--model",
+        str(tiny_dir),
+        "--adapter",
+        str(adapter),
+        "--samples",
+        "3",
+        "--max-new-tokens",
+        "8",
+        "--prompts",
+        "gym:simple_equations",
+        "--latency-tokens",
+        "6",
+    )
+    assert "recovered" in table
+
+
+def test_json_alone_on_stdout(tiny_dir, adapter):
+    report = json.loads((adapter / "report.json").read_text())
+    again = call(
+        "recover",
+        "--model",
+        str(tiny_dir),
+        "--recipe",
+        str(adapter / "recipe.yaml"),
+        "--output",
+        str(adapter),
+        "--json",
+    )
+    assert json.loads(again) == report

@@ -1,0 +1,220 @@
+"""The whole job: what it leaves, and what a kill at any moment costs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_llama
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import caprese
+from caprese.data_gen import read_shard
+from caprese.models import Base
+from caprese.recipes import Recipe, resolve_recipe
+
+LEFT = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "caprese_config.json",
+    "recipe.yaml",
+    "report.json",
+    "report.html",
+    "README.md",
+    "plots",
+    "samples",
+}
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("method", ["griffin", "cats"])
+def test_the_whole_job(small_recipe, tmp_path, method):
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    ids = torch.tensor([[40, 41, 42, 43]])
+    before = model(ids).logits
+    recipe = small_recipe.model_copy(update={"method": method, "sparsity": 0.6})
+    report = caprese.recover(model, tokenizer, recipe)
+    out = Path(recipe.output)
+
+    assert torch.equal(model(ids).logits, before)  # the model comes back as it was
+    assert {p.name for p in out.iterdir()} == LEFT
+    assert report == json.loads((out / "report.json").read_text())
+    for key in ("model", "method", "sparsity", "rank", "layers", "seed", "parameters", "quality", "recovered_fraction"):
+        assert key in report
+    q = report["quality"]
+    assert q["dense"]["kl"] == 0 < q["recovered"]["kl"] < q["efficient"]["kl"]
+    fraction = (q["recovered"]["kl"] - q["efficient"]["kl"]) / (0 - q["efficient"]["kl"])
+    assert report["recovered_fraction"]["kl"] == pytest.approx(fraction)
+    assert report["parameters"]["adapter"] == 3 * 2 * 32 * 4
+    assert [s["name"] for s in report["stages"]] == ["samples", "layerwise", "end_to_end", "evaluation"]
+    assert all(v["ttnt_ms"] > 0 for k, v in report["latency"].items() if isinstance(v, dict))
+    assert len(report["layers_error"]) == 3
+    assert Recipe.model_validate(report["recipe"]).rank == 4
+    for row in report["layers_error"]:
+        assert row["recovered"] <= row["efficient"] * 1.05
+
+    loaded = caprese.load(model, out)
+    tokens = loaded.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+    applied = caprese.apply(caprese.remove(loaded), recipe.make_method())
+    plain = PeftModel.from_pretrained(applied, str(out))  # PEFT alone, on an applied base
+    assert torch.equal(plain.generate(input_ids=ids, max_new_tokens=6, do_sample=False), tokens)
+    with pytest.raises(ValueError, match="recovery"):
+        PeftModel.from_pretrained(tiny_llama(), str(out))  # and on a raw one
+
+    again = caprese.recover(caprese.remove(plain), tokenizer, recipe)  # nothing left to do
+    assert again == report
+    with pytest.raises(caprese.CapreseError, match="another recipe"):
+        caprese.recover(model, tokenizer, recipe.model_copy(update={"sparsity": 0.3}))
+    assert json.loads((out / "report.json").read_text()) == report
+
+
+def test_samples_are_the_teachers_and_reproducible(small_recipe, tmp_path):
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    recipe = small_recipe.model_copy(update={"end_to_end": small_recipe.end_to_end.model_copy(update={"epochs": 0})})
+    caprese.recover(model, tokenizer, recipe)
+    shards = sorted((Path(recipe.output) / "samples").glob("*.parquet"))
+    other = recipe.model_copy(update={"output": str(tmp_path / "other")})
+    caprese.recover(model, tokenizer, other)
+    rows = [s for p in shards for s in read_shard(p)]
+    assert rows == [s for p in sorted((tmp_path / "other" / "samples").glob("*.parquet")) for s in read_shard(p)]
+    assert len({s.prompt for s in rows}) == len(rows) == 36  # no prompt in two splits
+    for s in rows:
+        assert "Please reason step by step. " + s.prompt + "\n" == tokenizer.decode(s.prompt_ids)
+        assert s.completion == tokenizer.decode(s.completion_ids, skip_special_tokens=True)
+
+
+def test_rank_auto_stays_in_its_budget(small_recipe):
+    model = tiny_llama()
+    report = caprese.recover(model, byte_tokenizer(), small_recipe.model_copy(update={"rank": "auto", "budget": 0.03}))
+    assert 0 < report["parameters"]["fraction"] <= 0.03
+    ranks = [row["rank"] for row in report["layers_error"]]
+    assert sum(ranks) * 2 * 32 == report["parameters"]["adapter"]
+
+
+@pytest.mark.parametrize("layers", ["first-half", [0, 2]])
+def test_some_layers_only(small_recipe, layers):
+    report = caprese.recover(tiny_llama(), byte_tokenizer(), small_recipe.model_copy(update={"layers": layers}))
+    assert report["layers"] == ([0, 1] if layers == "first-half" else layers)
+
+
+# A run that kills itself, with SIGKILL, in the middle of its n-th write of a file whose name starts as given.
+KILLED = textwrap.dedent(
+    """
+    import os, signal, sys
+    from pathlib import Path
+    import torch
+    torch.set_num_threads(1)
+    from caprese import files, progress
+    progress.quiet = True
+    name, count, how = sys.argv[1], int(sys.argv[2]), getattr(signal, sys.argv[3])
+    replace = os.replace
+    def dying(source, target):
+        global count
+        if name != "-" and Path(target).name.startswith(name):
+            count -= 1
+            if count == 0:
+                os.kill(os.getpid(), how)
+        replace(source, target)
+    os.replace = dying
+    from caprese.cli import run
+    sys.argv = ["caprese", *sys.argv[4:]]
+    run()
+    """
+)
+
+
+@pytest.fixture(scope="module")
+def command(tiny_dir, tmp_path_factory) -> list[str]:
+    path = tmp_path_factory.mktemp("recipes") / "small.yaml"
+    path.write_text(
+        f"model: {tiny_dir}\nrank: 4\nsamples: {{prompts: 'gym:simple_equations', train: 24, validation: 6, test: 6, "
+        "max_new_tokens: 16, batch_size: 8, shard_size: 8}\nlayerwise: {batch_size: 4}\n"
+        "end_to_end: {epochs: 2, batch_size: 4, micro_batch: 4, checkpoint_every: 2, learning_rate: 0.003}\n"
+        "evaluation: {latency_tokens: 0, batch_size: 4}\n"
+    )
+    return ["recover", "--recipe", str(path), "--json"]
+
+
+def run(command: list[str], out: Path, name: str = "-", count: int = 0, how: str = "SIGKILL"):
+    return subprocess.run(
+        [sys.executable, "-c", KILLED, name, str(count), how, *command, "--output", str(out)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(command, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    done = run(command, out)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["method"] == "griffin"
+    return out
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("train-0000", 2), ("moments", 2), ("layerwise", 1), ("end_to_end", 3), ("recovered-0", 1), ("report.json", 1)],
+)
+def test_kill_minus_nine_costs_nothing_but_time(command, unbroken, tmp_path, name, count):
+    out = tmp_path / "out"
+    killed = run(command, out, name, count)
+    assert killed.returncode == -signal.SIGKILL
+    finished = sorted(p for p in out.rglob("*.parquet"))
+    stamps = {p: p.stat().st_mtime_ns for p in finished}
+    again = run(command, out)
+    assert again.returncode == 0, again.stderr
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items() if p.exists())  # no finished shard anew
+    assert {p.name for p in out.iterdir()} == LEFT
+    mine, theirs = (load_file(d / "adapter_model.safetensors") for d in (out, unbroken))
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+    assert digest(out / "adapter_model.safetensors") == digest(unbroken / "adapter_model.safetensors")
+    reports = [json.loads((d / "report.json").read_text()) for d in (out, unbroken)]
+    assert reports[0]["quality"] == reports[1]["quality"]
+    assert reports[0]["curves"] == reports[1]["curves"]
+
+
+def test_two_processes_do_the_work_of_one(command, unbroken, tmp_path):
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29571", "-m", "caprese",
+         *command, "--output", str(out)],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {p.name for p in out.iterdir()} == LEFT
+    two, one = (json.loads((d / "report.json").read_text()) for d in (out, unbroken))
+    assert json.loads(done.stdout) == two
+    assert two["quality"]["recovered"]["kl"] == pytest.approx(one["quality"]["recovered"]["kl"], rel=0.02)
+    assert two["samples"] == one["samples"]
+
+
+def test_a_recipe_without_a_model_takes_the_shipped_one_for_the_rest(small_recipe):
+    model = tiny_llama()
+    model.caprese_base = Base("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct", "", None)
+    report = caprese.recover(model, byte_tokenizer(), small_recipe)
+    assert report["recipe"]["rank"] == 4  # said
+    assert report["recipe"]["end_to_end"]["epochs"] == 2
+    assert report["recipe"]["layers"] == "all" and report["recipe"]["model"] == "smollm2-135m"
+    shipped = json.loads(json.dumps(resolve_recipe("smollm2-135m").model_dump(mode="json")))
+    assert report["recipe"]["evaluation"]["examples"] == shipped["evaluation"]["examples"]
+
+
+def test_control_c_says_how_to_go_on(command, tmp_path):
+    stopped = run(command, tmp_path / "out", "moments", 1, "SIGINT")
+    assert stopped.returncode == 130
+    assert "run the same command again" in stopped.stderr and "Traceback" not in stopped.stderr
+    assert list((tmp_path / "out" / "samples").glob("train-*.parquet"))
