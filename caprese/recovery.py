@@ -99,6 +99,7 @@ def recover(
     identity = _identity(recipe, prints)
     finished = _finished(out, identity)
     if finished is not None:
+        shutil.rmtree(state, ignore_errors=True)
         say(f"[green]{out} already holds this run's result[/green]; nothing to do")
         return finished
     _claim(out, state, identity, overwrite)

@@ -35,7 +35,7 @@ def tiny_llama(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "vocab_size": 258,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 1024,
         "initializer_range": 0.3,
         "pad_token_id": 0,
         "eos_token_id": 1,

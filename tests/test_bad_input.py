@@ -244,7 +244,7 @@ simple("recipes_cp", lambda d: ["recipes", "cp", "smollm2-135m", str(d.out / "re
 ROW = '{"prompt": "hello"}\n'
 simple("prompt_empty", lambda d: d.generate("--prompt", ""), "prompt is empty", "--prompt")
 simple("prompt_blank", lambda d: d.generate("--prompt", " \n "), "prompt is empty", "--prompt")
-simple("prompt_too_long", lambda d: d.generate("--prompt", "x" * 600), "exceed the model's context of 512", "shorten")
+simple("prompt_too_long", lambda d: d.generate("--prompt", "x" * 1200), "exceed the model's context of 1024", "shorten")
 simple("file_missing", lambda d: d.recover("--overwrite", "--prompts", d.tmp / "no.jsonl"), "no prompt file at")
 simple("file_empty", lambda d: d.prompts(""), "holds no prompts")
 simple("file_not_json", lambda d: d.prompts(ROW + "hello\n"), "line 2: not JSON", "one object with a 'prompt' per line")
@@ -254,12 +254,12 @@ simple("file_blank_prompt", lambda d: d.prompts(ROW + '{"prompt": " "}\n'), "row
 simple("column_missing", lambda d: d.prompts(ROW, "--column", "question"), "column 'question'", "columns: prompt")
 simple("column_number", lambda d: d.prompts('{"prompt": 4}\n'), "no text in column 'prompt'", "--column")
 simple("too_few_prompts", lambda d: d.prompts(ROW), "1 distinct prompts", "lower samples.test")
-simple("long_prompt", lambda d: d.prompts("".join(json.dumps({"prompt": f"{i}" * 600}) + "\n" for i in range(10, 40))),
-       "exceed the model's context of 512", "lower max_new_tokens")  # fmt: skip
+simple("long_prompt", lambda d: d.prompts("".join(json.dumps({"prompt": f"{i}" * 1200}) + "\n" for i in range(10, 40))),
+       "exceed the model's context of 1024", "lower max_new_tokens")  # fmt: skip
 simple("task_unknown", lambda d: d.recover("--overwrite", "--prompts", "gym:simple_equation"),
        "no task 'simple_equation'", "did you mean", "simple_equations")  # fmt: skip
-simple("eval_too_long", lambda d: ["eval", "-m", str(d.base), "-a", str(d.out), "--max-new-tokens", "600"],
-       "exceed the model's context of 512")  # fmt: skip
+simple("eval_too_long", lambda d: ["eval", "-m", str(d.base), "-a", str(d.out), "--max-new-tokens", "1200"],
+       "exceed the model's context of 1024")  # fmt: skip
 
 
 @case("not a readable Parquet file", "write it again")

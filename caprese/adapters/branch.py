@@ -51,7 +51,8 @@ def attach_adapter(model: nn.Module, ranks: int | Sequence[int], bias: bool = Fa
         revision=base.revision,
     )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*lora_bias.*")
+        for known in (".*lora_bias.*", ".*base_model_name_or_path.*renamed.*"):  # both meant
+            warnings.filterwarnings("ignore", message=known)
         adapted = get_peft_model(model, config)
     config.base_model_name_or_path = base.model_id
     config.inference_mode = False

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import yaml
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -32,7 +33,7 @@ def portable(report: dict[str, Any]) -> dict[str, Any]:
     # what a model wrote is quoted as it is: a path in there is not ours
     out = {key: value if key == "completions" else _without_paths(value) for key, value in report.items()}
     for key in ("model", "model_id"):
-        if report[key].startswith((".", "/", "~")):
+        if str(report.get(key, "")).startswith((".", "/", "~")):
             out[key] = _last_part(report[key])
     return out
 
@@ -182,11 +183,13 @@ def recipe_yaml(report: dict[str, Any]) -> str:
 
 def summary_table(report: dict[str, Any]) -> Table:
     """The result table for the terminal."""
-    table = Table(title=escape(title(report)), title_justify="left")
-    table.add_column("")
-    for column in COLUMNS:
-        table.add_column(column, justify="right", no_wrap=True)
-    for variant, cells in rows(report):
+    table = Table(title=escape(title(report)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    # the spread of TTNT stays with the report: a terminal has 80 columns
+    filled = [(name, [*cells[:-1], cells[-1].split(" ±")[0]]) for name, cells in rows(report)]
+    table.add_column("", no_wrap=True, min_width=max(map(len, VARIANTS)))
+    for i, column in enumerate(COLUMNS):  # on a narrow terminal headings wrap, figures do not
+        table.add_column(column, justify="right", min_width=max(len(cells[i]) for _, cells in filled))
+    for variant, cells in filled:
         table.add_row(variant, *cells, style="bold" if variant == "recovered" else None)
     return table
 
