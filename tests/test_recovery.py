@@ -189,11 +189,13 @@ def test_kill_minus_nine_costs_nothing_but_time(command, unbroken, tmp_path, nam
 
 def test_two_processes_do_the_work_of_one(command, unbroken, tmp_path):
     out = tmp_path / "out"
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29571", "-m", "caprese"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29571", "-m", "caprese",
-         *command, "--output", str(out)],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+        [sys.executable, *launch, *command, "--output", str(out)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert {p.name for p in out.iterdir()} == LEFT
     two, one = (json.loads((d / "report.json").read_text()) for d in (out, unbroken))

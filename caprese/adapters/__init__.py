@@ -5,6 +5,16 @@ from caprese.adapters.fingerprint import fingerprint
 from caprese.adapters.storage import Sidecar, check_base, load, public_id, read_sidecar, save
 
 __all__ = [
-    "Sidecar", "attach_adapter", "branch_parameters", "check_base", "fingerprint", "get_branches", "load", "public_id",
-    "read_sidecar", "save", "set_branch", "set_branches",
+    "Sidecar",
+    "attach_adapter",
+    "branch_parameters",
+    "check_base",
+    "fingerprint",
+    "get_branches",
+    "load",
+    "public_id",
+    "read_sidecar",
+    "save",
+    "set_branch",
+    "set_branches",
 ]

@@ -78,9 +78,7 @@ def set_branches(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
             parameters[name].copy_(value)
 
 
-def set_branch(
-    recovery: nn.Module, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None
-) -> None:
+def set_branch(recovery: nn.Module, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> None:
     """Put L [D, r], R [r, D] and the bias [D] into one slot's branch."""
     with torch.no_grad():
         recovery.lora_A[ADAPTER].weight.copy_(left.T)  # type: ignore[index, union-attr]

@@ -117,7 +117,9 @@ def _file(adapter: str, name: str, revision: str | None) -> Path:
         return Path(hf_hub_download(adapter, name, revision=revision))
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CapreseError(f"cannot get {name} of {adapter!r} from the hub ({first}); check name, access and network") from error
+        raise CapreseError(
+            f"cannot get {name} of {adapter!r} from the hub ({first}); check name, access and network"
+        ) from error
 
 
 def read_sidecar(adapter: str | os.PathLike[str], revision: str | None = None) -> Sidecar:
@@ -144,7 +146,8 @@ def check_base(model: nn.Module, facts: BaseFacts) -> None:
     if wrong:
         raise CapreseError(
             f"this adapter was made for {facts.id}{'@' + facts.revision if facts.revision else ''}, and the base given "
-            f"({public_id(base_of(model).model_id)}) has other weights ({', '.join(wrong)}); load that base, or recover this one"
+            f"({public_id(base_of(model).model_id)}) has other weights ({', '.join(wrong)}); "
+            "load that base, or recover this one"
         )
 
 
@@ -173,11 +176,15 @@ def load(
         with safe_open(weights, framework="pt") as file:
             finite = all(torch.isfinite(file.get_tensor(name)).all() for name in file.keys())  # noqa: SIM118
     except SafetensorError as error:
-        raise CapreseError(f"{WEIGHTS} of {adapter} is truncated or damaged ({error}); fetch or make it again") from error
+        raise CapreseError(
+            f"{WEIGHTS} of {adapter} is truncated or damaged ({error}); fetch or make it again"
+        ) from error
     if not finite:
         raise CapreseError(f"{WEIGHTS} of {adapter} holds NaN or infinity; fetch or make it again")
     if sha256(weights) != sidecar.weights_sha256:
-        raise CapreseError(f"{WEIGHTS} of {adapter} was altered after it was saved; fetch it again, or caprese.save it anew")
+        raise CapreseError(
+            f"{WEIGHTS} of {adapter} was altered after it was saved; fetch it again, or caprese.save it anew"
+        )
     method = sidecar.make_method()
     if isinstance(base, str):
         base, _ = load_base(base, dtype=dtype, device=device)

@@ -13,6 +13,17 @@ from caprese.data_gen.prompts import Prompt, encode_prompt, load_prompts
 from caprese.data_gen.shards import Sample, read_shard, write_shard
 
 __all__ = [
-    "Prompt", "Sample", "Samples", "check_context", "complete", "complete_in_shards", "describe", "encode_prompt",
-    "load_prompts", "make_samples", "read_shard", "split_prompts", "write_shard",
+    "Prompt",
+    "Sample",
+    "Samples",
+    "check_context",
+    "complete",
+    "complete_in_shards",
+    "describe",
+    "encode_prompt",
+    "load_prompts",
+    "make_samples",
+    "read_shard",
+    "split_prompts",
+    "write_shard",
 ]

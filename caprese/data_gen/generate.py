@@ -149,7 +149,8 @@ def split_prompts(config: Samples, seed: int) -> dict[str, list[Prompt]]:
     prompts = load_prompts(config.prompts, held_out + config.train, seed, config.column)
     if len(prompts) <= held_out:
         raise CapreseError(
-            f"{config.prompts} has {len(prompts)} distinct prompts; with {config.test} for test and {config.validation} "
+            f"{config.prompts} has {len(prompts)} distinct prompts; with {config.test} for test and "
+            f"{config.validation} "
             "for validation none are left to train on: give more, or lower samples.test and samples.validation"
         )
     return {
@@ -254,4 +255,3 @@ def describe(samples: list[Sample]) -> dict[str, int]:
         "prompt_tokens": prompt,
         "completion_tokens": sum(len(s.input_ids) for s in samples) - prompt,
     }
-

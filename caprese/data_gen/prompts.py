@@ -40,7 +40,9 @@ def load_prompts(source: str, count: int, seed: int, column: str = "prompt") -> 
     for number, row in enumerate(rows):
         text = row.get(column)
         if not isinstance(text, str):
-            raise CapreseError(f"{source}, row {number + 1}: no text in column {column!r} (columns: {', '.join(row)}); see --column")
+            raise CapreseError(
+                f"{source}, row {number + 1}: no text in column {column!r} (columns: {', '.join(row)}); see --column"
+            )
         if not text.strip():
             raise CapreseError(f"{source}, row {number + 1}: the prompt is empty; remove the row")
         answer = row.get("answer")
@@ -89,7 +91,9 @@ def _file(path: Path) -> Iterator[dict[str, Any]]:
             except UnicodeDecodeError as error:
                 raise CapreseError(f"{path}, line {number}: not UTF-8 text; save the file as UTF-8") from error
             except json.JSONDecodeError as error:
-                raise CapreseError(f"{path}, line {number}: not JSON ({error.msg}); one object with a 'prompt' per line") from error
+                raise CapreseError(
+                    f"{path}, line {number}: not JSON ({error.msg}); one object with a 'prompt' per line"
+                ) from error
             if not isinstance(row, dict):
                 raise CapreseError(f"{path}, line {number}: not an object; one object with a 'prompt' per line")
             yield row
@@ -104,7 +108,8 @@ def _dataset(name: str) -> Iterator[dict[str, Any]]:
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CapreseError(
-            f"prompts {name!r}: neither gym:TASK, nor a .jsonl/.parquet file, nor a dataset that can be loaded ({first})"
+            f"prompts {name!r}: neither gym:TASK, nor a .jsonl/.parquet file, nor a dataset that can be loaded "
+            f"({first})"
         ) from error
 
 

@@ -13,6 +13,17 @@ from caprese.efficient_methods.wrapper import EfficientFFN, RecoverySlot
 METHODS: dict[str, type[Method]] = {m.name: m for m in (Griffin, Cats)}
 
 __all__ = [
-    "METHODS", "Cats", "EfficientFFN", "Griffin", "Layers", "Method", "Observer", "RecoverySlot", "applied_ffns", "apply", "dense",
-    "phases", "remove",
+    "METHODS",
+    "Cats",
+    "EfficientFFN",
+    "Griffin",
+    "Layers",
+    "Method",
+    "Observer",
+    "RecoverySlot",
+    "applied_ffns",
+    "apply",
+    "dense",
+    "phases",
+    "remove",
 ]

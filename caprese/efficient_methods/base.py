@@ -43,7 +43,9 @@ class Method(BaseModel):
             return list(range(math.ceil(count / 2)))
         chosen = sorted(self.layers)
         if not chosen or len(set(chosen)) != len(chosen) or chosen[0] < 0 or chosen[-1] >= count:
-            raise CapreseError(f"layers {self.layers} do not fit a model of {count} layers: numbers 0-{count - 1}, each once")
+            raise CapreseError(
+                f"layers {self.layers} do not fit a model of {count} layers: numbers 0-{count - 1}, each once"
+            )
         return chosen
 
     def kept(self, width: int) -> int:

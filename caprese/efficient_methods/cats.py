@@ -27,14 +27,14 @@ def _edge(index: torch.Tensor) -> torch.Tensor:
 
 
 class Cats(Method):
-    """Keep neuron j of a token when |act(gate)_j| >= tau; tau is the sparsity-quantile of |act(gate)| over the prompt."""
+    """Keep neuron j of a token when |act(gate)_j| >= tau, the sparsity-quantile of |act(gate)| over the prompt."""
 
     name: ClassVar[str] = "cats"
     per_token: ClassVar[bool] = True
 
     def statistic(self, a: torch.Tensor, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Counts of |act(gate)| in log-spaced bins, [B, bins] (int64)."""
-        batch, _, width = a.shape
+        batch = len(a)
         index = _bin(a) + torch.arange(batch, device=a.device)[:, None, None] * _BINS
         return torch.bincount(index[mask].flatten(), minlength=batch * _BINS).view(batch, _BINS)
 

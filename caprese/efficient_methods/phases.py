@@ -129,9 +129,7 @@ class Phases:
         valid = mask[:, -length:]
         early = position < self.prompt_lengths.to(tokens.device)[:, None]
         prompt, completion = valid & early, valid & ~early
-        self.current = Pass(
-            prompt if prompt.any() else None, completion if completion.any() else None, state
-        )
+        self.current = Pass(prompt if prompt.any() else None, completion if completion.any() else None, state)
 
     def _after(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         current = self.current

@@ -75,4 +75,3 @@ class EfficientFFN(nn.Module):
             a, z = self.view.neurons(x)
             y = sparse_ffn(self.view, z, self.method.keep(a, z, choice))
         return y if type(self.recovery) is RecoverySlot else y + self.recovery(x)
-
