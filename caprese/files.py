@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,12 +25,9 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         CapreseError: the directory cannot be written or the disk is full; `path` is as it was.
     """
-    tmp: Path | None = None
+    tmp = path.with_name(f".{path.name}.tmp")  # always the same, so that a rerun clears what a killed run left
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        tmp = Path(name)
         write(tmp)
         with open(tmp, "rb+") as file:
             os.fsync(file.fileno())
@@ -40,7 +38,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
             raise
         raise unwritable(path, error) from error
     finally:
-        if tmp is not None:
+        with contextlib.suppress(OSError):
             tmp.unlink(missing_ok=True)
 
 
@@ -103,8 +101,12 @@ def check_writable(directory: Path) -> None:
     Raises:
         CapreseError: the directory cannot be made or written.
     """
-    write_atomic(directory / ".writable", lambda tmp: _write_text(tmp, ""))
-    (directory / ".writable").unlink(missing_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise unwritable(directory, error) from error
 
 
 def free_bytes(directory: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     for config in model.peft_config.values():
         config.base_model_name_or_path, config.revision = id_, base.revision
     try:
+        for stale in target.glob(".saving-*"):  # a killed run's
+            shutil.rmtree(stale, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as name:
             scratch = Path(name)
             # no look at the hub for embedding layers, which a recovery adapter never has
