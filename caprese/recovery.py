@@ -46,7 +46,7 @@ from caprese.data_gen import (
 )
 from caprese.distill import HeldOut, accumulate, allocate_ranks, fit_layer, make_batches, new_moments
 from caprese.distill.adam import fit_adam
-from caprese.distill.batches import Batch
+from caprese.distill.batches import Batch, device_of
 from caprese.distill.end_to_end import train
 from caprese.distill.layerwise import Fit, Moments
 from caprese.distill.sequential import fit_sequential
@@ -82,6 +82,8 @@ def recover(
     Raises:
         CapreseError: anything wrong with model, recipe, prompts or output, in one line with the remedy.
     """
+    # the first to ask decides for all: without cpu=True, processes without an accelerator would not find each other
+    PartialState(cpu=device_of(model).type == "cpu")
     recipe = recipe or Recipe()
     if recipe.model is None:
         # what it leaves open comes from the recipe shipped for this model, if there is one
