@@ -172,6 +172,9 @@ def recover(
         shutil.rmtree(state, ignore_errors=True)
         return final
     finally:
+        if adapted is model:  # stopped after the adapter went in, before it came back: take it out of the slots
+            for wrapper in applied_ffns(model).values():
+                wrapper.recovery = getattr(wrapper.recovery, "base_layer", wrapper.recovery)
         remove(adapted)
 
 

@@ -71,7 +71,7 @@ def fidelity(
     result = {}
     for name in names:
         kl, top1, loss = (sums[name] / max(1, tokens)).tolist()
-        result[name] = {"kl": max(0.0, kl), "top1_agreement": top1, "perplexity": float(torch.tensor(loss).exp())}
+        result[name] = {"kl": max(kl, 0.0), "top1_agreement": top1, "perplexity": float(torch.tensor(loss).exp())}
     return result
 
 

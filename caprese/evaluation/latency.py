@@ -37,8 +37,8 @@ def time_to_next_token(
         with variant(model, name):
             out = model(input_ids=ids, use_cache=True)
         caches[name], token[name] = out.past_key_values, out.logits[:, -1:].argmax(-1)
-    with bar("4/4 evaluation: latency", new_tokens, "tokens") as advance:
-        for step in range(new_tokens):
+    with bar("4/4 evaluation: latency", warmup + new_tokens, "tokens") as advance:
+        for step in range(warmup + new_tokens):
             for offset in range(len(names)):  # nobody is always first
                 name = names[(step + offset) % len(names)]
                 with ExitStack() as stack:
@@ -53,7 +53,7 @@ def time_to_next_token(
             advance(1)
     result = {}
     for name, values in times.items():
-        low, middle, high = statistics.quantiles(values, n=4)
+        low, middle, high = statistics.quantiles(values * 2 if len(values) == 1 else values, n=4)
         result[name] = {"ttnt_ms": middle, "spread_ms": high - low}
     return result
 

@@ -26,9 +26,17 @@ from caprese.progress import bar
 
 def recovered_fraction(dense: float | None, efficient: float | None, recovered: float | None) -> float | None:
     """(recovered - efficient) / (dense - efficient): 1 is all of what the method cost, None where nothing was lost."""
-    if dense is None or efficient is None or recovered is None or dense == efficient:
+    if dense is None or efficient is None or recovered is None or abs(efficient - dense) < 1e-12:
         return None
     return (recovered - efficient) / (dense - efficient)
+
+
+def lost(quality: Mapping[str, Mapping[str, Any]], key: str) -> bool:
+    """Whether the method cost anything: a higher KL, a lower accuracy."""
+    dense, efficient = quality["dense"][key], quality["efficient"][key]
+    if dense is None or efficient is None:
+        return False
+    return bool(efficient > dense if key == "kl" else efficient < dense)
 
 
 def evaluate(
@@ -77,7 +85,8 @@ def evaluate(
         "parameters": parameters,
         "quality": quality,
         "recovered_fraction": {
-            key: recovered_fraction(*(quality[name][key] for name in VARIANTS)) for key in ("kl", "accuracy")
+            key: recovered_fraction(*(quality[name][key] for name in VARIANTS)) if lost(quality, key) else None
+            for key in ("kl", "accuracy")
         },
         "latency": latency,
         "layers_error": layers,
