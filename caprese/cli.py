@@ -287,15 +287,17 @@ def evaluate(
         str, typer.Option(help="gym:TASK, a .jsonl or .parquet file, or a dataset name.")
     ] = "gym:gsm_symbolic",
     column: Annotated[str, typer.Option(help="Column that holds the prompt.")] = "prompt",
-    samples: Annotated[int, typer.Option(help="Held-out prompts.", min=1)] = 32,
+    samples: Annotated[int, typer.Option(help="Prompts to ask.", min=1)] = 32,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of a completion.", min=2)] = 128,
     latency_tokens: Annotated[int, typer.Option(help="Tokens over which TTNT is measured; 0 skips it.", min=0)] = 64,
-    seed: Annotated[int, typer.Option(help="Another seed asks other prompts.")] = 1,
+    seed: Annotated[
+        int, typer.Option(help="Seed of gym prompts and of sampling; a file gives its first rows, trained on or not.")
+    ] = 1,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure an adapter: dense, efficient and recovered side by side on held-out prompts."""
+    """Measure an adapter: dense, efficient and recovered side by side."""
     from caprese.adapters import load, read_sidecar
     from caprese.data_gen import Samples
     from caprese.evaluation import Evaluation

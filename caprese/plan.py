@@ -15,7 +15,7 @@ from caprese.files import free_bytes
 from caprese.models import find_ffns
 from caprese.recipes import Recipe
 
-# Forward passes of the whole model each token takes part in, backward counted as two.
+# Assumed mean prompt length: a plan does not load the tokenizer.
 _PROMPT_TOKENS = 128
 
 
