@@ -1,6 +1,13 @@
 """What gives it back: the low-rank branch in the slot, its files, and the fingerprint of its base."""
 
-from caprese.adapters.branch import attach_adapter, branch_parameters, get_branches, set_branch, set_branches
+from caprese.adapters.branch import (
+    attach_adapter,
+    branch_parameters,
+    empty_slots,
+    get_branches,
+    set_branch,
+    set_branches,
+)
 from caprese.adapters.fingerprint import fingerprint
 from caprese.adapters.storage import Sidecar, check_base, load, public_id, read_sidecar, save
 
@@ -9,6 +16,7 @@ __all__ = [
     "attach_adapter",
     "branch_parameters",
     "check_base",
+    "empty_slots",
     "fingerprint",
     "get_branches",
     "load",

@@ -59,6 +59,12 @@ def attach_adapter(model: nn.Module, ranks: int | Sequence[int], bias: bool = Fa
     return adapted
 
 
+def empty_slots(model: nn.Module) -> None:
+    """Take a half-attached adapter out of the slots of an applied model, so that `remove` can go on."""
+    for wrapper in applied_ffns(model).values():
+        wrapper.recovery = getattr(wrapper.recovery, "base_layer", wrapper.recovery)  # type: ignore[assignment]
+
+
 def branch_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of the recovery branches, in layer order."""
     return [p for n, p in unwrap(model).named_parameters() if ".recovery.lora_" in n]

@@ -7,18 +7,20 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import hf_hub_download
 from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from caprese import __version__
+from caprese.adapters.branch import empty_slots
 from caprese.adapters.fingerprint import fingerprint
-from caprese.efficient_methods import METHODS, Method, applied_ffns, apply, remove
+from caprese.efficient_methods import Method, applied_ffns, apply, compose, make_method, phases_of, remove
 from caprese.errors import CapreseError
 from caprese.files import check_writable, sha256, unwritable, write_json
 from caprese.models import base_of, load_base, unwrap
@@ -26,6 +28,7 @@ from caprese.models import base_of, load_base, unwrap
 SIDECAR = "caprese_config.json"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+CALIBRATION = "caprese_calibration.safetensors"
 
 
 class BaseFacts(BaseModel):
@@ -43,19 +46,23 @@ class Sidecar(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     caprese_version: str
-    method: dict[str, Any]
+    methods: list[dict[str, Any]]
+    reselect_every: int | None = None
     base: BaseFacts
     weights_sha256: str
+    calibration_sha256: str | None = None
+    """Of the file with what methods chose from samples, where one does."""
 
-    def make_method(self) -> Method:
-        facts = dict(self.method)
-        name = facts.pop("name", None)
-        if name not in METHODS:
-            raise CapreseError(f"this adapter needs the method {name!r}, unknown here; upgrade caprese")
+    def make_methods(self) -> tuple[Method, ...]:
+        """The methods, in the order in which they act.
+
+        Raises:
+            CapreseError: unknown, damaged, or no longer composable.
+        """
         try:
-            return METHODS[name](**facts)
-        except ValidationError as error:
-            raise CapreseError(f"the method in {SIDECAR} is damaged; fetch or make the adapter again") from error
+            return compose([make_method(facts) for facts in self.methods])
+        except CapreseError as error:
+            raise CapreseError(f"{SIDECAR} does not fit this caprese ({error}); upgrade it, or make it again") from error
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -74,7 +81,13 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         if ".lora_" in name and not torch.isfinite(parameter).all():
             raise CapreseError(f"adapter weight {name} holds NaN or infinity; not saved. Lower the learning rate")
     check_writable(target)
-    method = next(iter(ffns.values())).method
+    phases = phases_of(model)
+    calibration = {
+        f"{m.name}.{w.layer}": getattr(w, f"fixed_{m.name}").detach().cpu().contiguous()
+        for w in ffns.values()
+        for m in w.methods
+        if m.learns == "samples"
+    }
     base = base_of(model)
     id_ = public_id(base.model_id)
     for config in model.peft_config.values():
@@ -86,17 +99,21 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             scratch = Path(name)
             # no look at the hub for embedding layers, which a recovery adapter never has
             model.save_pretrained(name, safe_serialization=True, save_embedding_layers=False)
+            if calibration:
+                save_file(calibration, scratch / CALIBRATION)
             facts = Sidecar(
                 caprese_version=__version__,
-                method={"name": method.name, **method.model_dump(mode="json")},
+                methods=[{"name": m.name, **m.model_dump(mode="json")} for m in phases.methods],
+                reselect_every=phases.reselect_every,
                 base=BaseFacts(
                     name=public_id(base.name), id=id_, revision=base.revision, fingerprint=fingerprint(model)
                 ),
                 weights_sha256=sha256(scratch / WEIGHTS),
+                calibration_sha256=sha256(scratch / CALIBRATION) if calibration else None,
             )
             write_json(scratch / SIDECAR, facts.model_dump(mode="json"))
-            # only when all three are on disk do they take the place of older ones
-            for file in (WEIGHTS, CONFIG, SIDECAR):
+            # only when all are on disk do they take the place of older ones
+            for file in (WEIGHTS, CONFIG, *([CALIBRATION] if calibration else []), SIDECAR):
                 os.replace(scratch / file, target / file)
     except (OSError, SafetensorError) as error:
         raise unwritable(target, error) from error
@@ -146,11 +163,13 @@ def check_base(model: nn.Module, facts: BaseFacts) -> None:
     """
     found = fingerprint(model)
     wrong = [group for group, digest in facts.fingerprint.items() if found.get(group) != digest]
+    half = unwrap(model).dtype == torch.float16
     if wrong:
         raise CapreseError(
             f"this adapter was made for {facts.id}{'@' + facts.revision if facts.revision else ''}, and the base given "
             f"({public_id(base_of(model).model_id)}) has other weights ({', '.join(wrong)}); "
             "load that base, or recover this one"
+            + (" (in float16 weights of a float32 checkpoint differ: try bfloat16)" if half else "")
         )
 
 
@@ -161,13 +180,15 @@ def load(
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str = "auto",
+    reselect_every: int | Literal["saved"] | None = "saved",
 ) -> PeftModel:
-    """Base + method + recovery adapter, ready for `generate`.
+    """Base + methods + recovery adapter, ready for `generate`.
 
     Args:
         base: a model, or the name of one (see `load_base`).
         adapter: a directory `save` or `recover` wrote, or a hub id.
         revision: of the adapter, on the hub.
+        reselect_every: generated tokens between two reselections; "saved" as the adapter was made, None never.
 
     Raises:
         CapreseError: wrong base, damaged files, unknown method.
@@ -175,36 +196,47 @@ def load(
     sidecar = read_sidecar(adapter, revision)
     config = _file(str(adapter), CONFIG, revision)
     weights = _file(str(adapter), WEIGHTS, revision)
-    try:
-        with safe_open(weights, framework="pt") as file:
-            finite = all(torch.isfinite(file.get_tensor(name)).all() for name in file.keys())  # noqa: SIM118
-    except SafetensorError as error:
-        raise CapreseError(
-            f"{WEIGHTS} of {adapter} is truncated or damaged ({error}); fetch or make it again"
-        ) from error
-    if not finite:
-        raise CapreseError(f"{WEIGHTS} of {adapter} holds NaN or infinity; fetch or make it again")
-    if sha256(weights) != sidecar.weights_sha256:
-        raise CapreseError(
-            f"{WEIGHTS} of {adapter} was altered after it was saved; fetch it again, or caprese.save it anew"
-        )
-    method = sidecar.make_method()
+    _check_tensors(weights, adapter, sidecar.weights_sha256)
+    methods = sidecar.make_methods()
+    calibration: dict[str, torch.Tensor] | None = None
+    if sidecar.calibration_sha256 is not None:
+        path = _file(str(adapter), CALIBRATION, revision)
+        calibration = _check_tensors(path, adapter, sidecar.calibration_sha256)
     if isinstance(base, str):
         base, _ = load_base(base, dtype=dtype, device=device)
     check_base(base, sidecar.base)
+    every = sidecar.reselect_every if reselect_every == "saved" else reselect_every
     applied = applied_ffns(base)
-    if applied and next(iter(applied.values())).method != method:
+    if applied and phases_of(base).methods != methods:
         raise CapreseError("another method is applied to this model; caprese.remove(model) first")
-    if not applied:
-        apply(base, method)
+    if applied:
+        phases_of(base).reselect_every = every
+    else:
+        apply(base, methods, calibration=calibration, reselect_every=every)
     try:
         model = PeftModel.from_pretrained(base, str(config.parent))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         if not applied:  # the base goes back as it came
-            for wrapper in applied_ffns(base).values():
-                wrapper.recovery = getattr(wrapper.recovery, "base_layer", wrapper.recovery)
+            empty_slots(base)
             remove(base)
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CapreseError(f"{CONFIG} of {adapter} is damaged ({first}); fetch or make the adapter again") from error
     unwrap(model).eval()
     return model
+
+
+def _check_tensors(path: Path, adapter: str | os.PathLike[str], digest: str) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, if it is whole, finite, and as it was saved."""
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise CapreseError(
+            f"{path.name} of {adapter} is truncated or damaged ({error}); fetch or make it again"
+        ) from error
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise CapreseError(f"{path.name} of {adapter} holds NaN or infinity; fetch or make it again")
+    if sha256(path) != digest:
+        raise CapreseError(
+            f"{path.name} of {adapter} was altered after it was saved; fetch it again, or caprese.save it anew"
+        )
+    return tensors

@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache
 
 from caprese.data_gen import Sample
-from caprese.efficient_methods import Observer, phases
+from caprese.efficient_methods import Observer, Tokens, phases, phases_of
+from caprese.efficient_methods.state import keep_state, state_of
 from caprese.models import unwrap
 
 
@@ -41,6 +43,11 @@ class Batch:
     @property
     def tokens(self) -> int:
         return int(self.mask.sum())
+
+    def whole(self) -> Tokens:
+        """Prompt and completion inputs in one, for calibration."""
+        ids, mask = torch.cat([self.prompt, self.inputs], 1), torch.cat([self.prompt_mask, self.mask], 1)
+        return Tokens(ids, self.prompt_lengths, mask)
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(tensor.to(device) for tensor in vars(self).values()))
@@ -73,16 +80,59 @@ def _batch(samples: Sequence[Sample]) -> Batch:
     return Batch(prompt, prompt_mask, inputs, targets, mask)
 
 
+@dataclass(frozen=True)
+class Context:
+    """What comes before the completion inputs, in blocks: (first, end, KV cache with what the methods learned).
+
+    One block without reselection. With it, a block for every `reselect_every` tokens, whose cache holds the prompt and
+    the blocks before it as the dense model computes them (arXiv 2505.07861, section 5).
+    """
+
+    blocks: list[tuple[int, int, Cache]]
+
+    @property
+    def nbytes(self) -> int:
+        layers: list[Any] = self.blocks[-1][2].layers
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
+
 @torch.no_grad()
-def prefill(model: nn.Module, batch: Batch) -> Cache:
-    """The dense pass over the prompts; returns their KV cache, with what the method learned on it."""
-    with phases(model, batch.prompt_lengths):
-        out = unwrap(model).get_decoder()(
-            input_ids=batch.prompt,
-            attention_mask=batch.prompt_mask.long(),
-            position_ids=(batch.prompt_mask.cumsum(-1) - 1).clamp_min(0),
-            use_cache=True,
-        )
+def prefill(model: nn.Module, batch: Batch) -> Context:
+    """The dense pass over the prompts, and over what reselection will have passed through the dense model."""
+    lengths = batch.prompt_lengths
+    with phases(model, lengths):
+        cache = _decoder(model, batch.prompt, batch.prompt_mask, _positions(batch.prompt_mask), None)
+    size = batch.inputs.shape[1]
+    every = phases_of(model).reselect_every or size
+    blocks = []
+    for first in range(0, size, every):
+        end = min(first + every, size)
+        blocks.append((first, end, fork(cache)))
+        if end < size:
+            mask = torch.cat([batch.prompt_mask, batch.mask[:, :end]], 1)
+            positions = lengths[:, None] + torch.arange(first, end, device=lengths.device)
+            with phases(model, lengths + end):
+                cache = _decoder(model, batch.inputs[:, first:end], mask, positions, cache)
+    full: list[Any] = cache.layers
+    for _, _, before in blocks[:-1]:  # every cache begins the longest one; a sliding window has lost its beginning
+        own: list[Any] = before.layers
+        for layer, longest in zip(own, full, strict=True):
+            if not layer.is_sliding:
+                n = layer.keys.shape[-2]
+                layer.keys, layer.values = longest.keys[..., :n, :], longest.values[..., :n, :]
+    return Context(blocks)
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(-1) - 1).clamp_min(0)
+
+
+def _decoder(
+    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Cache | None
+) -> Cache:
+    out = unwrap(model).get_decoder()(
+        input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True
+    )
     return out.past_key_values
 
 
@@ -90,24 +140,35 @@ def fork(cache: Cache) -> Cache:
     """A cache that grows on its own; what is in it already is shared."""
     twin = copy.copy(cache)
     twin.layers = [copy.copy(layer) for layer in cache.layers]
+    state = state_of(cache)
+    if state is not None:
+        keep_state(twin, state.fork())
     return twin
 
 
-def completion_hidden(model: nn.Module, batch: Batch, cache: Cache, observer: Observer | None = None) -> torch.Tensor:
+def completion_hidden(
+    model: nn.Module, batch: Batch, context: Context, observer: Observer | None = None
+) -> torch.Tensor:
     """Final hidden states (before the LM head) of the completion inputs after `prefill`, [B, C, D].
 
-    Efficient, with the adapter; dense inside `dense(model)`. The cache is left as it was.
+    Efficient, with the adapter; dense inside `dense(model)`. The context is left as it was.
     """
     lengths = batch.prompt_lengths
-    with phases(model, lengths, observer):
-        out = unwrap(model).get_decoder()(
-            input_ids=batch.inputs,
-            attention_mask=torch.cat([batch.prompt_mask, batch.mask], 1).long(),
-            position_ids=lengths[:, None] + torch.arange(batch.inputs.shape[1], device=lengths.device),
-            past_key_values=fork(cache),
-            use_cache=True,
-        )
-    return out.last_hidden_state
+    blocks = context.blocks
+    if phases_of(model).dense:
+        blocks = [(0, batch.inputs.shape[1], blocks[0][2])]
+    hidden = []
+    for first, end, cache in blocks:
+        with phases(model, lengths, observer):
+            out = unwrap(model).get_decoder()(
+                input_ids=batch.inputs[:, first:end],
+                attention_mask=torch.cat([batch.prompt_mask, batch.mask[:, :end]], 1).long(),
+                position_ids=lengths[:, None] + torch.arange(first, end, device=lengths.device),
+                past_key_values=fork(cache),
+                use_cache=True,
+            )
+        hidden.append(out.last_hidden_state)
+    return torch.cat(hidden, 1)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -1,29 +1,65 @@
 """What is taken away: the wrapper around an FFN, phases, and one file per method.
 
-To add a method: a file like `griffin.py`, and one line in `METHODS`.
+To add a method: a file like `griffin.py`, and its class in `METHODS`; or a package of your own (docs/methods.md).
 """
 
-from caprese.efficient_methods.apply import applied_ffns, apply, remove
-from caprese.efficient_methods.base import Layers, Method
+from caprese.efficient_methods.apply import Calibration, applied_ffns, apply, methods_by_layer, remove
+from caprese.efficient_methods.base import FromPrompt, Layers, Method, Reads, Sparse, Sparsity
+from caprese.efficient_methods.calibrate import Tokens, calibrate, needs_calibration
 from caprese.efficient_methods.cats import Cats
+from caprese.efficient_methods.compose import (
+    METHODS,
+    compose,
+    describe_methods,
+    find_method,
+    known_methods,
+    make_method,
+    parse_methods,
+    refusal,
+)
 from caprese.efficient_methods.griffin import Griffin
-from caprese.efficient_methods.phases import Observer, dense, phases
+from caprese.efficient_methods.none import Nothing
+from caprese.efficient_methods.phases import Observer, dense, phases, phases_of, reselection
+from caprese.efficient_methods.quantized import Int8, Nf4
+from caprese.efficient_methods.static import Static
+from caprese.efficient_methods.teal import Teal
 from caprese.efficient_methods.wrapper import EfficientFFN, RecoverySlot
-
-METHODS: dict[str, type[Method]] = {m.name: m for m in (Griffin, Cats)}
 
 __all__ = [
     "METHODS",
+    "Calibration",
     "Cats",
     "EfficientFFN",
+    "FromPrompt",
     "Griffin",
+    "Int8",
     "Layers",
     "Method",
+    "Nf4",
+    "Nothing",
     "Observer",
+    "Reads",
     "RecoverySlot",
+    "Sparse",
+    "Sparsity",
+    "Static",
+    "Teal",
+    "Tokens",
     "applied_ffns",
     "apply",
+    "calibrate",
+    "compose",
     "dense",
+    "describe_methods",
+    "find_method",
+    "known_methods",
+    "make_method",
+    "methods_by_layer",
+    "needs_calibration",
+    "parse_methods",
     "phases",
+    "phases_of",
+    "refusal",
     "remove",
+    "reselection",
 ]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from caprese.efficient_methods.base import Method
+from caprese.efficient_methods.compose import compose
 from caprese.efficient_methods.phases import Phases
 from caprese.efficient_methods.wrapper import EfficientFFN, RecoverySlot
 from caprese.errors import CapreseError
-from caprese.models import find_ffns, unwrap
+from caprese.models import Site, find_ffns, unwrap
 
 M = TypeVar("M", bound=nn.Module)
+#: choices made from samples, by "method.layer"
+Calibration = Mapping[str, torch.Tensor]
 
 
 def applied_ffns(model: nn.Module) -> dict[str, EfficientFFN]:
@@ -20,25 +25,100 @@ def applied_ffns(model: nn.Module) -> dict[str, EfficientFFN]:
     return {name: m for name, m in unwrap(model).named_modules() if isinstance(m, EfficientFFN)}
 
 
-def apply(model: M, method: Method) -> M:
-    """Put an efficient method on a model's FFNs, in place; returns the model.
+def apply(
+    model: M,
+    methods: Method | Sequence[Method],
+    *,
+    calibration: Calibration | None = None,
+    reselect_every: int | None = None,
+) -> M:
+    """Put efficient methods on a model, in place; returns the model.
 
-    Generation then runs prompts dense and generated tokens efficient. Weights are neither copied nor changed.
+    Generation then runs prompts dense and generated tokens efficient. The model's weights are neither copied nor
+    changed (static and quantised methods make their own).
+
+    Args:
+        methods: one, or several that go together.
+        calibration: what `calibrate` returned, for methods that learn from samples.
+        reselect_every: generated tokens after which they go through the dense model once, in parallel, and the choice
+            is made anew; None never.
 
     Raises:
-        CapreseError: an unsupported model, layers out of range, or a method already applied.
+        CapreseError: an unsupported model, layers out of range, methods that do not compose, calibration missing or
+            made for another model, or a method already applied.
     """
     if applied_ffns(model):
         raise CapreseError("a method is already applied to this model; caprese.remove(model) first")
+    if reselect_every is not None and reselect_every < 1:
+        raise CapreseError(f"reselect_every {reselect_every}: use a number of tokens from 1, or none")
+    chosen = compose(methods)
     sites = find_ffns(model)
-    phases = Phases()
-    for i in method.layer_indices(len(sites)):
-        site = sites[i]
-        wrapper = EfficientFFN(site.ffn, method, phases, i)
-        wrapper.train(site.ffn.module.training)
-        setattr(site.parent, site.attribute, wrapper)
-    phases.attach(unwrap(model).get_decoder())
+    layers = methods_by_layer(chosen, len(sites))
+    facts = {i: _fixed(own, i, sites[i], calibration) for i, own in layers.items()}
+    learners = {i: [m for m in own if m.learns == "prompt"] for i, own in layers.items()}
+    phases = Phases(chosen, learners)
+    phases.reselect_every = reselect_every
+    try:
+        for i, own in layers.items():
+            wrapper = EfficientFFN(sites[i], own, facts[i], phases)
+            wrapper.train(sites[i].layer.training)
+            sites[i].replace(wrapper)
+            phases.undo += attention_hooks(sites[i], wrapper)
+        phases.attach(unwrap(model))
+    except BaseException:  # such as a missing bitsandbytes: the model goes back as it came
+        _restore(model, phases)
+        raise
     return model
+
+
+def methods_by_layer(methods: Sequence[Method], count: int) -> dict[int, list[Method]]:
+    """What acts on each layer of a model of `count` layers, in order."""
+    each = [method.by_layer(count) for method in methods]
+    return {i: [own[i] for own in each if i in own] for i in range(count) if any(i in own for own in each)}
+
+
+def _fixed(methods: list[Method], layer: int, site: Site, calibration: Calibration | None) -> dict[str, torch.Tensor]:
+    """The choices of one layer that were made from samples."""
+    fixed = {}
+    for method in methods:
+        if method.learns != "samples":
+            continue
+        choice = None if calibration is None else calibration.get(f"{method.name}.{layer}")
+        if choice is None:
+            raise CapreseError(
+                f"{method.name} chooses from samples and has none for layer {layer}: "
+                "calibration = caprese.calibrate(model, methods, rows), then caprese.apply(..., calibration=calibration)"
+            )
+        if "width" in method.acts_on and int(choice.max()) >= site.ffn.width:
+            raise CapreseError(f"this calibration of {method.name} was made for another model; calibrate again")
+        fixed[method.name] = choice.to(site.ffn.device)
+    return fixed
+
+
+def attention_hooks(site: Site, wrapper: EfficientFFN) -> list[Callable[[], None]]:
+    """Let methods that act on attention change what its linear layers see of generated tokens; returns the undoing."""
+    undo: list[Callable[[], None]] = []
+    methods = [m for m in wrapper.methods if "attention" in m.acts_on]
+    if not methods:
+        return undo
+
+    def before(number: int) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            current = wrapper.phases.current
+            if current is None or current.completion is None or wrapper.phases.observer is not None:
+                return None
+            x = args[0]
+            for method in methods:
+                x = method.attention_input(x, number, getattr(wrapper, f"fixed_{method.name}", None))
+            if current.prompt is not None:
+                x = torch.where(current.completion.unsqueeze(-1), x, args[0])
+            return (x, *args[1:])
+
+        return hook
+
+    for number, linear in enumerate(site.attention_linears()):
+        undo.append(linear.register_forward_pre_hook(before(number)).remove)
+    return undo
 
 
 def remove(model: nn.Module) -> nn.Module:
@@ -55,8 +135,11 @@ def remove(model: nn.Module) -> nn.Module:
     base = unwrap(model)
     if any(type(w.recovery) is not RecoverySlot for w in wrappers.values()):
         raise CapreseError("a recovery adapter still sits in this model; give caprese.remove the PeftModel around it")
-    for name, wrapper in wrappers.items():
-        parent, _, attribute = name.rpartition(".")
-        setattr(base.get_submodule(parent), attribute, wrapper.ffn)
-        wrapper.phases.detach()
+    _restore(base, next(iter(wrappers.values())).phases)
     return base
+
+
+def _restore(model: nn.Module, phases: Phases) -> None:
+    for wrapper in applied_ffns(model).values():
+        wrapper.site.restore()
+    phases.detach()

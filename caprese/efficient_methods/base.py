@@ -1,35 +1,88 @@
-"""The shape every efficient method has: a config whose fields are documented where they stand, and three functions.
+"""The shape every efficient method has: a config whose fields are documented where they stand, and a few functions.
 
-A method first *looks* at prompt tokens (`statistic`, additive over tokens, so that chunks, second turns and
-calibration samples all add up), then *chooses* once per sequence, then *keeps* neurons of each generated token.
+A method *looks* at tokens (`statistic`, additive over tokens, so that chunks, second turns and calibration samples all
+add up), *chooses* once from what it saw (per sequence from the prompt, or once for all from samples), and then takes
+away: by building another FFN (`transform`), by zeroing inputs (`inputs`), or by dropping neurons of each generated
+token (`keep`). Every function has a default that does nothing.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from caprese.errors import CapreseError
+from caprese.kernels import PackedFFN
+from caprese.models import FFN
 
 Layers = Literal["all", "first-half"] | list[int]
+Part = Literal["width", "weights", "rows", "neurons", "inputs", "attention"]
+Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+
+
+def _not_empty(values: Any) -> Any:
+    if isinstance(values, list) and not values:
+        raise ValueError("a list needs one sparsity for each layer")
+    return values
+
+
+Sparsity = Annotated[Fraction | list[Fraction], AfterValidator(_not_empty)]
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Weights of one FFN that are read for one generated token, on average; in 16-bit weights, biases not counted."""
+
+    gate: float
+    up: float
+    down: float
+
+    @property
+    def total(self) -> int:
+        return round(self.gate + self.up + self.down)
+
+    def times(self, factor: float) -> Reads:
+        return Reads(self.gate * factor, self.up * factor, self.down * factor)
+
+
+class Block(Protocol):
+    """A decoder layer on calibration samples."""
+
+    sizes: list[int]
+    """Weights of each of the attention's linear layers."""
+
+    def error(self, choice: torch.Tensor) -> float:
+        """||y - y_eff||^2 / ||y||^2 of the layer's output with this method at `choice`, on completion tokens."""
+        ...
 
 
 class Method(BaseModel):
-    """Base class of the efficient methods. Shapes: a and z are [B, T, F], masks [B, T]."""
+    """Base class of the efficient methods. Shapes: x is [B, T, D]; a and z (see `models.FFN`) [B, T, F]; masks [B, T]."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: ClassVar[str]
-    #: whether the choice of neurons differs from token to token (else it is fixed per sequence and can be packed)
-    per_token: ClassVar[bool]
-
-    sparsity: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.5
-    """Fraction of FFN neurons removed, in (0, 1)."""
+    summary: ClassVar[str] = ""
+    """One line for `caprese methods`."""
+    parts: ClassVar[frozenset[Part]] = frozenset()
+    """What it acts on: width (one fixed set of neurons), weights (how they are stored), rows (neurons by sequence),
+    neurons (by token), inputs (input channels by token), attention. Two methods on one part do not compose."""
 
     layers: Layers = "all"
     """Which decoder layers: "all", "first-half", or a list of layer numbers from 0."""
+
+    @property
+    def acts_on(self) -> frozenset[Part]:
+        """`parts`, or what is left of them with these settings."""
+        return self.parts
+
+    @property
+    def learns(self) -> Literal["prompt", "samples"] | None:
+        """What `statistic` is summed over: each prompt, calibration samples, or nothing."""
+        return None
 
     def layer_indices(self, count: int) -> list[int]:
         """The layers of a model of `count` layers that this method acts on.
@@ -48,22 +101,112 @@ class Method(BaseModel):
             )
         return chosen
 
-    def kept(self, width: int) -> int:
-        """How many of `width` neurons are kept."""
-        return min(width, max(1, round((1 - self.sparsity) * width)))
+    def by_layer(self, count: int) -> dict[int, Method]:
+        """This method as it is on each of its layers, in a model of `count` layers.
 
-    def statistic(self, a: torch.Tensor, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        Raises:
+            CapreseError: see `layer_indices`.
+        """
+        return dict.fromkeys(self.layer_indices(count), self)
+
+    def statistic(self, x: torch.Tensor, a: torch.Tensor, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """What the method learns from the tokens where `mask` is true; [B, S], additive over tokens."""
         raise NotImplementedError
 
-    def choose(self, statistic: torch.Tensor, width: int) -> torch.Tensor:
-        """The choice for each sequence, [B, ...], from the summed statistic [B, S]."""
+    def choose(self, statistic: torch.Tensor, ffn: FFN | PackedFFN) -> torch.Tensor:
+        """The choice for each sequence, [B, ...], from the summed statistic [B, S] and the FFN it is made in."""
         raise NotImplementedError
 
-    def keep(self, a: torch.Tensor, z: torch.Tensor, choice: torch.Tensor) -> torch.Tensor:
-        """Which neurons of each token are computed with; bool, broadcastable to [B, T, F]."""
+    def attention_statistic(self, inputs: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+        """The same from the inputs of the attention's linear layers, each [B, T, ...]; asked of methods that act on
+        attention and learn from samples, and put behind `statistic`."""
         raise NotImplementedError
 
-    def active_parameters(self, hidden: int, width: int) -> int:
-        """Weights of one FFN read for one token on average (biases not counted)."""
-        raise NotImplementedError
+    def fit(self, statistic: torch.Tensor, ffn: FFN | PackedFFN, block: Block) -> torch.Tensor:
+        """`choose`, for methods that learn from samples and want to see what a choice does to the layer's output."""
+        return self.choose(statistic, ffn)
+
+    def transform(self, ffn: FFN | PackedFFN, choice: torch.Tensor | None) -> FFN | PackedFFN:
+        """The FFN that generated tokens go through in place of `ffn`; called once, by `apply`."""
+        return ffn
+
+    def inputs(
+        self, x: torch.Tensor, x_up: torch.Tensor, choice: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What gate and up see of x [B, T, D]."""
+        return x, x_up
+
+    def keep(self, a: torch.Tensor, z: torch.Tensor, choice: torch.Tensor | None) -> torch.Tensor | None:
+        """Which neurons of each token are computed with; bool, broadcastable to [B, T, F]; None is all."""
+        return None
+
+    def attention_input(self, x: torch.Tensor, number: int, choice: torch.Tensor | None) -> torch.Tensor:
+        """What the attention's linear layer `number` (see `Family.attention`) sees of x [B, T, ...]."""
+        return x
+
+    def reads(self, reads: Reads) -> Reads:
+        """What is left to read of an FFN, after the methods before this one."""
+        return reads
+
+    @property
+    def attention_density(self) -> float:
+        """Fraction of the attention's linear weights that is still read."""
+        return 1.0
+
+    def active_parameters(self, hidden: int, width: int, gated: bool = True) -> int:
+        """Weights of one FFN read for one token on average with this method alone."""
+        return self.reads(Reads(hidden * width if gated else 0, hidden * width, hidden * width)).total
+
+    def __str__(self) -> str:
+        """As `--method` takes it, by what differs from the defaults: "teal:0.4:where=attention"."""
+        facts = self.model_dump(mode="json", exclude_defaults=True, exclude={"layers", "sparsity"})
+        sparsity = getattr(self, "sparsity", None)
+        words = [self.name]
+        if isinstance(sparsity, float):
+            words.append(f"{sparsity:g}")
+        elif sparsity is not None:
+            words.append(f"{sum(sparsity) / len(sparsity):.3g} mean")
+        return ":".join([*words, *(f"{key}={value}" for key, value in facts.items())])
+
+
+class Sparse(Method):
+    """A method with a sparsity."""
+
+    sparsity: Sparsity = 0.5
+    """Fraction removed, in (0, 1); a list gives one for each layer the method acts on, in layer order."""
+
+    def by_layer(self, count: int) -> dict[int, Method]:
+        indices = self.layer_indices(count)
+        if not isinstance(self.sparsity, list):
+            return dict.fromkeys(indices, self)
+        if len(self.sparsity) != len(indices):
+            raise CapreseError(f"{self.name}: {len(self.sparsity)} sparsities were given for {len(indices)} layers")
+        return {i: self.model_copy(update={"sparsity": s}) for i, s in zip(indices, self.sparsity, strict=True)}
+
+    @property
+    def level(self) -> float:
+        """The sparsity of one layer.
+
+        Raises:
+            CapreseError: there is a list; ask a method from `by_layer`.
+        """
+        if isinstance(self.sparsity, list):
+            raise CapreseError(f"{self.name} has one sparsity for each layer; ask by_layer(count)[i]")
+        return self.sparsity
+
+    def kept(self, width: int) -> int:
+        """How many of `width` neurons are kept."""
+        return min(width, max(1, round((1 - self.level) * width)))
+
+
+class FromPrompt(Sparse):
+    """A method that chooses from each prompt."""
+
+    shared_choice: bool = False
+    """One choice for all sequences of a batch, from their summed statistic: less faithful, and fast for large batches,
+    whose separate choices would together need most of the weights again."""
+
+    @property
+    def learns(self) -> Literal["prompt", "samples"] | None:
+        return "prompt"
+

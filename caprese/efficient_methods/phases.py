@@ -7,98 +7,83 @@ method learned from a prompt is kept on that cache, so another cache on the same
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from caprese.efficient_methods.base import Method
+from caprese.efficient_methods.state import State, keep_state, remember, rewind, state_of
 from caprese.errors import CapreseError
-from caprese.kernels import Packed
 
 if TYPE_CHECKING:
-    from caprese.efficient_methods.base import Method
     from caprese.efficient_methods.wrapper import EfficientFFN
 
 #: called with (wrapper, x [n, D], residual [n, D], y [n, D]) for the completion tokens of each FFN
 Observer = Callable[["EfficientFFN", torch.Tensor, torch.Tensor, torch.Tensor], None]
-_STATE = "caprese_state"
-
-
-@dataclass
-class LayerState:
-    """What a method learned in one layer from the prompts behind one KV cache."""
-
-    statistic: torch.Tensor | None = None
-    choice: torch.Tensor | None = None
-    packed: Packed | None = None
-
-    def learn(self, statistic: torch.Tensor) -> None:
-        self.statistic = statistic if self.statistic is None else self.statistic + statistic
-        self.choice = self.packed = None
-
-    def chosen(self, method: Method, width: int, batch: int) -> torch.Tensor:
-        if self.choice is None:
-            if self.statistic is None:
-                raise CapreseError(
-                    f"{method.name} has seen no prompt for this KV cache: it was filled before apply() or in a dense "
-                    "pass, or a prompt length is 0; start with an empty cache and a prompt"
-                )
-            self.choice = method.choose(self.statistic, width)
-        if self.choice.shape[0] != batch:
-            raise CapreseError(
-                f"the KV cache holds the choice of {self.choice.shape[0]} sequences, the batch has {batch}; "
-                "expand the batch before prefill"
-            )
-        return self.choice
-
-
-@dataclass
-class State:
-    """`LayerState` by layer; lives on the KV cache."""
-
-    layers: dict[int, LayerState] = field(default_factory=dict)
-
-    def layer(self, index: int) -> LayerState:
-        return self.layers.setdefault(index, LayerState())
 
 
 @dataclass
 class Pass:
     """One forward pass: which tokens are prompt (dense, learned from) and which completion (efficient); [B, T] bool.
 
-    None stands for no token at all.
+    None stands for no token at all. `start` is the first token's place in the cache.
     """
 
     prompt: torch.Tensor | None
     completion: torch.Tensor | None
     state: State
+    shape: tuple[int, int]
+    start: int = 0
 
 
 class Phases:
-    """Shared by all wrapped FFNs of a model; told of every pass by two hooks on the decoder."""
+    """Shared by all transformed layers of a model; told of every pass by two hooks on the decoder."""
 
-    def __init__(self) -> None:
+    def __init__(self, methods: tuple[Method, ...], prompt_methods: dict[int, list[Method]]) -> None:
+        self.methods = methods
+        self.prompt_methods = prompt_methods
+        self.reselect_every: int | None = None
         self.current: Pass | None = None
         self.dense = False
+        self.prefilling = False
         self.prompt_lengths: torch.Tensor | None = None
         self.observer: Observer | None = None
-        self.handles: list[Any] = []
+        self.undo: list[Callable[[], None]] = []
 
-    def attach(self, decoder: nn.Module) -> None:
-        self.handles = [
-            decoder.register_forward_pre_hook(self._before, with_kwargs=True),
-            decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+    def attach(self, model: Any) -> None:
+        """Hook into a bare transformers model."""
+        decoder = model.get_decoder()
+        self.undo += [
+            decoder.register_forward_pre_hook(self._before, with_kwargs=True).remove,
+            decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True).remove,
         ]
+        # generate's chunked prefill may end in a chunk of one token, which alone looks like decoding
+        prefill = getattr(model, "_prefill", None)
+        if prefill is not None:
+
+            @functools.wraps(prefill)
+            def told(*args: Any, **kwargs: Any) -> Any:
+                assistant = not kwargs.get("is_first_iteration", True)  # goes on from tokens it generated
+                before, self.prefilling = self.prefilling, not assistant
+                try:
+                    return prefill(*args, **kwargs)
+                finally:
+                    self.prefilling = before
+
+            model._prefill = told
+            self.undo.append(lambda: delattr(model, "_prefill"))
 
     def detach(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
+        for undo in self.undo:
+            undo()
+        self.undo = []
 
-    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.current = None
         if self.dense:
             return
@@ -106,36 +91,80 @@ class Phases:
         if tokens is None:
             tokens = kwargs["inputs_embeds"]
         batch, length = tokens.shape[:2]
+        device = tokens.device
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
-        state = getattr(cache, _STATE, None) if past else State()
+        state = state_of(cache) if past else None
         if state is None:
-            state = State()
+            state = State(self.prompt_methods)
+        if state.length > past:
+            state.crop(past)
         if cache is not None:
-            setattr(cache, _STATE, state)
+            keep_state(cache, state)
         mask = kwargs.get("attention_mask")
-        if self.prompt_lengths is None:
-            if past and length == 1:
-                self.current = Pass(None, torch.ones(batch, 1, dtype=torch.bool, device=tokens.device), state)
-            else:
-                self.current = Pass(_valid(mask, batch, past, length, tokens.device), None, state)
-            return
+        whole = torch.ones(batch, length, dtype=torch.bool, device=device)
+        if self.prompt_lengths is not None:
+            prompt, completion = self._split(mask, batch, past, length, device)
+        elif past and length == 1 and not self.prefilling:
+            if self.reselect_every is not None and cache is not None:
+                self._note(decoder, cache, state, past, tokens, kwargs)
+            prompt, completion = None, whole
+        else:
+            prompt, completion = _valid(mask, batch, past, length, device), None
+            state.pending, state.kept = [], {}
+            known = state.valid if state.valid is not None and len(state.valid) == batch else whole[:, :0]
+            gap = torch.ones(batch, past - known.shape[1], dtype=torch.bool, device=device)
+            state.valid = torch.cat([known, gap, prompt], 1)
+        state.length, state.batch = past + length, batch
+        self.current = Pass(prompt, completion, state, (batch, length), past)
+
+    def _split(self, mask: Any, batch: int, past: int, length: int, device: torch.device) -> list[torch.Tensor | None]:
+        """Prompt and completion tokens as `phases` was told."""
+        assert self.prompt_lengths is not None
         if len(self.prompt_lengths) != batch:
             raise CapreseError(f"phases() was given {len(self.prompt_lengths)} prompt lengths for a batch of {batch}")
         if mask is None:
-            mask = torch.ones(batch, past + length, dtype=torch.bool, device=tokens.device)
+            mask = torch.ones(batch, past + length, dtype=torch.bool, device=device)
         mask = mask.bool()
-        position = (mask.cumsum(-1) - 1)[:, -length:]
+        early = (mask.cumsum(-1) - 1)[:, -length:] < self.prompt_lengths.to(device)[:, None]
         valid = mask[:, -length:]
-        early = position < self.prompt_lengths.to(tokens.device)[:, None]
-        prompt, completion = valid & early, valid & ~early
-        self.current = Pass(prompt if prompt.any() else None, completion if completion.any() else None, state)
+        return [part if part.any() else None for part in (valid & early, valid & ~early)]
+
+    def _note(
+        self, decoder: nn.Module, cache: Any, state: State, past: int, tokens: torch.Tensor, kwargs: dict[str, Any]
+    ) -> None:
+        """Take down one generated token; every `reselect_every` of them, send them through the dense model."""
+        assert self.reselect_every is not None
+        embedded = tokens.is_floating_point()
+        if len(state.pending) >= self.reselect_every:
+            count = len(state.pending)
+            inputs = torch.cat([t for t, _ in state.pending], 1)
+            positions = [p for _, p in state.pending if p is not None]
+            known = state.valid if state.valid is not None else inputs.new_ones(len(tokens), 0, dtype=torch.bool)
+            gap = torch.ones(len(tokens), past - known.shape[1], dtype=torch.bool, device=tokens.device)
+            again: dict[str, Any] = {"inputs_embeds" if embedded else "input_ids": inputs}
+            if positions:
+                again["position_ids"] = torch.cat(positions, -1)
+            rewind(cache, count, state.kept)
+            before, self.prefilling = self.prefilling, True
+            try:
+                decoder(
+                    **again,
+                    attention_mask=torch.cat([known, gap], 1).long(),
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            finally:
+                self.prefilling = before
+        if not state.pending:
+            state.kept = remember(cache)
+        state.pending.append((tokens, kwargs.get("position_ids")))
 
     def _after(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         current = self.current
         cache = getattr(output, "past_key_values", None)
         if current is not None and cache is not None:
-            setattr(cache, _STATE, current.state)
+            keep_state(cache, current.state)
         if self.prompt_lengths is None:  # inside phases() it stays, so that gradient checkpointing can run it again
             self.current = None
 
@@ -143,14 +172,16 @@ class Phases:
 def _valid(mask: Any, batch: int, past: int, length: int, device: torch.device) -> torch.Tensor:
     """Which of the `length` new tokens are real, [B, T], from whatever form the attention mask has."""
     if isinstance(mask, dict):  # one mask per kind of attention layer
-        mask = next(iter(mask.values()))
+        mask = mask.get("full_attention", next(iter(mask.values())))
     if mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=device)
     if mask.dim() == 2:
         return mask[:, -length:].bool()
-    # 4D: a real token attends to itself, a pad does not
-    own = mask[:, 0, torch.arange(length), past + torch.arange(length)]
-    return own if own.dtype == torch.bool else own == 0
+    # 4D: a real token attends to itself, a pad does not. A sliding window that has moved on ends with the new tokens
+    first = min(past, mask.shape[-1] - length)
+    own = mask[:, 0, torch.arange(length), first + torch.arange(length)]
+    own = own if own.dtype == torch.bool else own == 0
+    return own.expand(batch, -1)
 
 
 def phases_of(model: nn.Module) -> Phases:
@@ -205,3 +236,20 @@ def dense(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         shared.dense = before
+
+
+@contextmanager
+def reselection(model: nn.Module, every: int | None) -> Iterator[None]:
+    """Inside, generated tokens go through the dense model once every `every` of them; None: never.
+
+    Raises:
+        CapreseError: no method applied, or `every` below 1.
+    """
+    shared = phases_of(model)
+    if every is not None and every < 1:
+        raise CapreseError(f"reselect_every {every}: use a number of tokens from 1, or none")
+    before, shared.reselect_every = shared.reselect_every, every
+    try:
+        yield
+    finally:
+        shared.reselect_every = before

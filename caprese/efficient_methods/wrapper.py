@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from caprese.efficient_methods.base import Method
-from caprese.efficient_methods.phases import LayerState, Phases
-from caprese.kernels import pack, packed_ffn, sparse_ffn
-from caprese.models import GatedFFN
+from caprese.efficient_methods.phases import Phases
+from caprese.efficient_methods.state import LayerState, Seen
+from caprese.kernels import PackedFFN, sparse_down
+from caprese.models import FFN, Site
 
 
 def _float(like: torch.Tensor) -> torch.dtype:
@@ -31,47 +32,111 @@ class RecoverySlot(nn.Linear):
 
 
 class EfficientFFN(nn.Module):
-    """FF(x) on prompt tokens, FF_eff(x) + x L R on completion tokens (arXiv 2505.07861, section 3)."""
+    """FF(x) on prompt tokens, FF_eff(x) + x L R on completion tokens (arXiv 2505.07861, section 3).
 
-    def __init__(self, view: GatedFFN, method: Method, phases: Phases, layer: int) -> None:
+    Attributes:
+        view: the dense FFN.
+        methods: what acts on this layer's FFN, each with its own sparsity.
+        fixed: choices made from samples, by method name.
+        start: the FFN that completion tokens go through before anything is dropped per sequence or token.
+    """
+
+    def __init__(self, site: Site, methods: list[Method], fixed: dict[str, torch.Tensor], phases: Phases) -> None:
         super().__init__()
-        self.ffn = view.module
-        self.recovery = RecoverySlot(view.hidden_size, view.down.weight)
-        self.view = view
-        self.method = method
+        self.site, self.view, self.layer = site, site.ffn, site.index
+        self.ffn = site.ffn.module
+        self.recovery = RecoverySlot(site.ffn.hidden_size, site.ffn.part("down").weight)
         self.phases = phases
-        self.layer = layer
+        self.methods = methods
+        for name, choice in fixed.items():
+            self.register_buffer(f"fixed_{name}", choice, persistent=False)
+        self.start: FFN | PackedFFN = site.ffn
+        for method in methods:
+            self.start = method.transform(self.start, fixed.get(method.name))
+        self.learners = [m for m in methods if m.learns == "prompt"]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         current = self.phases.current
         if current is None:
             return self.ffn(x)
+        flat = x.shape
+        x = x.view(*current.shape, flat[-1])  # some families flatten the batch
         state = current.state.layer(self.layer)
-        if current.prompt is None and self.phases.prompt_lengths is None:
-            return self._decode(x, state)
-        a, z = self.view.neurons(x)
-        if current.prompt is not None:
-            with torch.no_grad():
-                state.learn(self.method.statistic(a, z, current.prompt))
+        y: torch.Tensor | None = None
+        if current.prompt is not None or self.phases.observer is not None:
+            y = self._dense(x, state)
         if current.completion is None:
-            return self.view.down(z)
-        keep = self.method.keep(a, z, state.chosen(self.method, self.view.width, len(x)))
-        completion = current.completion.unsqueeze(-1)
+            assert y is not None
+            return y.view(flat)
         if self.phases.observer is not None:
-            dropped = z.masked_fill(keep, 0)[current.completion]
-            residual = nn.functional.linear(dropped, self.view.down.weight)
-            y = self.view.down(z)
-            self.phases.observer(self, x[current.completion], residual, y[current.completion])
-            return y
-        return sparse_ffn(self.view, z, keep | ~completion) + self.recovery(x) * completion
+            assert y is not None
+            x_seen, y_seen = x[current.completion], y[current.completion]
+            self.phases.observer(self, x_seen, self._residual(x, y, state)[current.completion], y_seen)
+            return y.view(flat)
+        efficient = self.efficient(x, state)
+        if type(self.recovery) is not RecoverySlot:
+            efficient = efficient + self.recovery(x)
+        return (efficient if y is None else torch.where(current.completion.unsqueeze(-1), efficient, y)).view(flat)
 
-    def _decode(self, x: torch.Tensor, state: LayerState) -> torch.Tensor:
-        choice = state.chosen(self.method, self.view.width, len(x))
-        if len(x) == 1 and not self.method.per_token:
-            if state.packed is None:
-                state.packed = pack(self.view, choice.flatten().nonzero().squeeze(-1))
-            y = packed_ffn(x, state.packed, self.view.act)
-        else:
-            a, z = self.view.neurons(x)
-            y = sparse_ffn(self.view, z, self.method.keep(a, z, choice))
-        return y if type(self.recovery) is RecoverySlot else y + self.recovery(x)
+    @property
+    def rows(self) -> torch.Tensor | None:
+        """The neurons a fixed choice left, [k]; None is all."""
+        return next((getattr(self, f"fixed_{m.name}")[0] for m in self.methods if "width" in m.acts_on), None)
+
+    def _dense(self, x: torch.Tensor, state: LayerState) -> torch.Tensor:
+        """FF(x), learning from the prompt tokens on the way."""
+        current = self.phases.current
+        assert current is not None
+        if current.prompt is None or not self.learners:
+            return self.ffn(x)
+        a, z = self.view.neurons(x)
+        with torch.no_grad():
+            seen_a, seen_z = (a, z) if (rows := self.rows) is None else (a[..., rows], z[..., rows])
+            seen = Seen(current.start, x.detach(), seen_a.detach(), seen_z.detach(), current.prompt)
+            state.learn(self.learners, seen)
+        return self.view.down(z)
+
+    def _choices(self, state: LayerState, batch: int) -> list[torch.Tensor | None]:
+        return [
+            state.chosen(m, self.start, batch) if m.learns == "prompt" else getattr(self, f"fixed_{m.name}", None)
+            for m in self.methods
+        ]
+
+    def _kept(
+        self, x: torch.Tensor, ffn: FFN | PackedFFN, methods: list[tuple[Method, torch.Tensor | None]]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """z [B, T, F] of the efficient FFN, and which of it to keep."""
+        gate, up = x, x
+        for method, choice in methods:
+            gate, up = method.inputs(gate, up, choice)
+        a, z = ffn.neurons(gate, up)
+        keep: torch.Tensor | None = None
+        for method, choice in methods:
+            mask = method.keep(a, z, choice)
+            if mask is not None:
+                keep = mask if keep is None else keep & mask
+        return z, keep
+
+    def efficient(self, x: torch.Tensor, state: LayerState) -> torch.Tensor:
+        """FF_eff(x), [B, T, D], without the branch."""
+        methods = list(zip(self.methods, self._choices(state, len(x)), strict=True))
+        ffn = self.start
+        if x.shape[1] == 1:
+            rows = [choice for m, choice in methods if m.acts_on == {"rows"} and choice is not None]
+            if rows and all(len(choice) == 1 for choice in rows):  # one choice for all that decode here
+                if state.packed is None:
+                    index = torch.stack([choice.flatten() for choice in rows]).all(0).nonzero().squeeze(-1)
+                    state.packed = PackedFFN(self.start, index)
+                ffn = state.packed
+                methods = [(m, choice) for m, choice in methods if m.acts_on != {"rows"}]
+        return sparse_down(ffn, *self._kept(x, ffn, methods))
+
+    def _residual(self, x: torch.Tensor, y: torch.Tensor, state: LayerState) -> torch.Tensor:
+        """FF(x) - FF_eff(x), [B, T, D]."""
+        if self.start is self.view and not any("inputs" in m.acts_on for m in self.methods):
+            # from the dropped neurons themselves, which keeps its precision in bfloat16
+            z, keep = self._kept(x, self.view, list(zip(self.methods, self._choices(state, len(x)), strict=True)))
+            if keep is None:
+                return torch.zeros_like(y)
+            return nn.functional.linear(z.masked_fill(keep, 0), self.view.weights().down)
+        return y - self.efficient(x, state)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from caprese.distill.batches import device_of
-from caprese.efficient_methods import applied_ffns
+from caprese.efficient_methods import Reads, applied_ffns
 from caprese.evaluation.fidelity import VARIANTS, variant
 from caprese.models import count_parameters, unwrap
 from caprese.progress import bar
@@ -71,8 +71,14 @@ def parameter_counts(model: nn.Module) -> dict[str, Any]:
     removed = 0
     for wrapper in applied_ffns(model).values():
         view = wrapper.view
-        removed += 3 * view.hidden_size * view.width
-        removed -= wrapper.method.active_parameters(view.hidden_size, view.width)
+        each = float(view.hidden_size * view.width)
+        reads = before = Reads(each if view.gated else 0.0, each, each)
+        density = 1.0
+        for method in wrapper.methods:
+            reads, density = method.reads(reads), density * method.attention_density
+        removed += before.total - reads.total
+        attention: list[Any] = wrapper.site.attention_linears() if density < 1 else []
+        removed += round((1 - density) * sum(linear.weight.numel() for linear in attention))
     return {
         "base": total,
         "adapter": adapter,

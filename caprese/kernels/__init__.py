@@ -1,5 +1,5 @@
 """Sparse FFN kernels: a plain torch reference for each."""
 
-from caprese.kernels.sparse_ffn import Packed, pack, packed_ffn, sparse_ffn
+from caprese.kernels.sparse_ffn import PackedFFN, sparse_down
 
-__all__ = ["Packed", "pack", "packed_ffn", "sparse_ffn"]
+__all__ = ["PackedFFN", "sparse_down"]

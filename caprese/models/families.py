@@ -1,34 +1,41 @@
-"""Where the FFNs of a transformers causal LM are, declared per family in one table.
+"""Where the FFNs and attentions of a transformers causal LM are, declared per family in one table.
 
-To add a family: one line in `FAMILIES` with the paths that differ from Llama's, and its name in the test matrix.
+To add a family: one entry in `FAMILIES` with the names that differ from Llama's, and a tiny config of it in
+tests/families.py, which puts it through the whole test matrix (docs/methods.md).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PretrainedConfig
 
 from caprese.errors import CapreseError
+from caprese.models.ffn import FFN, Spread
 
 
 @dataclass(frozen=True)
 class Family:
     """Names of the parts of one model family, as attribute paths.
 
-    `layers` is relative to the causal LM, `ffn` to a decoder layer, the rest to the FFN.
+    `layers` is relative to the causal LM, `ffn` and `attention` to a decoder layer, the rest to the FFN.
     """
 
     layers: str = "model.layers"
     ffn: str = "mlp"
+    """Empty: the parts sit on the decoder layer itself."""
     gate: str = "gate_proj"
+    """Empty: a plain FFN, down(act(up(x))). The same as `up`: one matrix holds gate over up."""
     up: str = "up_proj"
     down: str = "down_proj"
     act: str = "act_fn"
+    attention: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    """Every linear layer of the attention, the output projection last."""
     norm_after_ffn: bool = False
+    """Whether the FFN's output passes a norm before it is added to the hidden state."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -41,57 +48,65 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(norm_after_ffn=True),
     "olmo2": Family(norm_after_ffn=True),
     "smollm3": Family(),
+    "phi3": Family(
+        gate="gate_up_proj", up="gate_up_proj", act="activation_fn", attention=("self_attn.qkv_proj", "self_attn.o_proj")
+    ),
+    "gpt2": Family(
+        layers="transformer.h", gate="", up="c_fc", down="c_proj", act="act", attention=("attn.c_attn", "attn.c_proj")
+    ),
+    "gpt_neox": Family(
+        layers="gpt_neox.layers",
+        gate="",
+        up="dense_h_to_4h",
+        down="dense_4h_to_h",
+        act="act",
+        attention=("attention.query_key_value", "attention.dense"),
+    ),
+    "opt": Family(
+        layers="model.decoder.layers",
+        ffn="",
+        gate="",
+        up="fc1",
+        down="fc2",
+        act="activation_fn",
+        attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
+        norm_after_ffn=True,  # in the 350m alone, but one family has one answer
+    ),
 }
 
 
 @dataclass(frozen=True)
-class GatedFFN:
-    """A view on a gated FFN module, `down(act(gate(x)) * up(x))`; it owns nothing.
+class Site:
+    """One FFN in a model: its layer, the decoder layer module, and what it looks like."""
 
-    Shapes: x [..., D], neurons [..., F].
-    """
-
-    module: nn.Module
+    index: int
+    layer: nn.Module
+    ffn: FFN
     family: Family
 
     @property
-    def gate(self) -> nn.Linear:
-        return getattr(self.module, self.family.gate)
+    def entry(self) -> str:
+        """The attribute of the decoder layer that is called with x."""
+        return self.family.ffn or self.family.up
 
-    @property
-    def up(self) -> nn.Linear:
-        return getattr(self.module, self.family.up)
+    def attention_linears(self) -> list[nn.Module]:
+        """The attention's linear layers, the output projection last."""
+        return [self.layer.get_submodule(path) for path in self.family.attention]
 
-    @property
-    def down(self) -> nn.Linear:
-        return getattr(self.module, self.family.down)
+    def replace(self, wrapper: nn.Module) -> None:
+        """Put `wrapper` in the FFN's place."""
+        setattr(self.layer, self.entry, wrapper)
+        if not self.family.ffn:
+            for name in (self.family.act, self.family.down):
+                setattr(self.layer, name, nn.Identity())
 
-    @property
-    def hidden_size(self) -> int:
-        return self.gate.in_features
-
-    @property
-    def width(self) -> int:
-        return self.gate.out_features
-
-    def act(self, x: torch.Tensor) -> torch.Tensor:
-        return getattr(self.module, self.family.act)(x)
-
-    def neurons(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [..., D] -> (act(gate(x)), act(gate(x)) * up(x)), both [..., F]."""
-        a = self.act(self.gate(x))
-        return a, a * self.up(x)
-
-
-@dataclass(frozen=True)
-class Site:
-    """One FFN in a model: which layer it belongs to, where it hangs, and what it looks like."""
-
-    layer: int
-    name: str
-    parent: nn.Module
-    attribute: str
-    ffn: GatedFFN
+    def restore(self) -> None:
+        """Undo `replace`."""
+        if self.family.ffn:
+            setattr(self.layer, self.family.ffn, self.ffn.module)
+        else:
+            for name in (self.family.up, self.family.act, self.family.down):
+                setattr(self.layer, name, getattr(self.ffn.module, name))
 
 
 def family_of(config: PretrainedConfig) -> Family:
@@ -131,18 +146,40 @@ def find_ffns(model: nn.Module) -> list[Site]:
     """
     base = unwrap(model)
     family = family_of(base.config)
+    names = [name for name in (family.gate, family.up, family.down) if name]
     sites = []
     for i, layer in enumerate(base.get_submodule(family.layers)):
-        ffn = getattr(layer, family.ffn)
-        if not all(isinstance(getattr(ffn, part, None), nn.Module) for part in (family.gate, family.up, family.down)):
+        owner = getattr(layer, family.ffn) if family.ffn else layer
+        # an Identity is what `Site.replace` leaves behind
+        if not all(type(getattr(owner, name, nn.Identity())) is not nn.Identity for name in names):
             raise CapreseError(
-                f"layer {i} of this {base.config.model_type!r} model has no "
-                f"{family.gate}/{family.up}/{family.down}; is a transform already applied? caprese.remove(model) first"
+                f"layer {i} of this {base.config.model_type!r} model has no {'/'.join(dict.fromkeys(names))}; "
+                "is a transform already applied? caprese.remove(model) first"
             )
-        sites.append(Site(i, f"{family.layers}.{i}.{family.ffn}", layer, family.ffn, GatedFFN(ffn, family)))
+        sites.append(Site(i, layer, FFN(owner if family.ffn else Spread(layer, family), family), family))
     return sites
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """(name in the bare model, "ffn" | "attention" | "rest", parameter), also while a method or adapter is applied."""
+    base = unwrap(model)
+    family = family_of(base.config)
+    attention = {path.split(".")[0] for path in family.attention}
+    for name, parameter in base.named_parameters():
+        if ".lora_" in name or ".start." in name:
+            continue
+        inside = f".{family.ffn or family.up}.ffn."
+        name = name.replace(inside, f".{family.ffn}." if family.ffn else ".").replace(".base_layer.", ".")
+        group = "rest"
+        if name.startswith(f"{family.layers}."):
+            part = name[len(family.layers) + 1 :].split(".")[1]
+            if part in attention:
+                group = "attention"
+            elif part in ((family.ffn,) if family.ffn else (family.up, family.down)):
+                group = "ffn"
+        yield name, group, parameter
 
 
 def count_parameters(model: nn.Module) -> int:
     """Parameters of the base model, shared ones counted once, adapters not counted."""
-    return sum(p.numel() for n, p in unwrap(model).named_parameters() if ".lora_" not in n)
+    return sum(parameter.numel() for _, _, parameter in base_parameters(model))

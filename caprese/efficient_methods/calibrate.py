@@ -1,0 +1,209 @@
+"""What methods that choose from samples learn, in one dense pass over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from caprese.efficient_methods.apply import attention_hooks, methods_by_layer
+from caprese.efficient_methods.base import Method
+from caprese.efficient_methods.compose import compose
+from caprese.efficient_methods.phases import Pass, Phases
+from caprese.efficient_methods.state import State
+from caprese.efficient_methods.wrapper import EfficientFFN
+from caprese.errors import CapreseError
+from caprese.models import FFN, Site, find_ffns, unwrap
+
+# Tokens on which a method may look at a layer's output again and again.
+BLOCK_TOKENS = 512
+
+
+class Tokens(NamedTuple):
+    """Sequences whose completions a method is calibrated on: ids and mask [B, T], prompt lengths [B] (pads not counted).
+
+    No mask: no padding.
+    """
+
+    ids: torch.Tensor
+    prompt_lengths: torch.Tensor
+    mask: torch.Tensor | None = None
+
+    def completion(self) -> torch.Tensor:
+        """Which tokens are completion, bool [B, T]."""
+        mask = self.valid()
+        return mask & (mask.cumsum(-1) > self.prompt_lengths.to(mask.device)[:, None])
+
+    def valid(self) -> torch.Tensor:
+        return torch.ones_like(self.ids, dtype=torch.bool) if self.mask is None else self.mask.bool()
+
+
+def needs_calibration(methods: Method | Sequence[Method]) -> bool:
+    """Whether any of the methods learns from samples."""
+    return any(method.learns == "samples" for method in compose(methods))
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    methods: Method | Sequence[Method],
+    rows: Iterable[Tokens],
+    advance: Callable[[int], None] | None = None,
+) -> dict[str, torch.Tensor]:
+    """The choices of every method that learns from samples, by "method.layer"; what `apply` takes.
+
+    Statistics are summed over the completion tokens, which is where the methods will act. A method's statistic is of
+    the neurons that the methods before it leave.
+
+    Args:
+        model: dense.
+
+    Raises:
+        CapreseError: an unsupported model, methods that do not compose, or rows without a completion token.
+    """
+    chosen = compose(methods)
+    sites = find_ffns(model)
+    layers = methods_by_layer(chosen, len(sites))
+    batches = list(rows)
+    result: dict[str, torch.Tensor] = {}
+    learners = [m for m in chosen if m.learns == "samples"]
+    for method in learners:
+        sums: dict[int, torch.Tensor] = {}
+        wanted = {i: own for i, own in layers.items() if any(m.name == method.name for m in own)}
+        fits = type(method).fit is not Method.fit
+        capture: _Capture | None = None
+        for batch in batches:
+            with _Capture(model, [sites[i] for i in wanted], "attention" in method.acts_on) as seen:
+                _run(model, batch)
+            mask = batch.completion().to(unwrap(model).device)
+            for i, own in wanted.items():
+                x = seen.ffn[i].view(*mask.shape, -1)
+                ffn, select = _narrowed(sites[i].ffn, own, i, result)
+                a, z = sites[i].ffn.neurons(x)
+                one = next(m for m in own if m.name == method.name)
+                new = one.statistic(x, select(a), select(z), mask)
+                if "attention" in method.acts_on:
+                    new = torch.cat([new, one.attention_statistic(seen.attention[i], mask)], -1)
+                new = new.sum(0, keepdim=True)
+                sums[i] = sums[i] + new if i in sums else new
+            capture = capture or (seen if fits else None)
+            if advance is not None:
+                advance(1)
+        if not sums or not any(bool(batch.completion().any()) for batch in batches):
+            raise CapreseError(f"{method.name} has no completion token to learn from; give samples with completions")
+        for i, own in wanted.items():
+            one = next(m for m in own if m.name == method.name)
+            ffn, _ = _narrowed(sites[i].ffn, own, i, result)
+            if fits:
+                assert capture is not None
+                block = _OnBlock(sites[i], one, capture, batches[0].completion().to(sums[i].device))
+                result[f"{method.name}.{i}"] = one.fit(sums[i], ffn, block)
+                block.close()
+            else:
+                result[f"{method.name}.{i}"] = one.choose(sums[i], ffn)
+    return {name: tensor.cpu() for name, tensor in result.items()}
+
+
+def _run(model: nn.Module, batch: Tokens) -> None:
+    device = unwrap(model).device
+    mask = batch.valid().to(device)
+    unwrap(model).get_decoder()(
+        input_ids=batch.ids.to(device),
+        attention_mask=mask.long(),
+        position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
+        use_cache=False,
+    )
+
+
+def _narrowed(ffn: FFN, own: list[Method], layer: int, known: dict[str, torch.Tensor]) -> tuple[Any, Any]:
+    """The FFN that fixed choices so far leave, and the same selection from its neurons."""
+    for method in own:
+        choice = known.get(f"{method.name}.{layer}")
+        if "width" in method.acts_on and choice is not None:
+            return method.transform(ffn, choice), lambda t: t[..., choice[0]]
+    return ffn, lambda t: t
+
+
+class _Capture:
+    """What the FFNs, the attention's linear layers and the decoder layers are called with in one pass."""
+
+    def __init__(self, model: nn.Module, sites: list[Site], attention: bool) -> None:
+        self.ffn: dict[int, torch.Tensor] = {}
+        self.attention: dict[int, list[torch.Tensor]] = {}
+        self.layer: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.sites, self.wants_attention, self.handles = sites, attention, []
+
+    def __enter__(self) -> _Capture:
+        for site in self.sites:
+            self.handles.append(site.layer.register_forward_pre_hook(self._layer(site.index), with_kwargs=True))
+            entry = getattr(site.layer, site.entry)
+            self.handles.append(entry.register_forward_pre_hook(self._ffn(site.index)))
+            linears = site.attention_linears() if self.wants_attention else []
+            self.attention[site.index] = [torch.empty(0)] * len(linears)
+            for number, linear in enumerate(linears):
+                self.handles.append(linear.register_forward_pre_hook(self._attention(site.index, number)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _layer(self, index: int) -> Callable[..., None]:
+        return lambda _, args, kwargs: self.layer.__setitem__(index, (args, kwargs))
+
+    def _ffn(self, index: int) -> Callable[..., None]:
+        return lambda _, args: self.ffn.__setitem__(index, args[0])
+
+    def _attention(self, index: int, number: int) -> Callable[..., None]:
+        return lambda _, args: self.attention[index].__setitem__(number, args[0])
+
+
+class _OnBlock:
+    """`base.Block`: one decoder layer, run again on what it was called with."""
+
+    def __init__(self, site: Site, method: Method, seen: _Capture, completion: torch.Tensor) -> None:
+        self.site, self.completion = site, completion
+        self.args, self.kwargs = seen.layer[site.index]
+        rows = max(1, BLOCK_TOKENS // completion.shape[1])
+        self.args, self.kwargs = _rows(self.args, rows), {k: _rows(v, rows) for k, v in self.kwargs.items()}
+        self.completion = completion[:rows]
+        self.sizes = [linear.weight.numel() for linear in site.attention_linears()]  # type: ignore[union-attr, operator]
+        self.dense = self._output()
+        self.scale = float(self.dense.square().sum())
+        self.phases = Phases((method,), {site.index: []})
+        self.wrapper: EfficientFFN | None = None
+        self.method = method
+        self.undo: list[Callable[[], None]] = []
+
+    def _output(self) -> torch.Tensor:
+        y = self.site.layer(*self.args, **self.kwargs)
+        return (y[0] if isinstance(y, tuple) else y)[self.completion].double()
+
+    def error(self, choice: torch.Tensor) -> float:
+        if self.wrapper is None:
+            self.wrapper = EfficientFFN(self.site, [self.method], {self.method.name: choice}, self.phases)
+            self.site.replace(self.wrapper)
+            self.undo = [*attention_hooks(self.site, self.wrapper), self.site.restore]
+        setattr(self.wrapper, f"fixed_{self.method.name}", choice)
+        state = State({self.site.index: []})
+        shape = tuple(self.completion.shape)
+        self.phases.current = Pass(~self.completion, self.completion, state, shape)  # type: ignore[arg-type]
+        try:
+            return float((self._output() - self.dense).square().sum()) / max(self.scale, 1e-30)
+        finally:
+            self.phases.current = None
+
+    def close(self) -> None:
+        for undo in self.undo:
+            undo()
+
+
+def _rows(value: Any, rows: int) -> Any:
+    """The first `rows` sequences of whatever a layer is called with."""
+    if isinstance(value, torch.Tensor):
+        return value[:rows] if value.dim() > 1 and len(value) > 1 else value
+    if isinstance(value, tuple):
+        return tuple(_rows(v, rows) for v in value)
+    return value

@@ -1,0 +1,250 @@
+"""What methods learned from the prompts behind one KV cache, kept on that cache and in step with it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from caprese.efficient_methods.base import Method
+from caprese.errors import CapreseError
+from caprese.kernels import PackedFFN
+from caprese.models import FFN
+
+STATE = "caprese_state"
+# Tokens (times sequences) at the end of a pass whose activations are kept, so that a crop of a few tokens, as after
+# speculative verification, can be followed exactly.
+TAIL = 32
+# Passes to whose ends a cache can be cropped back.
+HISTORY = 256
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Activations of the last tokens learned from, [B, n, ...]; `start` is the first one's place in the cache."""
+
+    start: int
+    x: torch.Tensor
+    a: torch.Tensor
+    z: torch.Tensor
+    mask: torch.Tensor
+
+    def part(self, begin: int, end: int) -> Seen:
+        """Tokens begin to end, counted within."""
+        cut = slice(begin, end)
+        return Seen(self.start + begin, self.x[:, cut], self.a[:, cut], self.z[:, cut], self.mask[:, cut])
+
+
+@dataclass
+class LayerState:
+    """The running statistics, the choices made from them, and how to go back."""
+
+    statistics: dict[str, torch.Tensor] = field(default_factory=dict)
+    choices: dict[str, torch.Tensor] = field(default_factory=dict)
+    packed: PackedFFN | None = None
+    #: (first token, end, statistics at the end) of the passes learned from
+    history: list[tuple[int, int, dict[str, torch.Tensor]]] = field(default_factory=list)
+    tail: Seen | None = None
+
+    def learn(self, methods: list[Method], seen: Seen) -> None:
+        """Add a pass over prompt tokens."""
+        tokens = seen.x.shape[1]
+        tail = max(0, tokens - max(1, TAIL // len(seen.x)))
+        for part in (seen.part(0, tail), seen.part(tail, tokens)):
+            if part.x.shape[1]:
+                self._add(methods, part)
+                self.history.append((part.start, part.start + part.x.shape[1], dict(self.statistics)))
+                self.tail = part
+        del self.history[:-HISTORY]
+
+    def _add(self, methods: list[Method], seen: Seen) -> None:
+        self.choices, self.packed = {}, None
+        for method in methods:
+            new = method.statistic(seen.x, seen.a, seen.z, seen.mask)
+            if getattr(method, "shared_choice", False):
+                new = new.sum(0, keepdim=True)
+            old = self.statistics.get(method.name)
+            self.statistics[method.name] = new if old is None else old + new
+
+    def chosen(self, method: Method, ffn: FFN | PackedFFN, batch: int) -> torch.Tensor:
+        """The choice of a method that learns from the prompt, [batch or 1, ...]."""
+        if method.name not in self.choices:
+            if method.name not in self.statistics:
+                raise CapreseError(
+                    f"{method.name} has seen no prompt for this KV cache: it was filled before apply() or in a dense "
+                    "pass, or a prompt length is 0; start with an empty cache and a prompt"
+                )
+            self.choices[method.name] = method.choose(self.statistics[method.name], ffn)
+        choice = self.choices[method.name]
+        if len(choice) != batch and not (len(choice) == 1 and getattr(method, "shared_choice", False)):
+            raise CapreseError(
+                f"the KV cache holds the choice of {len(choice)} sequences, the batch has {batch}; "
+                "expand the batch before prefill, or the cache with batch_repeat_interleave"
+            )
+        return choice
+
+    def crop(self, methods: list[Method], length: int) -> None:
+        """Unlearn what lies behind token `length`."""
+        following = len(self.history)
+        while following and self.history[following - 1][0] >= length:
+            following -= 1
+        if following == len(self.history) and (not following or self.history[-1][1] <= length):
+            return  # only generated tokens went, which teach nothing
+        kept = self.history[:following]
+        split = kept.pop() if kept and kept[-1][1] > length else None
+        if split is not None and (self.tail is None or self.tail.start != split[0]):
+            raise CapreseError(
+                f"the KV cache was cropped to {length} tokens, inside a prompt pass of tokens {split[0]}-{split[1]} "
+                "whose statistic cannot be taken apart; crop to where a pass began or ended, or prefill again"
+            )
+        tail = self.tail
+        self.history, self.tail = kept, None
+        self.statistics = dict(kept[-1][2]) if kept else {}
+        self.choices, self.packed = {}, None
+        if split is not None and tail is not None:
+            self.learn(methods, tail.part(0, length - tail.start))
+
+    def change(self, change: Change, batch: int) -> None:
+        """Reorder, select or repeat sequences; what the whole batch shares stays."""
+
+        def each(known: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {k: change(t) if len(t) == batch else t for k, t in known.items()}
+
+        self.statistics, self.choices, self.packed = each(self.statistics), each(self.choices), None
+        self.history = [(start, end, each(known)) for start, end, known in self.history]
+        if self.tail is not None:
+            t = self.tail
+            self.tail = Seen(t.start, change(t.x), change(t.a), change(t.z), change(t.mask))
+
+    def fork(self) -> LayerState:
+        return LayerState(dict(self.statistics), dict(self.choices), self.packed, list(self.history), self.tail)
+
+
+@dataclass
+class State:
+    """`LayerState` by layer, and the generated tokens since the last dense pass; lives on the KV cache."""
+
+    methods: dict[int, list[Method]]
+    layers: dict[int, LayerState] = field(default_factory=dict)
+    #: tokens in the cache after the last pass, and sequences
+    length: int = 0
+    batch: int = 0
+    #: which tokens of the dense passes are real, [B, n]; every generated token is
+    valid: torch.Tensor | None = None
+    #: inputs of the decoding passes since the last dense one, for reselection: (tokens or embeddings, positions)
+    pending: list[tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=list)
+    #: cache layers as they were when `pending` began, where they cannot be cropped
+    kept: dict[int, Any] = field(default_factory=dict)
+
+    def layer(self, index: int) -> LayerState:
+        return self.layers.setdefault(index, LayerState())
+
+    def crop(self, length: int) -> None:
+        """Follow a cache that became shorter."""
+        for index, layer in self.layers.items():
+            layer.crop(self.methods[index], length)
+        del self.pending[max(0, len(self.pending) - (self.length - length)) :]
+        if self.valid is not None:
+            self.valid = self.valid[:, :length]
+        self.length = length
+
+    def change(self, change: Change) -> None:
+        """Follow a cache whose sequences were reordered, selected or repeated."""
+        for layer in self.layers.values():
+            layer.change(change, self.batch)
+        self.valid = None if self.valid is None else change(self.valid)
+        self.pending = [(change(t), p if p is None or len(p) != self.batch else change(p)) for t, p in self.pending]
+        for layer in self.kept.values():
+            layer.keys, layer.values = change(layer.keys), change(layer.values)
+        self.batch = len(change(torch.zeros(self.batch)))
+
+    def fork(self) -> State:
+        """A state that goes its own way; tensors are never changed in place, so they are shared."""
+        layers = {index: layer.fork() for index, layer in self.layers.items()}
+        kept = {index: copy.copy(layer) for index, layer in self.kept.items()}
+        return State(self.methods, layers, self.length, self.batch, self.valid, list(self.pending), kept)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+        return self.fork()
+
+
+class _Following:
+    """Mixed into the class of a cache that has a state, so that the state sees its sequences move."""
+
+    def _follow(self, change: Change) -> None:
+        state: State | None = getattr(self, STATE, None)
+        if state is not None:
+            state.change(change)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._follow(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._follow(lambda t: t[indices.to(t.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._follow(lambda t: t.repeat_interleave(repeats, dim=0))
+
+
+@functools.cache
+def _following(kind: type) -> type:
+    return type(kind.__name__, (_Following, kind), {"__module__": kind.__module__})
+
+
+def state_of(cache: Cache | None) -> State | None:
+    """The state on a cache, if there is one."""
+    return getattr(cache, STATE, None)
+
+
+def keep_state(cache: Any, state: State) -> None:
+    """Put `state` on a cache, which from now on moves it along."""
+    if not isinstance(cache, _Following):
+        cache.__class__ = _following(type(cache))
+    setattr(cache, STATE, state)
+
+
+def rewind(cache: Any, tokens: int, kept: dict[int, Any]) -> None:
+    """Take the last `tokens` tokens out of a cache, from `kept` copies of the layers that cannot be cropped.
+
+    Raises:
+        CapreseError: a kind of cache that can do neither.
+    """
+    for index, layer in enumerate(cache.layers):
+        if index in kept:
+            before = kept[index]
+            if layer.is_compileable:
+                layer.keys.copy_(before.keys)
+                layer.values.copy_(before.values)
+                layer.cumulative_length.copy_(before.cumulative_length)
+                layer.cumulative_length_int = before.cumulative_length_int
+            else:
+                layer.keys, layer.values = before.keys, before.values
+                layer.cumulative_length = before.cumulative_length
+        elif layer.is_compileable:
+            layer.cumulative_length.sub_(tokens)
+        elif hasattr(layer, "crop"):
+            layer.crop(-tokens)
+        else:
+            raise CapreseError(f"reselection cannot rewrite a {type(cache).__name__}; use a dynamic or static cache")
+
+
+def remember(cache: Any) -> dict[int, Any]:
+    """Copies of the cache layers that `rewind` cannot crop: those with a sliding window."""
+    kept = {}
+    for index, layer in enumerate(cache.layers):
+        if getattr(layer, "is_sliding", False) and layer.is_initialized:
+            twin = copy.copy(layer)
+            if layer.is_compileable:  # written in place
+                twin.keys, twin.values = layer.keys.clone(), layer.values.clone()
+                twin.cumulative_length = layer.cumulative_length.clone()
+            kept[index] = twin
+    return kept

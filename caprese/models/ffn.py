@@ -1,0 +1,135 @@
+"""An FFN seen from outside: its neurons and its weights, however its family spells them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from caprese.errors import CapreseError
+
+if TYPE_CHECKING:
+    from caprese.models.families import Family
+
+
+class Weights(NamedTuple):
+    """One neuron a row: gate and up [F, D], down [D, F]; views on the model's own tensors where that is possible.
+
+    `gate` is None in a plain FFN.
+    """
+
+    gate: torch.Tensor | None
+    gate_bias: torch.Tensor | None
+    up: torch.Tensor
+    up_bias: torch.Tensor | None
+    down: torch.Tensor
+    down_bias: torch.Tensor | None
+
+
+def linear_weights(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight [out, in] and bias of a Linear or Conv1D.
+
+    Raises:
+        CapreseError: the weight is packed (4 or 8 bit), so that its rows cannot be told apart.
+    """
+    weight = module.weight
+    if not weight.is_floating_point():
+        raise CapreseError(
+            "these FFN weights are packed (4 or 8 bit) and cannot be selected row by row; load the base unquantised"
+        )
+    return (weight.T if isinstance(module, Conv1D) else weight), module.bias
+
+
+@dataclass(frozen=True)
+class FFN:
+    """A view on the parts of an FFN: down(act(gate(x)) * up(x)), or down(act(up(x))) where there is no gate.
+
+    It owns nothing. Shapes: x [..., D], neurons [..., F].
+    """
+
+    module: Any
+    family: Family
+
+    @property
+    def gated(self) -> bool:
+        return bool(self.family.gate)
+
+    @property
+    def fused(self) -> bool:
+        """Whether one matrix holds gate over up."""
+        return self.family.gate == self.family.up
+
+    def part(self, name: str) -> Any:
+        return getattr(self.module, getattr(self.family, name))
+
+    @property
+    def hidden_size(self) -> int:
+        up = self.part("up")
+        return up.nx if isinstance(up, Conv1D) else up.in_features
+
+    @property
+    def width(self) -> int:
+        up = self.part("up")
+        rows = up.nf if isinstance(up, Conv1D) else up.out_features
+        return rows // 2 if self.fused else rows
+
+    def act(self, x: torch.Tensor) -> torch.Tensor:
+        return self.part("act")(x)
+
+    def neurons(self, x: torch.Tensor, x_up: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [..., D] -> (a, z), both [..., F]: act(gate(x)) and act(gate(x)) * up(x); the same twice without a gate.
+
+        Args:
+            x_up: what up sees instead of x; a fused or plain FFN has one input and takes x.
+        """
+        if self.fused:
+            gate, up = self.part("up")(x).chunk(2, dim=-1)
+            a = self.act(gate)
+            return a, a * up
+        if not self.gated:
+            a = self.act(self.part("up")(x))
+            return a, a
+        a = self.act(self.part("gate")(x))
+        return a, a * self.part("up")(x if x_up is None else x_up)
+
+    def down(self, z: torch.Tensor) -> torch.Tensor:
+        """z [..., F] -> [..., D]."""
+        return self.part("down")(z)
+
+    def weights(self) -> Weights:
+        """The weights by neuron.
+
+        Raises:
+            CapreseError: they are packed.
+        """
+        up, up_bias = linear_weights(self.part("up"))
+        down, down_bias = linear_weights(self.part("down"))
+        if self.fused:
+            gate, up = up.chunk(2)
+            gate_bias, up_bias = (None, None) if up_bias is None else up_bias.chunk(2)
+            return Weights(gate, gate_bias, up, up_bias, down, down_bias)
+        if not self.gated:
+            return Weights(None, None, up, up_bias, down, down_bias)
+        return Weights(*linear_weights(self.part("gate")), up, up_bias, down, down_bias)
+
+    @property
+    def device(self) -> torch.device:
+        return self.part("down").weight.device
+
+
+class Spread(nn.Module):
+    """The parts of an FFN that sit on the decoder layer itself, gathered so that they can be called as one."""
+
+    def __init__(self, layer: nn.Module, family: Family) -> None:
+        super().__init__()
+        self.names = [name for name in (family.up, family.act, family.down) if name]
+        for name in self.names:
+            setattr(self, name, getattr(layer, name))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for name in self.names:
+            x = getattr(self, name)(x)
+        return x
