@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from caprese.efficient_methods import METHODS, Cats, Griffin
+from caprese.efficient_methods import Cats, Griffin
 from caprese.errors import CapreseError
+
+
+PROMPT = {"griffin": Griffin, "cats": Cats}
+
+
+def ffn(width: int) -> SimpleNamespace:
+    """As much of an FFN as a choice looks at."""
+    return SimpleNamespace(width=width)
 
 
 def activations(seed: int, batch: int, tokens: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,7 +47,7 @@ def test_griffin_keeps_the_neurons_of_the_reference(seed, batch, tokens, width, 
     lengths = [data.draw(st.integers(1, tokens)) for _ in range(batch)]
     mask = torch.stack([torch.arange(tokens) >= tokens - n for n in lengths])  # left padding
     method = Griffin(sparsity=sparsity)
-    choice = method.choose(method.statistic(a, z, mask), width)
+    choice = method.choose(method.statistic(a, a, z, mask), ffn(width))
     k = max(1, round((1 - sparsity) * width))
     for row, n in enumerate(lengths):
         scores = griffin_scores(z[row, tokens - n :])
@@ -52,7 +62,7 @@ def test_griffin_keeps_the_neurons_of_the_reference(seed, batch, tokens, width, 
 def test_cats_threshold_is_the_quantile(seed, tokens, width, sparsity):
     a, z = activations(seed, 1, tokens, width)
     method = Cats(sparsity=sparsity)
-    tau = float(method.choose(method.statistic(a, z, torch.ones(1, tokens, dtype=torch.bool)), width))
+    tau = float(method.choose(method.statistic(a, a, z, torch.ones(1, tokens, dtype=torch.bool)), ffn(width)))
     values = a.abs().flatten().double().sort().values
     drop = int(sparsity * len(values))
     # the threshold lies at the quantile, up to the width of a bin
@@ -64,31 +74,31 @@ def test_cats_threshold_is_the_quantile(seed, tokens, width, sparsity):
     assert abs(dropped - drop) <= near + 1
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", PROMPT)
 def test_statistics_add_up_over_chunks(name):
     a, z = activations(1, 2, 12, 33)
-    method = METHODS[name](sparsity=0.6)
+    method = PROMPT[name](sparsity=0.6)
     mask = torch.ones(2, 12, dtype=torch.bool)
-    whole = method.statistic(a, z, mask)
-    parts = sum(method.statistic(a[:, s], z[:, s], mask[:, s]) for s in (slice(0, 5), slice(5, 6), slice(6, 12)))
+    whole = method.statistic(a, a, z, mask)
+    parts = sum(method.statistic(a[:, s], a[:, s], z[:, s], mask[:, s]) for s in (slice(0, 5), slice(5, 6), slice(6, 12)))
     assert torch.allclose(whole.double(), parts.double(), rtol=1e-6)
-    assert torch.equal(method.choose(whole, 33), method.choose(parts, 33))
+    assert torch.equal(method.choose(whole, ffn(33)), method.choose(parts, ffn(33)))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", PROMPT)
 def test_padding_does_not_enter_the_statistic(name):
     a, z = activations(2, 1, 7, 20)
     padded = [torch.cat([torch.full((1, 3, 20), 50.0), t], 1) for t in (a, z)]
     mask = torch.tensor([[False] * 3 + [True] * 7])
-    method = METHODS[name](sparsity=0.5)
-    alone = method.statistic(a, z, torch.ones(1, 7, dtype=torch.bool))
-    assert torch.allclose(method.statistic(*padded, mask).double(), alone.double(), rtol=1e-6)
+    method = PROMPT[name](sparsity=0.5)
+    alone = method.statistic(a, a, z, torch.ones(1, 7, dtype=torch.bool))
+    assert torch.allclose(method.statistic(padded[0], *padded, mask).double(), alone.double(), rtol=1e-6)
 
 
 def test_a_zero_token_does_not_poison_griffin():
     z = torch.zeros(1, 2, 8)
     z[0, 1, 3] = 1.0
-    statistic = Griffin(sparsity=0.5).statistic(z, z, torch.ones(1, 2, dtype=torch.bool))
+    statistic = Griffin(sparsity=0.5).statistic(z, z, z, torch.ones(1, 2, dtype=torch.bool))
     assert torch.isfinite(statistic).all() and int(statistic.argmax()) == 3
 
 

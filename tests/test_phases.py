@@ -24,7 +24,9 @@ from transformers import (
 
 import caprese
 from caprese.adapters import attach_adapter, branch_parameters
-from caprese.efficient_methods import METHODS, applied_ffns
+from caprese.efficient_methods import Cats, Griffin, applied_ffns
+
+METHODS = {"griffin": Griffin, "cats": Cats}
 
 SMALL = {
     "hidden_size": 32,
@@ -166,11 +168,12 @@ def test_a_second_turn_adds_to_what_the_first_taught(tiny):
     cache = DynamicCache(config=tiny.config)
     tiny(first, past_key_values=cache, use_cache=True)
     state = next(iter(cache.caprese_state.layers.values()))
-    one = state.statistic.clone()
+    one = state.statistics["griffin"].clone()
     tiny(torch.tensor([[7]]), past_key_values=cache, use_cache=True)
-    assert torch.equal(state.statistic, one)  # a generated token teaches nothing
+    assert torch.equal(state.statistics["griffin"], one)  # a generated token teaches nothing
     tiny(second, past_key_values=cache, use_cache=True)
-    assert (state.statistic > one).any() and state.statistic.sum() == pytest.approx(14, rel=1e-4)
+    two = state.statistics["griffin"]
+    assert (two > one).any() and two.sum() == pytest.approx(14, rel=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)

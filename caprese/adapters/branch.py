@@ -67,13 +67,13 @@ def empty_slots(model: nn.Module) -> None:
 
 def branch_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of the recovery branches, in layer order."""
-    return [p for n, p in unwrap(model).named_parameters() if ".recovery.lora_" in n]
+    return [p for n, p in unwrap(model).named_parameters() if ".lora_" in n]
 
 
 def get_branches(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of the branch weights by name, on the CPU."""
     named = unwrap(model).named_parameters()
-    return {n: p.detach().cpu().clone() for n, p in named if ".recovery.lora_" in n}
+    return {n: p.detach().cpu().clone() for n, p in named if ".lora_" in n}
 
 
 def set_branches(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:

@@ -3,8 +3,8 @@
 To add a method: a file like `griffin.py`, and its class in `METHODS`; or a package of your own (docs/methods.md).
 """
 
-from caprese.efficient_methods.apply import Calibration, applied_ffns, apply, methods_by_layer, remove
-from caprese.efficient_methods.base import FromPrompt, Layers, Method, Reads, Sparse, Sparsity
+from caprese.efficient_methods.apply import Calibration, applied_ffns, apply, methods_by_layer, remove, weights_saved
+from caprese.efficient_methods.base import FromPrompt, Layers, Method, Reads, Sparse, Sparsity, check_sparsity
 from caprese.efficient_methods.calibrate import Tokens, calibrate, needs_calibration
 from caprese.efficient_methods.cats import Cats
 from caprese.efficient_methods.compose import (
@@ -48,6 +48,7 @@ __all__ = [
     "applied_ffns",
     "apply",
     "calibrate",
+    "check_sparsity",
     "compose",
     "dense",
     "describe_methods",
@@ -62,4 +63,5 @@ __all__ = [
     "refusal",
     "remove",
     "reselection",
+    "weights_saved",
 ]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, PlainValidator
 
 from caprese.errors import CapreseError
 from caprese.kernels import PackedFFN
@@ -21,16 +21,20 @@ from caprese.models import FFN
 
 Layers = Literal["all", "first-half"] | list[int]
 Part = Literal["width", "weights", "rows", "neurons", "inputs", "attention"]
-Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 
 
-def _not_empty(values: Any) -> Any:
-    if isinstance(values, list) and not values:
+def check_sparsity(value: Any) -> float | list[float]:
+    """A number in (0, 1), or a list of them."""
+    each = value if isinstance(value, list) else [value]
+    if not each:
         raise ValueError("a list needs one sparsity for each layer")
-    return values
+    for number in each:
+        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < 1:
+            raise ValueError("input should be greater than 0 and less than 1")
+    return [float(number) for number in each] if isinstance(value, list) else float(value)
 
 
-Sparsity = Annotated[Fraction | list[Fraction], AfterValidator(_not_empty)]
+Sparsity = Annotated[float | list[float], PlainValidator(check_sparsity)]
 
 
 @dataclass(frozen=True)

@@ -74,12 +74,12 @@ def make_method(facts: dict[str, Any]) -> Method:
         return kind(**facts)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "list[constrained-float]")
+        where = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             allowed = ", ".join(kind.model_fields)
             raise CapreseError(f"method {kind.name} has no setting {where!r}; it has {allowed}") from error
         raise CapreseError(
-            f"method {kind.name}, {where}: {first['msg'].lower()} (given {first['input']!r})"
+            f"method {kind.name}, {where}: {first['msg'].removeprefix('Value error, ').lower()} (given {first['input']!r})"
         ) from error
 
 

@@ -53,7 +53,13 @@ class Phases:
         self.prefilling = False
         self.prompt_lengths: torch.Tensor | None = None
         self.observer: Observer | None = None
+        #: layers that act, the others staying dense; None is all
+        self.only: set[int] | None = None
         self.undo: list[Callable[[], None]] = []
+
+    def acts_on(self, layer: int) -> bool:
+        """Whether generated tokens run efficient in this layer now."""
+        return self.observer is None and (self.only is None or layer in self.only)
 
     def attach(self, model: Any) -> None:
         """Hook into a bare transformers model."""

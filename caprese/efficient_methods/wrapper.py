@@ -57,7 +57,7 @@ class EfficientFFN(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         current = self.phases.current
-        if current is None:
+        if current is None or (self.phases.only is not None and self.layer not in self.phases.only):
             return self.ffn(x)
         flat = x.shape
         x = x.view(*current.shape, flat[-1])  # some families flatten the batch

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from caprese.distill.batches import device_of
-from caprese.efficient_methods import Reads, applied_ffns
+from caprese.efficient_methods import applied_ffns, weights_saved
 from caprese.evaluation.fidelity import VARIANTS, variant
-from caprese.models import count_parameters, unwrap
+from caprese.models import active_parameters, count_parameters, unwrap
 from caprese.progress import bar
 
 
@@ -66,19 +66,8 @@ def parameter_counts(model: nn.Module) -> dict[str, Any]:
     base = unwrap(model)
     total = count_parameters(model)
     adapter = sum(p.numel() for n, p in base.named_parameters() if ".lora_" in n)
-    embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
-    active = total if embedding is head else total - embedding.numel()
-    removed = 0
-    for wrapper in applied_ffns(model).values():
-        view = wrapper.view
-        each = float(view.hidden_size * view.width)
-        reads = before = Reads(each if view.gated else 0.0, each, each)
-        density = 1.0
-        for method in wrapper.methods:
-            reads, density = method.reads(reads), density * method.attention_density
-        removed += before.total - reads.total
-        attention: list[Any] = wrapper.site.attention_linears() if density < 1 else []
-        removed += round((1 - density) * sum(linear.weight.numel() for linear in attention))
+    active = active_parameters(model)
+    removed = sum(weights_saved(w.site, w.methods) for w in applied_ffns(model).values())
     return {
         "base": total,
         "adapter": adapter,

@@ -183,3 +183,10 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]
 def count_parameters(model: nn.Module) -> int:
     """Parameters of the base model, shared ones counted once, adapters not counted."""
     return sum(parameter.numel() for _, _, parameter in base_parameters(model))
+
+
+def active_parameters(model: nn.Module) -> int:
+    """Weights of the dense base read for one token: an input embedding that is not also the head is looked up."""
+    base = unwrap(model)
+    embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
+    return count_parameters(model) - (0 if embedding is head else embedding.numel())

@@ -7,15 +7,28 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
 from caprese.data_gen import Samples
 from caprese.distill import EndToEnd, Layerwise
-from caprese.efficient_methods import METHODS, Layers, Method
+from caprese.efficient_methods import (
+    Layers,
+    Method,
+    Sparse,
+    check_sparsity,
+    compose,
+    find_method,
+    make_method,
+    parse_methods,
+)
 from caprese.errors import CapreseError
 from caprese.evaluation.config import Evaluation
 
 DIRECTORY = Path(__file__).parent
+
+
+def _sparsity_or_auto(value: Any) -> Any:
+    return value if value == "auto" else check_sparsity(value)
 
 
 class Recipe(BaseModel):
@@ -32,11 +45,26 @@ class Recipe(BaseModel):
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     method: str = "griffin"
-    """What is taken away: griffin or cats."""
-    sparsity: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.5
-    """Fraction of FFN neurons removed."""
+    """What is taken away: a method (caprese methods lists them), with settings if wanted, or several joined by +:
+    cats:0.7:threshold=calibrated, static:0.3+cats:0.5."""
+    sparsity: Annotated[float | list[float] | Literal["auto"], PlainValidator(_sparsity_or_auto)] = 0.5
+    """Fraction removed, of the methods that name none of their own: one number, a list with one for each layer, or
+    auto: as much, layer by layer, as target_kl or target_active asks for."""
     layers: Layers = "all"
     """all, first-half, or a list of layer numbers."""
+    target_kl: Annotated[float, Field(gt=0)] | None = None
+    """sparsity auto: the largest KL(dense || efficient) per token, before recovery."""
+    target_active: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """sparsity auto: the fraction of the dense model's active parameters to keep."""
+    threshold: Literal["prompt", "calibrated"] | None = None
+    """cats: tau from each prompt, or from samples once for all."""
+    shared_choice: bool | None = None
+    """griffin, cats: one choice for all sequences of a batch."""
+    reselect_every: Annotated[int, Field(ge=1)] | None = None
+    """Generated tokens after which they pass through the dense model once and the choice is made anew; null: never.
+    Distillation and evaluation see the same."""
+    calibration_samples: Annotated[int, Field(ge=1)] = 64
+    """Training samples from which methods such as static and teal choose, and auto measures."""
     rank: Annotated[int, Field(ge=1)] | Literal["auto"] = 256
     """Rank of each branch; auto spreads `budget` over the layers by their measured error curves."""
     budget: Annotated[float, Field(gt=0, lt=1)] = 0.01
@@ -51,15 +79,39 @@ class Recipe(BaseModel):
     end_to_end: EndToEnd = EndToEnd()
     evaluation: Evaluation = Evaluation()
 
-    def make_method(self) -> Method:
-        """The efficient method, configured.
+    def make_methods(self) -> tuple[Method, ...]:
+        """The efficient methods, configured; with sparsity auto, at the default one.
 
         Raises:
-            CapreseError: unknown method.
+            CapreseError: unknown method or setting, or methods that do not compose.
         """
-        if self.method not in METHODS:
-            raise CapreseError(f"unknown method {self.method!r}; one of {', '.join(METHODS)}")
-        return METHODS[self.method](sparsity=self.sparsity, layers=self.layers)
+        wanted: dict[str, Any] = {"threshold": self.threshold, "shared_choice": self.shared_choice}
+        wanted["sparsity"] = None if self.sparsity == "auto" else self.sparsity
+        wanted = {key: value for key, value in wanted.items() if value is not None}
+        taken: set[str] = set()
+        methods = []
+        for facts in parse_methods(self.method):
+            fields = find_method(facts["name"]).model_fields
+            for key in wanted.keys() & fields.keys():
+                taken.add(key)
+                facts.setdefault(key, wanted[key])
+            methods.append(make_method({"layers": self.layers, **facts}))
+        for key in ("threshold", "shared_choice"):
+            if key in wanted and key not in taken:
+                raise CapreseError(f"--{key.replace('_', '-')} is no setting of {self.method}")
+        self._check_auto(methods)
+        return compose(methods)
+
+    def _check_auto(self, methods: list[Method]) -> None:
+        targets = [t for t in (self.target_kl, self.target_active) if t is not None]
+        if self.sparsity != "auto":
+            if targets:
+                raise CapreseError("--target-kl and --target-active go with --sparsity auto")
+            return
+        if len(targets) != 1:
+            raise CapreseError("--sparsity auto needs one of --target-kl and --target-active")
+        if len(methods) != 1 or not isinstance(methods[0], Sparse):
+            raise CapreseError(f"--sparsity auto takes one method that has a sparsity, not {self.method}")
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -78,7 +130,7 @@ def explain(error: ValidationError, source: str) -> CapreseError:
         if item["type"] == "extra_forbidden":
             parts.append(f"unknown key {where!r} (caprese recipes show smollm2-135m lists all)")
         else:
-            parts.append(f"{where}: {item['msg'].lower()} (given {item['input']!r})")
+            parts.append(f"{where}: {item['msg'].removeprefix('Value error, ').lower()} (given {item['input']!r})")
     return CapreseError(f"{source}: " + "; ".join(dict.fromkeys(parts)))
 
 

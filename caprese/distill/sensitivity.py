@@ -1,0 +1,141 @@
+"""How much each layer minds being made sparse, and how much sparsity each should get.
+
+One layer at a time is made sparse at a few levels, and KL to the dense model measured on held-out samples. Along each
+layer's lower convex hull of KL over weights saved, the cheapest steps of all layers are taken first, until the model
+reads few enough weights, or until the KL measured with all of them together reaches the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from caprese.distill.batches import Batch
+from caprese.distill.end_to_end import HeldOut
+from caprese.efficient_methods import Sparse, apply, calibrate, needs_calibration, phases_of, remove, weights_saved
+from caprese.errors import CapreseError
+from caprese.models import active_parameters, find_ffns
+
+LEVELS = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Raise one layer to one sparsity: what it saves in weights, and what it adds in KL if layers add up."""
+
+    layer: int
+    sparsity: float
+    saved: float
+    kl: float
+
+
+class Sensitivity:
+    """A method on a model, with samples to calibrate and to measure on.
+
+    Args:
+        rows: samples for methods that learn from samples.
+        held_out: samples that KL is measured on.
+    """
+
+    def __init__(
+        self, model: nn.Module, method: Sparse, rows: Sequence[Batch], held_out: Sequence[Batch], cache_gigabytes: float
+    ) -> None:
+        self.model, self.method = model, method
+        self.rows, self.held_out, self.limit = rows, held_out, cache_gigabytes
+        sites = find_ffns(model)
+        self.sites = [sites[i] for i in method.layer_indices(len(sites))]
+
+    def _with(self, method: Sparse) -> HeldOut:
+        """Apply `method`, calibrated if it must be; the caller removes it."""
+        tokens = [batch.whole() for batch in self.rows]
+        calibration = calibrate(self.model, method, tokens) if needs_calibration(method) else None
+        apply(self.model, method, calibration=calibration)
+        return HeldOut(self.model, self.held_out, self.limit)
+
+    def kl(self, method: Sparse) -> float:
+        """KL(dense || efficient) with `method` on all its layers."""
+        held_out = self._with(method)
+        try:
+            return held_out.kl()
+        finally:
+            remove(self.model)
+
+    def steps(self, advance: Advance | None = None) -> list[Step]:
+        """Every step along every layer's hull, cheapest first; `advance` is called once for each layer and level."""
+        points: list[list[tuple[float, float, float]]] = [[(0.0, 0.0, 0.0)] for _ in self.sites]
+        for level in LEVELS:
+            uniform = self.method.model_copy(update={"sparsity": level, "layers": [s.index for s in self.sites]})
+            held_out = self._with(uniform)
+            try:
+                for site, known in zip(self.sites, points, strict=True):
+                    phases_of(self.model).only = {site.index}
+                    known.append((float(weights_saved(site, [uniform])), held_out.kl(), level))
+                    if advance is not None:
+                        advance(1)
+            finally:
+                remove(self.model)
+        steps = []
+        for site, known in zip(self.sites, points, strict=True):
+            here = known[0]
+            while ahead := [p for p in known if p[0] > here[0]]:
+                there = min(ahead, key=lambda p: ((p[1] - here[1]) / (p[0] - here[0]), -p[0]))
+                steps.append(Step(site.index, there[2], there[0] - here[0], max(0.0, there[1] - here[1])))
+                here = there
+        return sorted(steps, key=lambda step: step.kl / step.saved)
+
+    def at(self, steps: Sequence[Step]) -> Sparse:
+        """The method after `steps`: layers without one are left dense."""
+        levels: dict[int, float] = {}
+        for step in steps:
+            levels[step.layer] = max(step.sparsity, levels.get(step.layer, 0.0))
+        layers = sorted(levels)
+        return self.method.model_copy(update={"layers": layers, "sparsity": [levels[i] for i in layers]})
+
+
+def allocate_sparsity(
+    sensitivity: Sensitivity,
+    *,
+    target_kl: float | None = None,
+    target_active: float | None = None,
+    advance: Advance | None = None,
+) -> Sparse:
+    """The method with a sparsity for each layer.
+
+    Args:
+        target_kl: the largest KL(dense || efficient) per token, before recovery; as much is removed as it allows.
+        target_active: the fraction of the dense model's active parameters that may still be read.
+
+    Raises:
+        CapreseError: the target cannot be reached.
+    """
+    steps = sensitivity.steps(advance)
+    if target_active is not None:
+        dense = active_parameters(sensitivity.model)
+        left, count = float(dense), 0
+        while left > target_active * dense and count < len(steps):
+            left -= steps[count].saved
+            count += 1
+        if left > target_active * dense:
+            raise CapreseError(
+                f"{sensitivity.method.name} on these layers leaves {left / dense:.3f} of the active parameters at its "
+                f"most; --target-active {target_active:g} is out of reach"
+            )
+        if not count:
+            raise CapreseError(f"--target-active {target_active:g} removes nothing; choose a smaller fraction")
+        return sensitivity.at(steps[:count])
+    assert target_kl is not None
+    low, high = 0, len(steps)
+    while low < high:  # the most steps whose KL, measured with all of them, is within the target
+        middle = (low + high + 1) // 2
+        if sensitivity.kl(sensitivity.at(steps[:middle])) <= target_kl:
+            low = middle
+        else:
+            high = middle - 1
+    if not low:
+        raise CapreseError(
+            f"one layer at sparsity {steps[0].sparsity:g} alone costs more than --target-kl {target_kl:g}; allow more"
+        )
+    return sensitivity.at(steps[:low])
