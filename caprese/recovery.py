@@ -35,6 +35,7 @@ from caprese.adapters import (
     set_branches,
 )
 from caprese.data_gen import (
+    VERSION,
     Sample,
     Samples,
     check_context,
@@ -107,7 +108,7 @@ def recover(
     _claim(out, state, identity, overwrite)
 
     with _stage(state, "samples", 1) as stage:
-        samples = make_samples(model, tokenizer, recipe.samples, out / "samples", recipe.seed, prints)
+        samples = make_samples(model, tokenizer, recipe.samples, out / "samples", recipe.seed, prints, overwrite)
         stage.update(
             note=f"{len(samples['train'])} train, {len(samples['validation'])} validation, {len(samples['test'])} test"
         )
@@ -179,9 +180,10 @@ def recover(
 
 
 def _identity(recipe: Recipe, prints: Mapping[str, str]) -> str:
-    """What a result depends on, as one digest: the recipe without its places, and the base's weights."""
+    """What a result depends on, as one digest: the recipe without its places, the base's weights, how samples are
+    made."""
     facts = recipe.model_dump(mode="json", exclude={"output", "model", "revision", "device"})
-    return hashlib.sha256(json.dumps([facts, dict(prints)], sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([facts, dict(prints), VERSION], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _portable_recipe(recipe: Recipe) -> Recipe:

@@ -30,6 +30,8 @@ import caprese
 from caprese import progress
 from caprese.adapters import attach_adapter
 from caprese.cli import app
+from caprese.data_gen import read_shard, write_shard
+from caprese.data_gen.shards import shard_settings
 from caprese.errors import CapreseError
 
 RECIPE = caprese.Recipe(
@@ -334,8 +336,22 @@ def output_is_file(d: Desk) -> list[str]:
 
 simple("output_taken", lambda d: d.recover("--seed", 9), "holds the result of another recipe", "--overwrite")
 simple("output_half", lambda d: half_done(d, "other"), "half way through another recipe", "--overwrite")
-simple("samples_of_other_settings", lambda d: d.recover("--overwrite", "--max-new-tokens", 9),
-       "samples made with another max_new_tokens", "delete that directory")  # fmt: skip
+
+
+@case("samples made with another max_new_tokens", "--overwrite")
+def samples_of_other_settings(d: Desk) -> list[str]:
+    (d.out / "report.json").unlink()
+    return d.recover("--max-new-tokens", 9)
+
+
+@case("samples made with another version", "--overwrite")
+def samples_of_another_version(d: Desk) -> list[str]:
+    arguments = half_done(d, own_identity(d))
+    path = d.out / "samples" / "test-00000.parquet"
+    settings = shard_settings(path)
+    del settings["version"]
+    write_shard(path, read_shard(path), settings)
+    return arguments
 
 
 def half_done(d: Desk, identity: str) -> list[str]:
@@ -392,6 +408,19 @@ def shard_altered(d: Desk) -> list[str]:
 def test_refused(name: str, desk: Desk):
     make, fragments = CASES[name]
     refused(desk, make(desk), *fragments)
+
+
+def test_overwrite_replaces_the_shards_of_other_settings(desk: Desk):
+    shards = desk.out / "samples"
+    before = digests(shards)
+    for flags in (("--max-new-tokens", 9), ("--max-new-tokens", 9, "--samples", 12), ("--max-new-tokens", 9)):
+        result = CliRunner().invoke(app, desk.recover("--overwrite", *flags))
+        assert result.exit_code == 0, result.stderr
+        now = {path.name: shard_settings(path) for path in sorted(shards.glob("*.parquet"))}
+        assert {s["max_new_tokens"] for s in now.values()} == {9}
+        assert sum(s["rows"] for name, s in now.items() if name.startswith("train")) == (12 if len(flags) > 2 else 8)
+    after = digests(shards)
+    assert after.keys() == before.keys() and not set(after.values()) & set(before.values())
 
 
 def test_table_is_long():
