@@ -122,12 +122,12 @@ def environment(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+def finite(value: Any) -> Any:
+    """With None for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -138,7 +138,7 @@ def write_report(report: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     from caprese.evaluation.plots import write_plots
     from caprese.evaluation.summary import portable
 
-    final: dict[str, Any] = portable(_finite(dict(report)))
+    final: dict[str, Any] = portable(finite(dict(report)))
     write_plots(final, directory / "plots")
     write_text(directory / "report.html", render_html(final))
     write_text(directory / "README.md", render_card(final))
