@@ -9,13 +9,14 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -44,6 +45,7 @@ from caprese.data_gen import (
     encode_prompt,
     load_prompts,
     make_samples,
+    trained_prompts,
 )
 from caprese.distill import HeldOut, accumulate, allocate_ranks, fit_layer, make_batches, new_moments
 from caprese.distill.adam import fit_adam
@@ -53,7 +55,7 @@ from caprese.distill.layerwise import Fit, Moments
 from caprese.distill.sequential import fit_sequential
 from caprese.efficient_methods import applied_ffns, apply, remove
 from caprese.errors import CapreseError
-from caprese.evaluation import Evaluation, environment, evaluate, variant, write_report
+from caprese.evaluation import Evaluation, environment, evaluate, finite, variant, write_report
 from caprese.files import check_writable, read_tensors, write_json, write_tensors, write_text
 from caprese.models import base_of, count_parameters, find_ffns
 from caprese.progress import bar, say
@@ -384,15 +386,17 @@ def measure(
     samples: Samples,
     evaluation: Evaluation,
     seed: int,
+    exclude: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Stage 4 alone, for a loaded adapter: fresh prompts, dense, efficient and recovered side by side.
+    """Stage 4 alone, for a loaded adapter: dense, efficient and recovered side by side, None where it is no number.
 
     Args:
         model: from `caprese.load`.
         samples: `test` prompts are asked; the other splits are not made.
+        exclude: prompts not to ask, such as those of `beside`.
     """
     with tempfile.TemporaryDirectory(prefix="caprese-") as scratch:
-        prompts = load_prompts(samples.prompts, samples.test, seed, samples.column)
+        prompts = load_prompts(samples.prompts, samples.test, seed, samples.column, exclude)
         encoded = [encode_prompt(tokenizer, p.text, samples.instruction, samples.chat_template) for p in prompts]
         check_context(model, prompts, encoded, samples.max_new_tokens)
         settings = {"seed": seed}
@@ -400,4 +404,19 @@ def measure(
             test = complete_in_shards(
                 model, tokenizer, prompts, encoded, samples, Path(scratch), "test", dict(settings), advance
             )
-        return evaluate(model, tokenizer, test, samples, evaluation, Path(scratch), settings)
+        measured = evaluate(model, tokenizer, test, samples, evaluation, Path(scratch), settings)
+    return cast(dict[str, Any], finite(measured))
+
+
+def beside(adapter: str | os.PathLike[str]) -> tuple[Samples, set[str]]:
+    """What the run that made an adapter left in its directory: how it sampled, and the prompts it was trained on.
+
+    Defaults and no prompts for an adapter from the hub, or one that stands alone.
+
+    Raises:
+        CapreseError: the recipe or a shard is damaged.
+    """
+    directory = Path(adapter).expanduser()
+    recipe = directory / "recipe.yaml"
+    samples = resolve_recipe(str(recipe)).samples if recipe.is_file() else Samples(max_new_tokens=128)
+    return samples, trained_prompts(directory / "samples")

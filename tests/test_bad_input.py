@@ -211,6 +211,13 @@ simple(
     "download the base model again",
 )
 
+simple(
+    "base_nan_without_adapter",
+    lambda d: d.generate("--model", d.other_base(lambda b: edit_weights(b / "model.safetensors", poison))),
+    "NaN or infinity",
+    "download the base model again",
+)
+
 # numbers and names in a recipe
 for value in ("0", "1", "-1", "nan", "inf"):
     simple(f"sparsity_{value}", lambda d, v=value: d.recover("--sparsity", v), "sparsity: input should be", value)
