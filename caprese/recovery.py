@@ -52,7 +52,7 @@ from caprese.distill.adam import fit_adam
 from caprese.distill.batches import Batch, device_of
 from caprese.distill.end_to_end import train
 from caprese.distill.layerwise import Fit, Moments
-from caprese.distill.sequential import fit_sequential
+from caprese.distill.sequential import check_sequential, fit_sequential
 from caprese.efficient_methods import applied_ffns, apply, remove
 from caprese.errors import CapreseError
 from caprese.evaluation import Evaluation, environment, evaluate, finite, variant, write_report
@@ -97,6 +97,8 @@ def recover(
     hidden = sites[0].ffn.hidden_size
     if isinstance(recipe.rank, int) and recipe.rank > hidden:
         raise CapreseError(f"rank {recipe.rank} exceeds the hidden size {hidden}; choose 1 to {hidden}, or auto")
+    if recipe.layerwise.how == "sequential":
+        check_sequential(model)
     out = Path(recipe.output).expanduser()
     check_writable(out)
     state = out / STATE

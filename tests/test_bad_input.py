@@ -23,7 +23,16 @@ import torch
 from conftest import byte_tokenizer, tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, DynamicCache, GPT2Config, MixtralConfig, PretrainedConfig, T5Config
+from transformers import (
+    BertConfig,
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    MixtralConfig,
+    PretrainedConfig,
+    T5Config,
+)
 from typer.testing import CliRunner
 
 import caprese
@@ -49,6 +58,21 @@ RECIPE = caprese.Recipe(
     end_to_end={"epochs": 1, "batch_size": 4, "micro_batch": 4},
     evaluation={"latency_tokens": 0, "batch_size": 4, "generate": False},
 )
+
+
+def tiny_gemma2() -> Gemma2ForCausalLM:
+    return Gemma2ForCausalLM(
+        Gemma2Config(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            vocab_size=258,
+            max_position_embeddings=1024,
+        )
+    )
 
 
 @dataclass
@@ -248,6 +272,24 @@ simple("recipe_section", lambda d: d.recipe("samples: 4"), "samples: ", "given 4
 simple("recipes_show", lambda d: ["recipes", "show", "nope"], "no recipe 'nope'")
 simple("recipes_validate", lambda d: ["recipes", "validate", "nope"], "no recipe 'nope'")
 simple("recipes_cp", lambda d: ["recipes", "cp", "smollm2-135m", str(d.out / "report.json")], "exists", "another name")
+
+simple("batches", lambda d: d.recipe("end_to_end: {batch_size: 6}"), "batch_size 6 is not a multiple of micro_batch 8")
+
+
+@case("layerwise.how=sequential", "gemma2 normalises in between", "layerwise.how=closed")
+def sequential_with_a_norm_after_the_ffn(d: Desk) -> list[str]:
+    tiny_gemma2().save_pretrained(d.tmp / "base")
+    byte_tokenizer().save_pretrained(d.tmp / "base")
+    return d.recover("--model", d.tmp / "base", "--layerwise", "sequential", "--overwrite")
+
+
+@case("layerwise.how=sequential", "gemma2 normalises in between", "layerwise.how=closed")
+def sequential_planned(d: Desk) -> list[str]:
+    return [*sequential_with_a_norm_after_the_ffn(d), "--dry-run"]
+
+
+simple("planned_dtype", lambda d: d.recover("--dtype", "float7", "--dry-run"), "unknown dtype 'float7'", "bfloat16")
+simple("planned_device", lambda d: d.recover("--device", "toaster", "--dry-run"), "device 'toaster'", "--device auto")
 
 # prompts
 ROW = '{"prompt": "hello"}\n'

@@ -17,6 +17,7 @@ from caprese.cli import app
 from caprese.data_gen import read_shard
 from caprese.evaluation import VARIANTS
 from caprese.models import ALIASES
+from caprese.models.loading import pick_device
 from caprese.recipes import Recipe, names, resolve_recipe
 
 runner = CliRunner()
@@ -103,6 +104,38 @@ def test_dry_run_counts_what_the_run_counts(tiny_dir, adapter):
     assert plan["adapter_parameters"] == report["parameters"]["adapter"]
     assert plan["active_parameters_recovered"] == report["parameters"]["active_recovered"]
     assert plan["base_parameters"] == report["parameters"]["base"]
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("auto", 4), ("float32", 4), ("bfloat16", 2), ("float16", 2)])
+def test_dry_run_reckons_in_the_type_of_the_run(tiny_dir, monkeypatch, dtype, size):
+    module, asked = importlib.import_module("caprese.plan"), []
+    monkeypatch.setattr(module, "_flops_per_second", lambda device, kind: asked.append(kind) or 1e9)
+    plan = json.loads(
+        call(
+            "recover",
+            "--model",
+            str(tiny_dir),
+            "--rank",
+            "4",
+            "--device",
+            "cpu",
+            "--dtype",
+            dtype,
+            "--dry-run",
+            "--json",
+        )
+    )
+    assert plan["model_bytes"] == size * plan["base_parameters"] and asked[0].itemsize == size
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"), [("auto", "meta:1"), ("meta", "meta:1"), ("meta:0", "meta:0"), ("cpu", "cpu")]
+)
+def test_each_process_has_its_own_accelerator(monkeypatch, asked, found):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device(asked) == found
 
 
 def test_generate(tiny_dir, adapter):
