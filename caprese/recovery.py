@@ -14,13 +14,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import broadcast_object_list, reduce
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -139,7 +139,10 @@ def recover(
         if not PartialState().is_main_process:
             return measured
         save(adapted, out)
-        stages = json.loads((state / "stages.json").read_text())
+        stages = [
+            {key: value for key, value in stage.items() if key != "done"}
+            for stage in json.loads((state / "stages.json").read_text())
+        ]
         base = base_of(model)
         ranks = fitted["ranks"]
         write_text(out / "recipe.yaml", _portable_recipe(recipe).to_yaml())
@@ -214,7 +217,7 @@ def _claim(out: Path, state: Path, identity: str, overwrite: bool) -> None:
         path = mark if mark.exists() else out / "report.json"
         if path.exists() and _identity_in(path) != identity:
             raise CapreseError(f"{out} {held} another recipe or base; choose another --output, or give --overwrite")
-    elif mark.exists() and _identity_in(mark) != identity:
+    elif PartialState().is_main_process and mark.exists() and _identity_in(mark) != identity:
         shutil.rmtree(state)
     if PartialState().is_main_process:
         write_json(mark, {"identity": identity})
@@ -231,19 +234,44 @@ def _identity_in(path: Path) -> str | None:
 
 @contextmanager
 def _stage(state: Path, name: str, number: int) -> Iterator[dict[str, Any]]:
-    """Time a stage and note it in stages.json; a stage done by an earlier run keeps the time it took then."""
+    """Time a stage and note it in stages.json: the work of all attempts; a stage done keeps the time it took.
+
+    Of an attempt that was killed, the time up to the last file it left counts.
+    """
     path = state / "stages.json"
     try:
         known = {s["name"]: s for s in json.loads(path.read_text())} if path.exists() else {}
     except (ValueError, TypeError, KeyError) as error:
         raise CapreseError(f"{path} is damaged ({error}); delete it and run again") from error
-    stage: dict[str, Any] = {"name": name, "seconds": 0.0, "kept": True, "note": ""}
+    others = [s for s in known.values() if s["name"] != name]
+    stage: dict[str, Any] = {"name": name, "seconds": 0.0, "kept": True, "note": "", "done": False}
+    before = known.get(name, stage)
+    spent, done = before["seconds"], before.get("done", True)
+    if "begun" in before and PartialState().is_main_process:
+        spent += max(0.0, _last_write(state) - before["begun"])
     begin = time.perf_counter()
-    yield stage
-    stage["seconds"] = known.get(name, stage)["seconds"] or round(time.perf_counter() - begin, 2)
-    if PartialState().is_main_process:
-        write_json(path, [*(s for s in known.values() if s["name"] != name), stage])
+
+    def note(**more: Any) -> None:
+        stage["seconds"] = round(spent if done else spent + time.perf_counter() - begin, 2)
+        if PartialState().is_main_process:
+            write_json(path, [*others, {**stage, **more}])
+
+    if not done:
+        note(begun=time.time())
+    try:
+        yield stage
+    except BaseException:
+        with suppress(CapreseError):
+            note(done=done)
+        raise
+    note(done=True)
     say(f"{number}/4 {name}: {stage['note']}" + ("" if stage["kept"] else " [yellow](not kept)[/yellow]"))
+
+
+def _last_write(state: Path) -> float:
+    """When the newest of a run's unfinished files was written."""
+    files = (path for place in (state, state.parent / "samples") for path in place.rglob("[!.]*.*"))
+    return max((path.stat().st_mtime for path in files), default=0.0)
 
 
 def _moments(
@@ -294,12 +322,17 @@ def _layerwise(
     state: Path,
     identity: str,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Stage 2: the model with its adapter, and {"ranks", "kl": {"efficient", "layerwise"}, "rank_error"}."""
+    """Stage 2: the model with its adapter, and {"ranks", "kl": {"efficient", "layerwise"}, "rank_error"}.
+
+    Every process goes on from the main one's branches and figures, which its own may miss by a rounding.
+    """
     path = state / "layerwise.safetensors"
+    exists = path.exists()
+    PartialState().wait_for_everyone()  # all have looked before the first can write
     config = recipe.layerwise
     count = len(applied_ffns(model))
     hidden = next(iter(applied_ffns(model).values())).view.hidden_size
-    if path.exists():
+    if exists:
         tensors, facts = read_tensors(path, _AGAIN)
         adapted = _attach(model, facts["ranks"], recipe)
         set_branches(adapted, tensors)
@@ -321,7 +354,7 @@ def _layerwise(
         curves = [fit.curve.clamp_min(0).sqrt() for fit in fits]
         rank_error = _rank_error(curves)
         if recipe.rank == "auto":
-            ranks = allocate_ranks([fit.curve for fit in fits], budget)
+            ranks = broadcast_object_list([allocate_ranks([fit.curve for fit in fits], budget)])[0]
     adapted = _attach(model, ranks, recipe)
     zero = get_branches(adapted)
     kl = {"efficient": held_out.kl()}
@@ -337,10 +370,11 @@ def _layerwise(
     kl["layerwise"] = held_out.kl() if config.how != "none" else kl["efficient"]
     if not kl["layerwise"] < kl["efficient"]:
         set_branches(adapted, zero)
-    facts = {"ranks": ranks, "kl": kl, "rank_error": rank_error}
     if PartialState().is_main_process:
-        write_tensors(path, get_branches(adapted), facts)
+        write_tensors(path, get_branches(adapted), {"ranks": ranks, "kl": kl, "rank_error": rank_error})
     PartialState().wait_for_everyone()
+    tensors, facts = read_tensors(path, _AGAIN)
+    set_branches(adapted, tensors)
     return adapted, facts
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import broadcast, broadcast_object_list, reduce
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 from transformers import Cache, get_linear_schedule_with_warmup
@@ -206,7 +206,7 @@ def train(
             schedule.step()
             curve.append({"step": step + 1, "epoch": (step + 1) / steps_per_epoch, "loss": float(summed), "lr": rate})
             if within == steps_per_epoch - 1:
-                kl = validation.kl()
+                kl = broadcast_object_list([validation.kl()])[0]  # all keep the same checkpoint
                 held_out.append({"step": step + 1, "kl": kl})
                 if kl < best_kl:
                     best_kl, best = kl, get_branches(model)
@@ -216,6 +216,7 @@ def train(
     set_branches(model, best)
     for parameter in parameters:
         parameter.requires_grad_(False)
+        broadcast(parameter.data)
     return best_kl, curve, held_out
 
 
