@@ -249,7 +249,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Answer a prompt, streaming, and show the time to next token."""
-    from caprese.adapters import load
+    from caprese.adapters import fingerprint, load
     from caprese.inference import stream
     from caprese.models import load_base
     from caprese.progress import say
@@ -258,6 +258,8 @@ def generate(
     if not prompt.strip():
         raise CapreseError("the prompt is empty; give --prompt some text")
     loaded, tokenizer = load_base(model, dtype=dtype, device=device)
+    if not adapter:
+        fingerprint(loaded)  # refuses damaged weights, as `load` does
     lm: Any = load(loaded, adapter) if adapter else loaded
     result = stream(
         lm,
@@ -283,35 +285,46 @@ def generate(
 def evaluate(
     model: Model,
     adapter: Adapter,
-    prompts: Annotated[
-        str, typer.Option(help="gym:TASK, a .jsonl or .parquet file, or a dataset name.")
-    ] = "gym:gsm_symbolic",
-    column: Annotated[str, typer.Option(help="Column that holds the prompt.")] = "prompt",
+    prompts: Annotated[str | None, typer.Option(help="gym:TASK, a .jsonl or .parquet file, or a dataset name.")] = None,
+    column: Annotated[str | None, typer.Option(help="Column that holds the prompt.")] = None,
     samples: Annotated[int, typer.Option(help="Prompts to ask.", min=1)] = 32,
-    max_new_tokens: Annotated[int, typer.Option(help="Length limit of a completion.", min=2)] = 128,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Length limit of a completion.", min=2)] = None,
     latency_tokens: Annotated[int, typer.Option(help="Tokens over which TTNT is measured; 0 skips it.", min=0)] = 64,
-    seed: Annotated[
-        int, typer.Option(help="Seed of gym prompts and of sampling; a file gives its first rows, trained on or not.")
-    ] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of which prompts are asked and of sampling.")] = 1,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure an adapter: dense, efficient and recovered side by side."""
+    """Measure an adapter: dense, efficient and recovered side by side.
+
+    What is not said is as in the recipe.yaml beside a local adapter; prompts it was trained on, by the samples/ there,
+    are not asked.
+    """
     from caprese.adapters import load, read_sidecar
-    from caprese.data_gen import Samples
     from caprese.evaluation import Evaluation
     from caprese.models import load_base
-    from caprese.recovery import measure
+    from caprese.recovery import beside, measure
 
     _quiet(as_json)
     sidecar = read_sidecar(adapter)
     base, tokenizer = load_base(model, dtype=dtype, device=device)
     lm = load(base, adapter)
-    asked = Samples(prompts=prompts, column=column, test=samples, max_new_tokens=max_new_tokens)
-    measured = measure(lm, tokenizer, asked, Evaluation(latency_tokens=latency_tokens, examples=0), seed)
+    asked, trained = beside(adapter)
+    if prompts is not None and column is None:
+        column = "prompt"
+    given = {"prompts": prompts, "column": column, "max_new_tokens": max_new_tokens, "test": samples}
+    asked = asked.model_copy(update={key: value for key, value in given.items() if value is not None})
+    measured = measure(lm, tokenizer, asked, Evaluation(latency_tokens=latency_tokens, examples=0), seed, trained)
     facts = sidecar.make_method()
-    report = {"model": model, "adapter": adapter, "method": facts.name, **facts.model_dump(), "seed": seed, **measured}
+    report = {
+        "model": model,
+        "adapter": adapter,
+        "method": facts.name,
+        **facts.model_dump(),
+        "seed": seed,
+        "samples": asked.model_dump(mode="json", exclude={"train", "validation"}),
+        **measured,
+    }
     if as_json:
         print(json.dumps(report, indent=2))
     else:

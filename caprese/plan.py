@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from caprese.distill.sequential import check_sequential
 from caprese.efficient_methods import apply
 from caprese.errors import CapreseError
 from caprese.evaluation import parameter_counts
 from caprese.files import free_bytes
 from caprese.models import find_ffns
+from caprese.models.loading import pick_device, pick_dtype
 from caprese.recipes import Recipe
 
 # Assumed mean prompt length: a plan does not load the tokenizer.
@@ -35,13 +37,15 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     """Parameters, bytes and a rough time for `recipe` on this machine.
 
     Raises:
-        CapreseError: what `recover` would refuse about model, method or rank.
+        CapreseError: what `recover` would refuse about model, method, rank, device or type.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     sites = find_ffns(model)
     hidden = sites[0].ffn.hidden_size
     method = recipe.make_method()
+    if recipe.layerwise.how == "sequential":
+        check_sequential(model)
     apply(model, method)
     counts = parameter_counts(model)
     layers = len(method.layer_indices(len(sites)))
@@ -54,10 +58,8 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     s = recipe.samples
     rows = s.train + s.validation + s.test
     completion, prompt = rows * s.max_new_tokens, rows * _PROMPT_TOKENS
-    device = recipe.device
-    if device == "auto":
-        device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    device = pick_device(recipe.device)
+    dtype = pick_dtype(recipe.dtype, device) or torch.bfloat16
     rate = 0.5 * _flops_per_second(torch.device(device), dtype)
     forward = 2 * counts["active_dense"] / rate
     adam = 0 if recipe.layerwise.cache_activations else recipe.layerwise.epochs - 1

@@ -9,17 +9,18 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import broadcast_object_list, reduce
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -35,6 +36,7 @@ from caprese.adapters import (
     set_branches,
 )
 from caprese.data_gen import (
+    VERSION,
     Sample,
     Samples,
     check_context,
@@ -43,16 +45,17 @@ from caprese.data_gen import (
     encode_prompt,
     load_prompts,
     make_samples,
+    trained_prompts,
 )
 from caprese.distill import HeldOut, accumulate, allocate_ranks, fit_layer, make_batches, new_moments
 from caprese.distill.adam import fit_adam
 from caprese.distill.batches import Batch, device_of
 from caprese.distill.end_to_end import train
 from caprese.distill.layerwise import Fit, Moments
-from caprese.distill.sequential import fit_sequential
+from caprese.distill.sequential import check_sequential, fit_sequential
 from caprese.efficient_methods import applied_ffns, apply, remove
 from caprese.errors import CapreseError
-from caprese.evaluation import Evaluation, environment, evaluate, variant, write_report
+from caprese.evaluation import Evaluation, environment, evaluate, finite, variant, write_report
 from caprese.files import check_writable, read_tensors, write_json, write_tensors, write_text
 from caprese.models import base_of, count_parameters, find_ffns
 from caprese.progress import bar, say
@@ -94,6 +97,8 @@ def recover(
     hidden = sites[0].ffn.hidden_size
     if isinstance(recipe.rank, int) and recipe.rank > hidden:
         raise CapreseError(f"rank {recipe.rank} exceeds the hidden size {hidden}; choose 1 to {hidden}, or auto")
+    if recipe.layerwise.how == "sequential":
+        check_sequential(model)
     out = Path(recipe.output).expanduser()
     check_writable(out)
     state = out / STATE
@@ -107,7 +112,7 @@ def recover(
     _claim(out, state, identity, overwrite)
 
     with _stage(state, "samples", 1) as stage:
-        samples = make_samples(model, tokenizer, recipe.samples, out / "samples", recipe.seed, prints)
+        samples = make_samples(model, tokenizer, recipe.samples, out / "samples", recipe.seed, prints, overwrite)
         stage.update(
             note=f"{len(samples['train'])} train, {len(samples['validation'])} validation, {len(samples['test'])} test"
         )
@@ -134,7 +139,10 @@ def recover(
         if not PartialState().is_main_process:
             return measured
         save(adapted, out)
-        stages = json.loads((state / "stages.json").read_text())
+        stages = [
+            {key: value for key, value in stage.items() if key != "done"}
+            for stage in json.loads((state / "stages.json").read_text())
+        ]
         base = base_of(model)
         ranks = fitted["ranks"]
         write_text(out / "recipe.yaml", _portable_recipe(recipe).to_yaml())
@@ -179,9 +187,10 @@ def recover(
 
 
 def _identity(recipe: Recipe, prints: Mapping[str, str]) -> str:
-    """What a result depends on, as one digest: the recipe without its places, and the base's weights."""
+    """What a result depends on, as one digest: the recipe without its places, the base's weights, how samples are
+    made."""
     facts = recipe.model_dump(mode="json", exclude={"output", "model", "revision", "device"})
-    return hashlib.sha256(json.dumps([facts, dict(prints)], sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([facts, dict(prints), VERSION], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _portable_recipe(recipe: Recipe) -> Recipe:
@@ -208,7 +217,7 @@ def _claim(out: Path, state: Path, identity: str, overwrite: bool) -> None:
         path = mark if mark.exists() else out / "report.json"
         if path.exists() and _identity_in(path) != identity:
             raise CapreseError(f"{out} {held} another recipe or base; choose another --output, or give --overwrite")
-    elif mark.exists() and _identity_in(mark) != identity:
+    elif PartialState().is_main_process and mark.exists() and _identity_in(mark) != identity:
         shutil.rmtree(state)
     if PartialState().is_main_process:
         write_json(mark, {"identity": identity})
@@ -225,19 +234,44 @@ def _identity_in(path: Path) -> str | None:
 
 @contextmanager
 def _stage(state: Path, name: str, number: int) -> Iterator[dict[str, Any]]:
-    """Time a stage and note it in stages.json; a stage done by an earlier run keeps the time it took then."""
+    """Time a stage and note it in stages.json: the work of all attempts; a stage done keeps the time it took.
+
+    Of an attempt that was killed, the time up to the last file it left counts.
+    """
     path = state / "stages.json"
     try:
         known = {s["name"]: s for s in json.loads(path.read_text())} if path.exists() else {}
     except (ValueError, TypeError, KeyError) as error:
         raise CapreseError(f"{path} is damaged ({error}); delete it and run again") from error
-    stage: dict[str, Any] = {"name": name, "seconds": 0.0, "kept": True, "note": ""}
+    others = [s for s in known.values() if s["name"] != name]
+    stage: dict[str, Any] = {"name": name, "seconds": 0.0, "kept": True, "note": "", "done": False}
+    before = known.get(name, stage)
+    spent, done = before["seconds"], before.get("done", True)
+    if "begun" in before and PartialState().is_main_process:
+        spent += max(0.0, _last_write(state) - before["begun"])
     begin = time.perf_counter()
-    yield stage
-    stage["seconds"] = known.get(name, stage)["seconds"] or round(time.perf_counter() - begin, 2)
-    if PartialState().is_main_process:
-        write_json(path, [*(s for s in known.values() if s["name"] != name), stage])
+
+    def note(**more: Any) -> None:
+        stage["seconds"] = round(spent if done else spent + time.perf_counter() - begin, 2)
+        if PartialState().is_main_process:
+            write_json(path, [*others, {**stage, **more}])
+
+    if not done:
+        note(begun=time.time())
+    try:
+        yield stage
+    except BaseException:
+        with suppress(CapreseError):
+            note(done=done)
+        raise
+    note(done=True)
     say(f"{number}/4 {name}: {stage['note']}" + ("" if stage["kept"] else " [yellow](not kept)[/yellow]"))
+
+
+def _last_write(state: Path) -> float:
+    """When the newest of a run's unfinished files was written."""
+    files = (path for place in (state, state.parent / "samples") for path in place.rglob("[!.]*.*"))
+    return max((path.stat().st_mtime for path in files), default=0.0)
 
 
 def _moments(
@@ -288,12 +322,17 @@ def _layerwise(
     state: Path,
     identity: str,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Stage 2: the model with its adapter, and {"ranks", "kl": {"efficient", "layerwise"}, "rank_error"}."""
+    """Stage 2: the model with its adapter, and {"ranks", "kl": {"efficient", "layerwise"}, "rank_error"}.
+
+    Every process goes on from the main one's branches and figures, which its own may miss by a rounding.
+    """
     path = state / "layerwise.safetensors"
+    exists = path.exists()
+    PartialState().wait_for_everyone()  # all have looked before the first can write
     config = recipe.layerwise
     count = len(applied_ffns(model))
     hidden = next(iter(applied_ffns(model).values())).view.hidden_size
-    if path.exists():
+    if exists:
         tensors, facts = read_tensors(path, _AGAIN)
         adapted = _attach(model, facts["ranks"], recipe)
         set_branches(adapted, tensors)
@@ -315,7 +354,7 @@ def _layerwise(
         curves = [fit.curve.clamp_min(0).sqrt() for fit in fits]
         rank_error = _rank_error(curves)
         if recipe.rank == "auto":
-            ranks = allocate_ranks([fit.curve for fit in fits], budget)
+            ranks = broadcast_object_list([allocate_ranks([fit.curve for fit in fits], budget)])[0]
     adapted = _attach(model, ranks, recipe)
     zero = get_branches(adapted)
     kl = {"efficient": held_out.kl()}
@@ -331,10 +370,11 @@ def _layerwise(
     kl["layerwise"] = held_out.kl() if config.how != "none" else kl["efficient"]
     if not kl["layerwise"] < kl["efficient"]:
         set_branches(adapted, zero)
-    facts = {"ranks": ranks, "kl": kl, "rank_error": rank_error}
     if PartialState().is_main_process:
-        write_tensors(path, get_branches(adapted), facts)
+        write_tensors(path, get_branches(adapted), {"ranks": ranks, "kl": kl, "rank_error": rank_error})
     PartialState().wait_for_everyone()
+    tensors, facts = read_tensors(path, _AGAIN)
+    set_branches(adapted, tensors)
     return adapted, facts
 
 
@@ -382,15 +422,17 @@ def measure(
     samples: Samples,
     evaluation: Evaluation,
     seed: int,
+    exclude: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Stage 4 alone, for a loaded adapter: fresh prompts, dense, efficient and recovered side by side.
+    """Stage 4 alone, for a loaded adapter: dense, efficient and recovered side by side, None where it is no number.
 
     Args:
         model: from `caprese.load`.
         samples: `test` prompts are asked; the other splits are not made.
+        exclude: prompts not to ask, such as those of `beside`.
     """
     with tempfile.TemporaryDirectory(prefix="caprese-") as scratch:
-        prompts = load_prompts(samples.prompts, samples.test, seed, samples.column)
+        prompts = load_prompts(samples.prompts, samples.test, seed, samples.column, exclude)
         encoded = [encode_prompt(tokenizer, p.text, samples.instruction, samples.chat_template) for p in prompts]
         check_context(model, prompts, encoded, samples.max_new_tokens)
         settings = {"seed": seed}
@@ -398,4 +440,19 @@ def measure(
             test = complete_in_shards(
                 model, tokenizer, prompts, encoded, samples, Path(scratch), "test", dict(settings), advance
             )
-        return evaluate(model, tokenizer, test, samples, evaluation, Path(scratch), settings)
+        measured = evaluate(model, tokenizer, test, samples, evaluation, Path(scratch), settings)
+    return cast(dict[str, Any], finite(measured))
+
+
+def beside(adapter: str | os.PathLike[str]) -> tuple[Samples, set[str]]:
+    """What the run that made an adapter left in its directory: how it sampled, and the prompts it was trained on.
+
+    Defaults and no prompts for an adapter from the hub, or one that stands alone.
+
+    Raises:
+        CapreseError: the recipe or a shard is damaged.
+    """
+    directory = Path(adapter).expanduser()
+    recipe = directory / "recipe.yaml"
+    samples = resolve_recipe(str(recipe)).samples if recipe.is_file() else Samples(max_new_tokens=128)
+    return samples, trained_prompts(directory / "samples")

@@ -23,13 +23,24 @@ import torch
 from conftest import byte_tokenizer, tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, DynamicCache, GPT2Config, MixtralConfig, PretrainedConfig, T5Config
+from transformers import (
+    BertConfig,
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    MixtralConfig,
+    PretrainedConfig,
+    T5Config,
+)
 from typer.testing import CliRunner
 
 import caprese
 from caprese import progress
 from caprese.adapters import attach_adapter
 from caprese.cli import app
+from caprese.data_gen import read_shard, write_shard
+from caprese.data_gen.shards import shard_settings
 from caprese.errors import CapreseError
 
 RECIPE = caprese.Recipe(
@@ -47,6 +58,21 @@ RECIPE = caprese.Recipe(
     end_to_end={"epochs": 1, "batch_size": 4, "micro_batch": 4},
     evaluation={"latency_tokens": 0, "batch_size": 4, "generate": False},
 )
+
+
+def tiny_gemma2() -> Gemma2ForCausalLM:
+    return Gemma2ForCausalLM(
+        Gemma2Config(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            vocab_size=258,
+            max_position_embeddings=1024,
+        )
+    )
 
 
 @dataclass
@@ -209,6 +235,13 @@ simple(
     "download the base model again",
 )
 
+simple(
+    "base_nan_without_adapter",
+    lambda d: d.generate("--model", d.other_base(lambda b: edit_weights(b / "model.safetensors", poison))),
+    "NaN or infinity",
+    "download the base model again",
+)
+
 # numbers and names in a recipe
 for value in ("0", "1", "-1", "nan", "inf"):
     simple(f"sparsity_{value}", lambda d, v=value: d.recover("--sparsity", v), "sparsity: input should be", value)
@@ -239,6 +272,24 @@ simple("recipe_section", lambda d: d.recipe("samples: 4"), "samples: ", "given 4
 simple("recipes_show", lambda d: ["recipes", "show", "nope"], "no recipe 'nope'")
 simple("recipes_validate", lambda d: ["recipes", "validate", "nope"], "no recipe 'nope'")
 simple("recipes_cp", lambda d: ["recipes", "cp", "smollm2-135m", str(d.out / "report.json")], "exists", "another name")
+
+simple("batches", lambda d: d.recipe("end_to_end: {batch_size: 6}"), "batch_size 6 is not a multiple of micro_batch 8")
+
+
+@case("layerwise.how=sequential", "gemma2 normalises in between", "layerwise.how=closed")
+def sequential_with_a_norm_after_the_ffn(d: Desk) -> list[str]:
+    tiny_gemma2().save_pretrained(d.tmp / "base")
+    byte_tokenizer().save_pretrained(d.tmp / "base")
+    return d.recover("--model", d.tmp / "base", "--layerwise", "sequential", "--overwrite")
+
+
+@case("layerwise.how=sequential", "gemma2 normalises in between", "layerwise.how=closed")
+def sequential_planned(d: Desk) -> list[str]:
+    return [*sequential_with_a_norm_after_the_ffn(d), "--dry-run"]
+
+
+simple("planned_dtype", lambda d: d.recover("--dtype", "float7", "--dry-run"), "unknown dtype 'float7'", "bfloat16")
+simple("planned_device", lambda d: d.recover("--device", "toaster", "--dry-run"), "device 'toaster'", "--device auto")
 
 # prompts
 ROW = '{"prompt": "hello"}\n'
@@ -334,8 +385,22 @@ def output_is_file(d: Desk) -> list[str]:
 
 simple("output_taken", lambda d: d.recover("--seed", 9), "holds the result of another recipe", "--overwrite")
 simple("output_half", lambda d: half_done(d, "other"), "half way through another recipe", "--overwrite")
-simple("samples_of_other_settings", lambda d: d.recover("--overwrite", "--max-new-tokens", 9),
-       "samples made with another max_new_tokens", "delete that directory")  # fmt: skip
+
+
+@case("samples made with another max_new_tokens", "--overwrite")
+def samples_of_other_settings(d: Desk) -> list[str]:
+    (d.out / "report.json").unlink()
+    return d.recover("--max-new-tokens", 9)
+
+
+@case("samples made with another version", "--overwrite")
+def samples_of_another_version(d: Desk) -> list[str]:
+    arguments = half_done(d, own_identity(d))
+    path = d.out / "samples" / "test-00000.parquet"
+    settings = shard_settings(path)
+    del settings["version"]
+    write_shard(path, read_shard(path), settings)
+    return arguments
 
 
 def half_done(d: Desk, identity: str) -> list[str]:
@@ -392,6 +457,19 @@ def shard_altered(d: Desk) -> list[str]:
 def test_refused(name: str, desk: Desk):
     make, fragments = CASES[name]
     refused(desk, make(desk), *fragments)
+
+
+def test_overwrite_replaces_the_shards_of_other_settings(desk: Desk):
+    shards = desk.out / "samples"
+    before = digests(shards)
+    for flags in (("--max-new-tokens", 9), ("--max-new-tokens", 9, "--samples", 12), ("--max-new-tokens", 9)):
+        result = CliRunner().invoke(app, desk.recover("--overwrite", *flags))
+        assert result.exit_code == 0, result.stderr
+        now = {path.name: shard_settings(path) for path in sorted(shards.glob("*.parquet"))}
+        assert {s["max_new_tokens"] for s in now.values()} == {9}
+        assert sum(s["rows"] for name, s in now.items() if name.startswith("train")) == (12 if len(flags) > 2 else 8)
+    after = digests(shards)
+    assert after.keys() == before.keys() and not set(after.values()) & set(before.values())
 
 
 def test_table_is_long():

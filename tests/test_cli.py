@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import shutil
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
 import caprese
+from caprese import recovery
 from caprese.cli import app
+from caprese.data_gen import read_shard
+from caprese.evaluation import VARIANTS
 from caprese.models import ALIASES
+from caprese.models.loading import pick_device
 from caprese.recipes import Recipe, names, resolve_recipe
 
 runner = CliRunner()
@@ -99,6 +106,38 @@ def test_dry_run_counts_what_the_run_counts(tiny_dir, adapter):
     assert plan["base_parameters"] == report["parameters"]["base"]
 
 
+@pytest.mark.parametrize(("dtype", "size"), [("auto", 4), ("float32", 4), ("bfloat16", 2), ("float16", 2)])
+def test_dry_run_reckons_in_the_type_of_the_run(tiny_dir, monkeypatch, dtype, size):
+    module, asked = importlib.import_module("caprese.plan"), []
+    monkeypatch.setattr(module, "_flops_per_second", lambda device, kind: asked.append(kind) or 1e9)
+    plan = json.loads(
+        call(
+            "recover",
+            "--model",
+            str(tiny_dir),
+            "--rank",
+            "4",
+            "--device",
+            "cpu",
+            "--dtype",
+            dtype,
+            "--dry-run",
+            "--json",
+        )
+    )
+    assert plan["model_bytes"] == size * plan["base_parameters"] and asked[0].itemsize == size
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"), [("auto", "meta:1"), ("meta", "meta:1"), ("meta:0", "meta:0"), ("cpu", "cpu")]
+)
+def test_each_process_has_its_own_accelerator(monkeypatch, asked, found):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device(asked) == found
+
+
 def test_generate(tiny_dir, adapter):
     answer = json.loads(
         call(
@@ -159,6 +198,44 @@ def test_eval(tiny_dir, adapter):
         "6",
     )
     assert "recovered" in table
+
+
+SHORT = ("--samples", "3", "--latency-tokens", "0", "--json")
+
+
+def test_eval_has_no_nan_in_its_json(tiny_dir, adapter, monkeypatch):
+    module = importlib.import_module("caprese.evaluation.fidelity")
+    monkeypatch.setattr(module, "kl_divergence", lambda student, teacher: torch.full((len(student),), torch.nan))
+    text = call("eval", "--model", str(tiny_dir), "--adapter", str(adapter), *SHORT)
+    assert "NaN" not in text and "Infinity" not in text
+    figures = json.loads(text)
+    assert [figures["quality"][name]["kl"] for name in VARIANTS] == [None] * 3
+    assert figures["recovered_fraction"]["kl"] is None
+
+
+def test_eval_samples_as_the_adapter_was_made_to(tiny_dir, adapter, tmp_path):
+    copy = shutil.copytree(adapter, tmp_path / "copy")
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    recipe["samples"].update(instruction="Say it.", chat_template=False, temperature=0.3, top_p=0.5)
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    asked = ("eval", "--model", str(tiny_dir), "--adapter", str(copy), *SHORT)
+    as_made = json.loads(call(*asked))["samples"]
+    assert as_made == {k: v for k, v in recipe["samples"].items() if k not in ("train", "validation")} | {"test": 3}
+    assert json.loads(call(*asked, "--max-new-tokens", "5"))["samples"] == as_made | {"max_new_tokens": 5}
+    (copy / "recipe.yaml").unlink()
+    assert json.loads(call(*asked))["samples"]["instruction"] == "Please reason step by step."
+
+
+def test_eval_does_not_ask_what_the_adapter_was_trained_on(tiny_dir, adapter, tmp_path, monkeypatch):
+    samples = adapter / "samples"
+    known = [s.prompt for split in ("train", "validation") for s in read_shard(samples / f"{split}-00000.parquet")]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in [*known, "1 + 1 = ?", "2 + 2 = ?"]))
+    asked = []
+    make = recovery.complete_in_shards
+    monkeypatch.setattr(recovery, "complete_in_shards", lambda *a: (asked.extend(p.text for p in a[2]), make(*a))[1])
+    call("eval", "--model", str(tiny_dir), "--adapter", str(adapter), "--prompts", str(file), *SHORT)
+    assert sorted(asked) == ["1 + 1 = ?", "2 + 2 = ?"]
 
 
 def test_json_alone_on_stdout(tiny_dir, adapter):

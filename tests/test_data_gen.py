@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import datasets
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama
@@ -22,6 +23,7 @@ from caprese.data_gen import (
     write_shard,
 )
 from caprese.data_gen.generate import NucleusSampler
+from caprese.errors import CapreseError
 
 
 @settings(max_examples=40, deadline=None)
@@ -77,7 +79,36 @@ def test_prompts_from_files(tmp_path, kind):
 
         pq.write_table(pa.Table.from_pylist(rows), path)
     prompts = load_prompts(str(path), 4, seed=0)
-    assert [(p.text, p.answer) for p in prompts] == [(r["prompt"], r["answer"]) for r in rows[:4]]
+    assert len(set(prompts)) == 4 and {(p.text, p.answer) for p in prompts} <= {
+        (r["prompt"], r["answer"]) for r in rows
+    }
+    assert load_prompts(str(path), 2, seed=0) == prompts[:2]
+    assert len({tuple(load_prompts(str(path), 4, seed)) for seed in range(8)}) > 1  # the seed draws
+
+
+def test_neighbouring_seeds_share_no_gym_prompts():
+    # items of this task follow from seed + index
+    ours, theirs = ({p.text for p in load_prompts("gym:simple_equations", 40, seed)} for seed in (0, 1))
+    assert len(ours & theirs) <= 1
+
+
+def test_a_streamed_dataset_is_drawn_by_the_seed(monkeypatch):
+    rows = datasets.Dataset.from_list([{"prompt": f"What is {i} + 1?"} for i in range(30)])
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split, streaming: rows.to_iterable_dataset())
+    texts = [[p.text for p in load_prompts("owner/name", 10, seed)] for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0] != rows["prompt"][:10]
+
+
+def test_prompts_can_be_left_out(tmp_path):
+    known = {p.text for p in load_prompts("gym:simple_equations", 10, seed=3)}
+    others = load_prompts("gym:simple_equations", 10, 3, exclude=known)
+    assert len(others) == 10 and not known & {p.text for p in others}
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    assert [p.text for p in load_prompts(str(path), 2, 0, exclude={"a"})] == ["b"]
+    with pytest.raises(CapreseError, match="no prompts but those the adapter was trained on"):
+        load_prompts(str(path), 2, 0, exclude={"a", "b"})
 
 
 def test_splits_are_disjoint_and_the_test_split_is_stable(tmp_path):

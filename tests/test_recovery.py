@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import byte_tokenizer, tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file
 
 import caprese
+from caprese import recovery
 from caprese.data_gen import read_shard
 from caprese.models import Base
 from caprese.recipes import Recipe, resolve_recipe
@@ -202,6 +204,112 @@ def test_two_processes_do_the_work_of_one(command, unbroken, tmp_path):
     assert json.loads(done.stdout) == two
     assert two["quality"]["recovered"]["kl"] == pytest.approx(one["quality"]["recovered"]["kl"], rel=0.02)
     assert two["samples"] == one["samples"]
+
+
+# Two processes that disagree wherever they can: rank 1 looks late, fits other branches and finds others best.
+DIVIDED = textwrap.dedent(
+    """
+    import hashlib, json, os, sys, time
+    from pathlib import Path
+    import torch
+    torch.set_num_threads(1)
+    from caprese import cli, recovery
+    from caprese.adapters import get_branches
+    from caprese.distill import HeldOut
+    from caprese.evaluation import report
+
+    rank, notes = int(os.environ["RANK"]), {}
+    layerwise, end_to_end, kl, fit, timed = (
+        recovery._layerwise, recovery._end_to_end, HeldOut.kl, recovery.fit_adam, report.time_to_next_token
+    )
+
+    def digest(model):
+        parts = [value.numpy().tobytes() for _, value in sorted(get_branches(model).items())]
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+    def late(*args):
+        time.sleep(2 * rank)
+        model, facts = layerwise(*args)
+        notes.update(layerwise=digest(model), facts=facts)
+        return model, facts
+
+    def after(model, *args):
+        best, curve, checks = end_to_end(model, *args)
+        notes.update(end_to_end=digest(model), best=best, checks=checks)
+        return best, curve, checks
+
+    def latency(*args):
+        notes.update(timed=True)
+        return timed(*args)
+
+    recovery._layerwise, recovery._end_to_end, report.time_to_next_token = late, after, latency
+    recovery.fit_adam = lambda model, batches, config, seed, advance: fit(model, batches, config, seed + rank, advance)
+    HeldOut.kl = lambda self: kl(self) + (rank and 0.1 * time.monotonic() % 1)
+    out = Path(sys.argv[sys.argv.index("--output") + 1])
+    cli._verb(cli.app)(standalone_mode=False)
+    (out.parent / f"notes-{rank}.json").write_text(json.dumps(notes))
+    """
+)
+
+
+def test_processes_go_on_from_the_first_ones_branches(command, tmp_path):
+    out, script = tmp_path / "out", tmp_path / "divided.py"
+    script.write_text(DIVIDED)
+    stale = out / ".state" / "layerwise.safetensors"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"another recipe's")
+    (out / ".state" / "identity.json").write_text('{"identity": "other"}')
+    recipe = yaml.safe_load(Path(command[2]).read_text()) | {"evaluation": {"latency_tokens": 3, "batch_size": 4}}
+    recipe["layerwise"] |= {"how": "adam", "epochs": 2}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29573", str(script)]
+    flags = ["recover", "--recipe", str(tmp_path / "recipe.yaml"), "--overwrite", "--json", "--output", str(out)]
+    done = subprocess.run(
+        [sys.executable, *launch, *flags],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (json.loads((tmp_path / f"notes-{rank}.json").read_text()) for rank in (0, 1))
+    assert first.pop("timed") and "timed" not in second
+    assert first == second
+    assert json.loads((out / "report.json").read_text())["latency"]["dense"]["ttnt_ms"] > 0
+
+
+def test_a_stage_takes_as_long_as_all_its_attempts(tmp_path, monkeypatch):
+    state, now = tmp_path / ".state", [1000.0]
+    monkeypatch.setattr(recovery.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(recovery.time, "time", lambda: now[0])
+
+    def attempt(seconds: float, stopped: bool = False) -> float:
+        with recovery._stage(state, "samples", 1) as stage:
+            now[0] += seconds
+            if stopped:
+                raise KeyboardInterrupt
+        return stage["seconds"]
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt(5, stopped=True)
+    # as a kill would leave it: 40 seconds in, the last shard 30 seconds after the start
+    killed = recovery._stage(state, "samples", 1)
+    killed.__enter__()
+    shard = tmp_path / "samples" / "train-00000.parquet"
+    shard.parent.mkdir()
+    shard.touch()
+    for path in (shard, state / "stages.json"):
+        os.utime(path, (now[0] + 30 * (path == shard),) * 2)
+    left = (state / "stages.json").read_text()
+    now[0] += 40
+    with pytest.raises(SystemExit):
+        killed.gen.throw(SystemExit)
+    (state / "stages.json").write_text(left)
+    os.utime(state / "stages.json", (now[0] - 40,) * 2)
+    assert attempt(7) == 5 + 30 + 7
+    assert attempt(9) == 42  # done before: reading it back is no work
+    (stage,) = json.loads((state / "stages.json").read_text())
+    assert stage["done"] and "begun" not in stage
 
 
 def test_a_recipe_without_a_model_takes_the_shipped_one_for_the_rest(small_recipe):

@@ -8,11 +8,13 @@ from caprese.data_gen.generate import (
     describe,
     make_samples,
     split_prompts,
+    trained_prompts,
 )
 from caprese.data_gen.prompts import Prompt, encode_prompt, load_prompts
-from caprese.data_gen.shards import Sample, read_shard, write_shard
+from caprese.data_gen.shards import VERSION, Sample, read_shard, write_shard
 
 __all__ = [
+    "VERSION",
     "Prompt",
     "Sample",
     "Samples",
@@ -25,5 +27,6 @@ __all__ = [
     "make_samples",
     "read_shard",
     "split_prompts",
+    "trained_prompts",
     "write_shard",
 ]

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from caprese.data_gen.prompts import Prompt, encode_prompt, load_prompts
-from caprese.data_gen.shards import Sample, read_shard, write_shard
+from caprese.data_gen.shards import VERSION, Sample, read_shard, shard_settings, write_shard
 from caprese.errors import CapreseError
 from caprese.models import unwrap
 from caprese.progress import bar
@@ -167,18 +167,25 @@ def make_samples(
     directory: Path,
     seed: int,
     identity: Mapping[str, str],
+    overwrite: bool = False,
 ) -> dict[str, list[Sample]]:
     """Stage 1: every split as shards in `directory`; shards that exist are read, not made.
 
     Args:
         identity: fingerprint of the model, kept with the shards.
+        overwrite: replace shards made with other settings.
 
     Raises:
         CapreseError: bad prompts, prompts that do not fit the context, damaged or foreign shards.
     """
     # sizes of the splits are not part of what a sample is
     kept = {"train", "validation", "test"}
-    settings = {**config.model_dump(mode="json", exclude=kept), "seed": seed, "model": dict(identity)}
+    settings: dict[str, object] = {
+        **config.model_dump(mode="json", exclude=kept),
+        "seed": seed,
+        "model": dict(identity),
+        "version": VERSION,
+    }
     prompts = split_prompts(config, seed)
     encoded = {
         split: [encode_prompt(tokenizer, p.text, config.instruction, config.chat_template) for p in prompts[split]]
@@ -186,6 +193,10 @@ def make_samples(
     }
     for split in SPLITS:
         check_context(model, prompts[split], encoded[split], config.max_new_tokens)
+    if overwrite:
+        if PartialState().is_main_process:
+            _clear(directory, {split: len(prompts[split]) for split in SPLITS}, config.shard_size, settings)
+        PartialState().wait_for_everyone()
     samples = {}
     with bar("1/4 samples", sum(len(p) for p in prompts.values()), "samples") as advance:
         for split in SPLITS:
@@ -193,6 +204,25 @@ def make_samples(
                 model, tokenizer, prompts[split], encoded[split], config, directory, split, settings, advance
             )
     return samples
+
+
+def _clear(directory: Path, counts: Mapping[str, int], shard_size: int, settings: Mapping[str, object]) -> None:
+    """Delete the shards that are not what `settings` would make."""
+    for split, count in counts.items():
+        for path in sorted(directory.glob(f"{split}-{'[0-9]' * 5}.parquet")):
+            start = int(path.stem.rpartition("-")[2]) * shard_size
+            if shard_settings(path) != {**settings, "rows": min(shard_size, max(0, count - start))}:
+                path.unlink()
+
+
+def trained_prompts(directory: Path) -> set[str]:
+    """The prompts of the training and validation shards in `directory`; none if it holds no shards.
+
+    Raises:
+        CapreseError: a damaged shard.
+    """
+    paths = [path for split in ("train", "validation") for path in sorted(directory.glob(f"{split}-*.parquet"))]
+    return {sample.prompt for path in paths for sample in read_shard(path)}
 
 
 def check_context(

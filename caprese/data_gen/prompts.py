@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import random
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from caprese.errors import CapreseError
 
+# Rows of a streamed dataset that are held to draw the next one from.
+_BUFFER = 10_000
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -19,25 +24,31 @@ class Prompt:
     answer: str | None = None
 
 
-def load_prompts(source: str, count: int, seed: int, column: str = "prompt") -> list[Prompt]:
-    """Up to `count` distinct prompts, the same for the same seed.
+def load_prompts(
+    source: str, count: int, seed: int, column: str = "prompt", exclude: Collection[str] = ()
+) -> list[Prompt]:
+    """Up to `count` distinct prompts, drawn and ordered by the seed; a smaller count gives the first of a larger one's.
 
     Args:
         source: "gym:TASK", a .jsonl or .parquet file, or the name of a dataset ("openai/gsm8k:train").
         column: where a file or dataset has the prompt; the answer is in "answer" if there is such a column.
+        exclude: prompts not to give.
 
     Raises:
         CapreseError: unknown source or task, a bad row, an empty prompt, or no prompt at all.
     """
     if source.startswith("gym:"):
-        rows: Iterable[dict[str, Any]] = _gym(source[4:], 2 * count + 100, seed)
+        size = 2 * (count + len(exclude)) + 100
+        rows: Iterable[tuple[int, dict[str, Any]]] = enumerate(_gym(source[4:], size, seed))
         column = "question"
     elif source.endswith((".jsonl", ".parquet")) or Path(source).exists():
-        rows = _file(Path(source))
+        rows = list(enumerate(_file(Path(source))))
+        random.Random(seed).shuffle(rows)
     else:
-        rows = _dataset(source)
+        rows = enumerate(_dataset(source, seed))
     seen: dict[str, Prompt] = {}
-    for number, row in enumerate(rows):
+    excluded = False
+    for number, row in rows:
         text = row.get(column)
         if not isinstance(text, str):
             raise CapreseError(
@@ -45,12 +56,17 @@ def load_prompts(source: str, count: int, seed: int, column: str = "prompt") -> 
             )
         if not text.strip():
             raise CapreseError(f"{source}, row {number + 1}: the prompt is empty; remove the row")
+        if text in exclude:
+            excluded = True
+            continue
         answer = row.get("answer")
         seen.setdefault(text, Prompt(text, None if answer is None else str(answer)))
         if len(seen) >= count:
             break
     if not seen:
-        raise CapreseError(f"{source} holds no prompts")
+        raise CapreseError(
+            f"{source} holds no prompts" + (" but those the adapter was trained on; give others" if excluded else "")
+        )
     return list(seen.values())
 
 
@@ -66,7 +82,9 @@ def _gym(task: str, size: int, seed: int) -> Iterator[dict[str, Any]]:
         raise CapreseError(
             f"reasoning-gym has no task {task!r}" + (f"; did you mean {', '.join(near)}?" if near else "")
         )
-    dataset = reasoning_gym.create_dataset(task, size=size, seed=seed)
+    # many tasks draw item i from seed + i, so that neighbouring seeds would give nearly the same items
+    far = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big") >> 1
+    dataset = reasoning_gym.create_dataset(task, size=size, seed=far)
     return (dataset[i] for i in range(size))
 
 
@@ -99,12 +117,13 @@ def _file(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _dataset(name: str) -> Iterator[dict[str, Any]]:
+def _dataset(name: str, seed: int) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset
 
     path, _, split = name.partition(":")
     try:
-        yield from load_dataset(path, split=split or "train", streaming=True)
+        rows = load_dataset(path, split=split or "train", streaming=True)
+        yield from rows.shuffle(seed=seed, buffer_size=_BUFFER)
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CapreseError(

@@ -14,6 +14,9 @@ import pyarrow.parquet as pq
 from caprese.errors import CapreseError
 from caprese.files import write_atomic
 
+# Raised whenever the same settings come to give other samples (2: the seed gives the order of prompts).
+VERSION = 2
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -62,6 +65,24 @@ def write_shard(path: Path, samples: list[Sample], settings: dict[str, Any]) -> 
     write_atomic(path, lambda tmp: pq.write_table(table, tmp))
 
 
+def shard_settings(path: Path) -> dict[str, Any]:
+    """What a shard was made with.
+
+    Raises:
+        CapreseError: truncated, or no shard of ours.
+    """
+    try:
+        settings: dict[str, Any] = json.loads(pq.read_schema(path).metadata[b"caprese"])["settings"]
+        return settings
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> CapreseError:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return CapreseError(f"shard {path} is damaged ({first}); delete it and run again to make it anew")
+
+
 def read_shard(path: Path, settings: dict[str, Any] | None = None) -> list[Sample]:
     """Read a shard back.
 
@@ -78,12 +99,11 @@ def read_shard(path: Path, settings: dict[str, Any] | None = None) -> list[Sampl
         if _digest(samples) != facts["sha256"]:
             raise ValueError("its rows were altered")
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CapreseError(f"shard {path} is damaged ({first}); delete it and run again to make it anew") from error
+        raise _damaged(path, error) from error
     if settings is not None and facts["settings"] != settings:
         old = facts["settings"]
         differ = ", ".join(k for k in sorted(settings) if old.get(k) != settings[k])
         raise CapreseError(
-            f"{path.parent} holds samples made with another {differ}; choose another --output, or delete that directory"
+            f"{path.parent} holds samples made with another {differ}; choose another --output, or give --overwrite"
         )
     return samples

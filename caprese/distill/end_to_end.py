@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
-from pydantic import BaseModel, ConfigDict, Field
+from accelerate.utils import broadcast, broadcast_object_list, reduce
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 from transformers import Cache, get_linear_schedule_with_warmup
 
@@ -40,7 +40,7 @@ class EndToEnd(BaseModel):
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak of a linear schedule with 2% warm-up; smaller for larger models."""
     batch_size: Annotated[int, Field(ge=1)] = 16
-    """Sequences in one optimiser step."""
+    """Sequences in one optimiser step; a multiple of micro_batch."""
     micro_batch: Annotated[int, Field(ge=1)] = 8
     """Sequences in one forward pass; gradients accumulate up to batch_size."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -52,6 +52,14 @@ class EndToEnd(BaseModel):
     """Optimiser steps between two saved states: what a kill can cost."""
     cache_gigabytes: Annotated[float, Field(ge=0)] = 3.0
     """Memory for what does not change between epochs: prompt KV caches and the teacher's hidden states."""
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> EndToEnd:
+        if self.batch_size % self.micro_batch:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}; change one of them"
+            )
+        return self
 
 
 class _Teacher:
@@ -127,7 +135,7 @@ def train(
     parameters = branch_parameters(model)
     for parameter in parameters:
         parameter.requires_grad_(True)
-    accumulate = max(1, config.batch_size // config.micro_batch)
+    accumulate = config.batch_size // config.micro_batch
     steps_per_epoch = -(-len(batches) // accumulate)
     total = steps_per_epoch * config.epochs
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -198,7 +206,7 @@ def train(
             schedule.step()
             curve.append({"step": step + 1, "epoch": (step + 1) / steps_per_epoch, "loss": float(summed), "lr": rate})
             if within == steps_per_epoch - 1:
-                kl = validation.kl()
+                kl = broadcast_object_list([validation.kl()])[0]  # all keep the same checkpoint
                 held_out.append({"step": step + 1, "kl": kl})
                 if kl < best_kl:
                     best_kl, best = kl, get_branches(model)
@@ -208,6 +216,7 @@ def train(
     set_branches(model, best)
     for parameter in parameters:
         parameter.requires_grad_(False)
+        broadcast(parameter.data)
     return best_kl, curve, held_out
 
 

@@ -61,6 +61,20 @@ def _enter(model: nn.Module, layers: nn.ModuleList, batch: Batch) -> _Stream:
     return _Stream(batch, caught["hidden"], caught["kwargs"], caught["current"])
 
 
+def check_sequential(model: nn.Module) -> None:
+    """Refuse a model that normalises after its FFN, where a hidden state is no linear target.
+
+    Raises:
+        CapreseError: it does.
+    """
+    config = unwrap(model).config
+    if family_of(config).norm_after_ffn:
+        raise CapreseError(
+            f"layerwise.how=sequential needs an FFN that adds straight to the hidden state, and "
+            f"{config.model_type} normalises in between; use layerwise.how=closed"
+        )
+
+
 @torch.no_grad()
 def fit_sequential(
     model: nn.Module,
@@ -74,15 +88,10 @@ def fit_sequential(
     """Fit and set the branch of every applied layer, bottom to top.
 
     Raises:
-        CapreseError: the model normalises after its FFN, where a hidden state is no linear target.
+        CapreseError: see `check_sequential`.
     """
-    family = family_of(unwrap(model).config)
-    if family.norm_after_ffn:
-        raise CapreseError(
-            f"layerwise.how=sequential needs an FFN that adds straight to the hidden state, and "
-            f"{unwrap(model).config.model_type} normalises in between; use layerwise.how=closed"
-        )
-    layers: Any = unwrap(model).get_submodule(family.layers)
+    check_sequential(model)
+    layers: Any = unwrap(model).get_submodule(family_of(unwrap(model).config).layers)
     wrappers = {w.layer: w for w in applied_ffns(model).values()}
     shared = phases_of(model)
     fits: list[Fit] = []

@@ -4,7 +4,7 @@ from caprese.evaluation.accuracy import accuracy, is_correct, mean_new_tokens
 from caprese.evaluation.config import Evaluation
 from caprese.evaluation.fidelity import VARIANTS, fidelity, layer_errors, variant
 from caprese.evaluation.latency import parameter_counts, time_to_next_token
-from caprese.evaluation.report import environment, evaluate, recovered_fraction, write_report
+from caprese.evaluation.report import environment, evaluate, finite, lost, recovered_fraction, write_report
 
 __all__ = [
     "VARIANTS",
@@ -13,8 +13,10 @@ __all__ = [
     "environment",
     "evaluate",
     "fidelity",
+    "finite",
     "is_correct",
     "layer_errors",
+    "lost",
     "mean_new_tokens",
     "parameter_counts",
     "recovered_fraction",

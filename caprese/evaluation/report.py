@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -54,6 +55,8 @@ def evaluate(
         test: prompts with the dense model's completions, which stand for "dense" in free generation.
         scratch: where the other variants' completions are kept as shards until the run is over.
         settings: what those shards depend on, "seed" among it.
+
+    Latency is measured by the main process alone while the others wait; theirs is None.
     """
     batches = make_batches(test, config.batch_size)
     quality: dict[str, dict[str, float | None]] = {n: dict(q) for n, q in fidelity(model, batches).items()}
@@ -73,7 +76,7 @@ def evaluate(
     layers = layer_errors(model, batches)
     latency: dict[str, Any] | None = None
     parameters = parameter_counts(model)
-    if config.latency_tokens:
+    if config.latency_tokens and PartialState().is_main_process:
         middle = sorted(test, key=lambda s: s.prompt_length)[len(test) // 2]
         times = time_to_next_token(model, middle.prompt_ids, config.latency_tokens)
         latency = {
@@ -81,6 +84,7 @@ def evaluate(
             "ratio": times["recovered"]["ttnt_ms"] / times["dense"]["ttnt_ms"],
             "floor_ratio": parameters["active_recovered"] / parameters["active_dense"],
         }
+    PartialState().wait_for_everyone()
     return {
         "parameters": parameters,
         "quality": quality,
@@ -122,12 +126,12 @@ def environment(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+def finite(value: Any) -> Any:
+    """With None for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -138,7 +142,7 @@ def write_report(report: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     from caprese.evaluation.plots import write_plots
     from caprese.evaluation.summary import portable
 
-    final: dict[str, Any] = portable(_finite(dict(report)))
+    final: dict[str, Any] = portable(finite(dict(report)))
     write_plots(final, directory / "plots")
     write_text(directory / "report.html", render_html(final))
     write_text(directory / "README.md", render_card(final))

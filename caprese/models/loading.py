@@ -164,6 +164,40 @@ def load_config(name: str, revision: str | None = None) -> Any:
     return config
 
 
+def pick_device(device: str) -> str:
+    """A device by name; "auto" takes an accelerator if there is one. Each process of torchrun gets its own.
+
+    Raises:
+        CapreseError: there is no such device here.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device == "auto":
+        device = accelerator.type if accelerator is not None else "cpu"
+    local = os.environ.get("LOCAL_RANK")
+    if local is not None and accelerator is not None and device == accelerator.type:
+        device = f"{device}:{local}"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CapreseError(f"cannot use device {device!r} ({first}); --device auto takes what is there") from error
+    return device
+
+
+def pick_dtype(dtype: str | torch.dtype, device: str) -> torch.dtype | None:
+    """A type by name; "auto" is float32 on CPU, where it is faster, and elsewhere None: the checkpoint's own.
+
+    Raises:
+        CapreseError: not a floating-point type.
+    """
+    if dtype == "auto":
+        return torch.float32 if device == "cpu" else None
+    known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(known, torch.dtype) or not known.is_floating_point:
+        raise CapreseError(f"unknown dtype {dtype!r}; use auto, float32, bfloat16 or float16")
+    return known
+
+
 def load_base(
     name: str,
     *,
@@ -177,7 +211,7 @@ def load_base(
         name: an alias ("llama-3.1-8b"), a hub id ("owner/name") or a local directory.
         revision: hub revision.
         dtype: "auto" keeps the checkpoint's type on an accelerator and uses float32 on CPU, where it is faster.
-        device: "auto" takes an accelerator if there is one.
+        device: "auto" takes an accelerator if there is one; each process of torchrun gets its own.
 
     Raises:
         CapreseError: unknown name, no access, damaged files, or a model that is not a dense causal LM.
@@ -186,23 +220,11 @@ def load_base(
     if base.name == EMBEDDED and not Path(base.source).exists():
         _materialise_embedded(Path(base.source))
     family_of(_config(base))
-    if device == "auto":
-        device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]
-    if dtype == "auto" and device == "cpu":
-        dtype = torch.float32
-    elif isinstance(dtype, str) and dtype != "auto":
-        known = getattr(torch, dtype, None)
-        if not isinstance(known, torch.dtype) or not known.is_floating_point:
-            raise CapreseError(f"unknown dtype {dtype!r}; use auto, float32, bfloat16 or float16")
-        dtype = known
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CapreseError(f"cannot use device {device!r} ({first}); --device auto takes what is there") from error
+    device = pick_device(device)
+    picked = pick_dtype(dtype, device) or "auto"
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            base.source, revision=base.revision, dtype=dtype, trust_remote_code=False, use_safetensors=True
+            base.source, revision=base.revision, dtype=picked, trust_remote_code=False, use_safetensors=True
         )
         tokenizer = AutoTokenizer.from_pretrained(base.source, revision=base.revision, trust_remote_code=False)
     except Exception as error:
