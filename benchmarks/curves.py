@@ -19,7 +19,7 @@ from caprese.adapters import attach_adapter, get_branches, set_branch, set_branc
 from caprese.data_gen import read_shard
 from caprese.distill import EndToEnd, HeldOut, accumulate, fit_layer, make_batches, new_moments
 from caprese.distill.end_to_end import train
-from caprese.efficient_methods import METHODS, applied_ffns
+from caprese.efficient_methods import applied_ffns, make_method
 from caprese.evaluation import environment
 from caprese.files import write_json
 
@@ -43,7 +43,7 @@ def main() -> None:
         split: [s for p in sorted(args.samples.glob(f"{split}-*.parquet")) for s in read_shard(p)]
         for split in ("train", "validation", "test")
     }
-    caprese.apply(model, METHODS[args.method](sparsity=args.sparsity))
+    caprese.apply(model, make_method({"name": args.method, "sparsity": args.sparsity}))
     adapted = attach_adapter(model, args.rank)
     validation = HeldOut(adapted, make_batches(rows["validation"], 8), 1.0)
     test = HeldOut(adapted, make_batches(rows["test"], 8), 1.0)

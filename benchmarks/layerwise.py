@@ -20,7 +20,7 @@ from caprese.adapters import attach_adapter, set_branch
 from caprese.data_gen import read_shard
 from caprese.distill import Layerwise, accumulate, fit_layer, make_batches, new_moments
 from caprese.distill.adam import collect_activations, fit_adam
-from caprese.efficient_methods import METHODS, applied_ffns
+from caprese.efficient_methods import applied_ffns, make_method
 from caprese.evaluation import environment, layer_errors
 from caprese.files import write_json
 
@@ -42,7 +42,7 @@ def main() -> None:
         for split in ("train", "validation", "test")
     }
     batches = {k: make_batches(v[: args.count], 8) for k, v in rows.items()}
-    caprese.apply(model, METHODS[args.method](sparsity=args.sparsity))
+    caprese.apply(model, make_method({"name": args.method, "sparsity": args.sparsity}))
     adapted = attach_adapter(model, args.rank)
     seconds: dict[str, float] = {}
 

@@ -27,7 +27,14 @@ from caprese.adapters import attach_adapter, branch_parameters, get_branches, se
 from caprese.data_gen import Sample, read_shard
 from caprese.distill import EndToEnd, HeldOut, accumulate, fit_layer, make_batches, new_moments
 from caprese.distill.end_to_end import train
-from caprese.efficient_methods import applied_ffns, calibrate, make_method, needs_calibration, parse_methods, reselection
+from caprese.efficient_methods import (
+    applied_ffns,
+    calibrate,
+    make_method,
+    needs_calibration,
+    parse_methods,
+    reselection,
+)
 from caprese.evaluation import environment, fidelity, parameter_counts
 from caprese.files import write_json
 

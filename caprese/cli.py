@@ -23,6 +23,10 @@ Model = Annotated[str, typer.Option("--model", "-m", help="Alias, hub id or loca
 Adapter = Annotated[str, typer.Option("--adapter", "-a", help="Directory or hub id of a recovery adapter.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, nothing else.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+Reselect = Annotated[
+    int | None,
+    typer.Option(help="Generated tokens between two reselections; 0 never; default as the adapter was made."),
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 
 
@@ -61,8 +65,10 @@ def _quiet(on: bool) -> None:
     progress.quiet = on or not _first()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    import logging as stdlib_logging
     import warnings
 
+    stdlib_logging.getLogger("bitsandbytes").setLevel(stdlib_logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
@@ -100,6 +106,10 @@ def _layers(text: str | None) -> str | list[int] | None:
     return numbers
 
 
+def _reselect(every: int | None) -> Any:
+    return "saved" if every is None else every or None
+
+
 def _set(overrides: dict[str, Any], path: str, value: Any) -> None:
     if value is None:
         return
@@ -107,6 +117,16 @@ def _set(overrides: dict[str, Any], path: str, value: Any) -> None:
     for section in sections:
         overrides = overrides.setdefault(section, {})
     overrides[key] = value
+
+
+def _sparsity(text: str | None) -> float | list[float] | str | None:
+    if text is None or text == "auto":
+        return text
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise CapreseError(f"--sparsity {text!r}: use a number in (0, 1), a list 0.3,0.5,..., or auto") from None
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 def _rank(text: str | None) -> int | str | None:
@@ -125,8 +145,24 @@ def recover(
     recipe: Annotated[
         str | None, typer.Option("--recipe", "-r", help="Shipped recipe or YAML file; flags override it.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="griffin or cats.")] = None,
-    sparsity: Annotated[float | None, typer.Option(help="Fraction of FFN neurons removed, in (0, 1).")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="A method, NAME[:SPARSITY][:key=value], or several joined by +; caprese methods lists them."),
+    ] = None,
+    sparsity: Annotated[
+        str | None, typer.Option(help="Fraction removed, in (0, 1); one for each layer, 0.3,0.5,...; or auto.")
+    ] = None,
+    target_kl: Annotated[float | None, typer.Option(help="--sparsity auto: the largest KL before recovery.")] = None,
+    target_active: Annotated[
+        float | None, typer.Option(help="--sparsity auto: the fraction of active parameters to keep.")
+    ] = None,
+    threshold: Annotated[str | None, typer.Option(help="cats: prompt or calibrated.")] = None,
+    shared_choice: Annotated[
+        bool | None, typer.Option("--shared-choice/--own-choice", help="One choice for all sequences of a batch.")
+    ] = None,
+    reselect_every: Annotated[
+        int | None, typer.Option(help="Generated tokens after which the choice is made anew.")
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="all, first-half, or numbers like 0,1,4-7.")] = None,
     rank: Annotated[str | None, typer.Option(help="Rank of each branch, or auto.")] = None,
     bias: Annotated[bool | None, typer.Option("--bias/--no-bias", help="Also learn a bias on each branch.")] = None,
@@ -152,6 +188,7 @@ def recover(
     as_json: Json = False,
 ) -> None:
     """Make MODEL cheaper and distil an adapter that gives its quality back. Goes on where a stopped run was."""
+    from caprese.efficient_methods import describe_methods
     from caprese.models import load_base, load_config, resolve
     from caprese.progress import say
     from caprese.recipes import resolve_recipe
@@ -160,7 +197,12 @@ def recover(
     overrides: dict[str, Any] = {}
     for path, value in {
         "method": method,
-        "sparsity": sparsity,
+        "sparsity": _sparsity(sparsity),
+        "target_kl": target_kl,
+        "target_active": target_active,
+        "threshold": threshold,
+        "shared_choice": shared_choice,
+        "reselect_every": reselect_every,
         "layers": _layers(layers),
         "rank": _rank(rank),
         "bias": bias,
@@ -183,11 +225,11 @@ def recover(
     if resolved.model is None:
         raise CapreseError("which model? give --model, or a recipe that names one (caprese recipes ls)")
     base = resolve(resolved.model, resolved.revision)
+    methods = resolved.make_methods()
     say(
-        f"[bold]{base}[/bold]  {resolved.method} {resolved.sparsity:.0%}, rank {resolved.rank}, "
+        f"[bold]{base}[/bold]  {describe_methods(methods)}, rank {resolved.rank}, "
         f"seed {resolved.seed} -> {resolved.output}"
     )
-    resolved.make_method()
     if dry_run:
         from caprese.plan import plan
 
@@ -243,6 +285,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
     instruction: Annotated[str, typer.Option(help="Put before the prompt.")] = "",
+    reselect_every: Reselect = None,
     seed: int = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -260,7 +303,7 @@ def generate(
     loaded, tokenizer = load_base(model, dtype=dtype, device=device)
     if not adapter:
         fingerprint(loaded)  # refuses damaged weights, as `load` does
-    lm: Any = load(loaded, adapter) if adapter else loaded
+    lm: Any = load(loaded, adapter, reselect_every=_reselect(reselect_every)) if adapter else loaded
     result = stream(
         lm,
         tokenizer,
@@ -290,6 +333,7 @@ def evaluate(
     samples: Annotated[int, typer.Option(help="Prompts to ask.", min=1)] = 32,
     max_new_tokens: Annotated[int | None, typer.Option(help="Length limit of a completion.", min=2)] = None,
     latency_tokens: Annotated[int, typer.Option(help="Tokens over which TTNT is measured; 0 skips it.", min=0)] = 64,
+    reselect_every: Reselect = None,
     seed: Annotated[int, typer.Option(help="Seed of which prompts are asked and of sampling.")] = 1,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -301,6 +345,7 @@ def evaluate(
     are not asked.
     """
     from caprese.adapters import load, read_sidecar
+    from caprese.efficient_methods import phases_of
     from caprese.evaluation import Evaluation
     from caprese.models import load_base
     from caprese.recovery import beside, measure
@@ -308,19 +353,20 @@ def evaluate(
     _quiet(as_json)
     sidecar = read_sidecar(adapter)
     base, tokenizer = load_base(model, dtype=dtype, device=device)
-    lm = load(base, adapter)
+    lm = load(base, adapter, reselect_every=_reselect(reselect_every))
     asked, trained = beside(adapter)
     if prompts is not None and column is None:
         column = "prompt"
     given = {"prompts": prompts, "column": column, "max_new_tokens": max_new_tokens, "test": samples}
     asked = asked.model_copy(update={key: value for key, value in given.items() if value is not None})
     measured = measure(lm, tokenizer, asked, Evaluation(latency_tokens=latency_tokens, examples=0), seed, trained)
-    facts = sidecar.make_method()
+    methods = [{"name": m.name, **m.model_dump(mode="json")} for m in sidecar.make_methods()]
     report = {
         "model": model,
         "adapter": adapter,
-        "method": facts.name,
-        **facts.model_dump(),
+        "method": "+".join(m["name"] for m in methods),
+        "methods": methods,
+        "reselect_every": phases_of(lm).reselect_every,
         "seed": seed,
         "samples": asked.model_dump(mode="json", exclude={"train", "validation"}),
         **measured,
@@ -336,10 +382,77 @@ def evaluate(
         print(f"Recovered: {recovered(report) or 'not measured'}")
 
 
+@app.command("methods")
+@_verb
+def list_methods(as_json: Json = False) -> None:
+    """The methods, the model families, and which methods go together."""
+    from caprese.efficient_methods import Reads, compose, known_methods, refusal
+    from caprese.models import FAMILIES
+
+    kinds = known_methods()
+    gated, plain = Reads(1, 1, 1), Reads(0, 1, 1)
+
+    def together(one: str, other: str) -> dict[str, Any]:
+        """Why not, or the fraction of an FFN's weights that a token still reads at default settings."""
+        methods = [kinds[name]() for name in dict.fromkeys((one, other))]
+        if len(methods) > 1 and (reason := refusal(*methods)):
+            return {"composes": False, "reason": reason}
+        left = {}
+        for shape, reads in (("gated", gated), ("plain", plain)):
+            whole = reads.gate + reads.up + reads.down
+            for method in compose(methods):
+                reads = method.reads(reads)
+            left[shape] = round((reads.gate + reads.up + reads.down) / whole, 3)
+        return {"composes": True, "ffn_weights_read": left}
+
+    pairs = {one: {other: together(one, other) for other in kinds} for one in kinds}
+    facts: dict[str, Any] = {
+        "methods": {
+            name: {
+                "summary": kind.summary,
+                "acts_on": sorted(kind().acts_on),
+                "learns_from": kind().learns,
+                "settings": {key: field.default for key, field in kind.model_fields.items()},
+            }
+            for name, kind in kinds.items()
+        },
+        "families": {name: "gated" if family.gate else "plain" for name, family in FAMILIES.items()},
+        "composition": pairs,
+    }
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table("method", "what it does", "chooses from", "settings", title="methods")
+    for name, fact in facts["methods"].items():
+        settings = ", ".join(f"{k}={v}" for k, v in fact["settings"].items() if k != "layers")
+        table.add_row(name, fact["summary"], fact["learns_from"] or "-", settings)
+    console.print(table)
+    table = Table("", *kinds, title="alone and together: weights of a gated FFN still read, at default settings")
+    for one in kinds:
+        cells = [pairs[one][other].get("ffn_weights_read") for other in kinds]
+        table.add_row(one, *("-" if cell is None else f"{cell['gated']:.0%}" for cell in cells))
+    console.print(table)
+    reasons = dict.fromkeys(
+        f"{one} with {other}: {pairs[one][other]['reason']}"
+        for i, one in enumerate(kinds)
+        for other in list(kinds)[i + 1 :]
+        if not pairs[one][other]["composes"] and "none" not in (one, other)
+    )
+    print("not together:", *(f"  {reason}" for reason in reasons), sep="\n")
+    print("  none with any: it takes nothing away")
+    print("  teal acts on FFN and attention; teal:where=attention or teal:where=ffn on one of them alone")
+    print(f"families, all with every method: {', '.join(f'{k} ({v} FFN)' for k, v in facts['families'].items())}")
+
+
 @recipes_app.command("ls")
 @_verb
 def recipes_ls(as_json: Json = False) -> None:
     """The recipes that come with caprese."""
+    from caprese.efficient_methods import describe_methods
     from caprese.models import ALIASES
     from caprese.recipes import names, resolve_recipe
 
@@ -349,7 +462,7 @@ def recipes_ls(as_json: Json = False) -> None:
         return
     for name, r in rows.items():
         print(
-            f"{name:32} {ALIASES.get(r.model or '', r.model):44} {r.method} {r.sparsity:.0%} on {r.layers}, "
+            f"{name:32} {ALIASES.get(r.model or '', r.model):44} {describe_methods(r.make_methods())} on {r.layers}, "
             f"rank {r.rank}, {r.samples.train} samples"
         )
 
@@ -390,7 +503,7 @@ def recipes_validate(name: str, as_json: Json = False) -> None:
     from caprese.recipes import resolve_recipe
 
     recipe = resolve_recipe(name)
-    recipe.make_method()
+    recipe.make_methods()
     if recipe.model is not None:
         resolve(recipe.model)
     print(json.dumps({"valid": True}) if as_json else f"{name}: valid")

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from caprese.distill.sensitivity import LEVELS
 from caprese.distill.sequential import check_sequential
-from caprese.efficient_methods import apply
+from caprese.efficient_methods import describe_methods, methods_by_layer, weights_saved
 from caprese.errors import CapreseError
-from caprese.evaluation import parameter_counts
 from caprese.files import free_bytes
-from caprese.models import find_ffns
+from caprese.models import active_parameters, count_parameters, find_ffns
 from caprese.models.loading import pick_device, pick_dtype
 from caprese.recipes import Recipe
 
@@ -43,14 +43,19 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_config(config)
     sites = find_ffns(model)
     hidden = sites[0].ffn.hidden_size
-    method = recipe.make_method()
+    methods = recipe.make_methods()
+    for method in methods:
+        method.check()
     if recipe.layerwise.how == "sequential":
         check_sequential(model)
-    apply(model, method)
-    counts = parameter_counts(model)
-    layers = len(method.layer_indices(len(sites)))
+    own = methods_by_layer(methods, len(sites))
+    layers = len(own)
+    base, dense = count_parameters(model), active_parameters(model)
+    efficient = dense - sum(weights_saved(sites[i], each) for i, each in own.items())
+    if recipe.target_active is not None:
+        efficient = int(recipe.target_active * dense)
     if recipe.rank == "auto":
-        adapter = int(recipe.budget * counts["base"])
+        adapter = int(recipe.budget * base)
     elif recipe.rank > hidden:
         raise CapreseError(f"rank {recipe.rank} exceeds the hidden size {hidden}; choose 1 to {hidden}, or auto")
     else:
@@ -61,12 +66,16 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     device = pick_device(recipe.device)
     dtype = pick_dtype(recipe.dtype, device) or torch.bfloat16
     rate = 0.5 * _flops_per_second(torch.device(device), dtype)
-    forward = 2 * counts["active_dense"] / rate
+    forward = 2 * dense / rate
     adam = 0 if recipe.layerwise.cache_activations else recipe.layerwise.epochs - 1
     passes = {"closed": 1, "sequential": 2, "adam": 1 + adam, "none": 0}[recipe.layerwise.how]
     train = s.train * (s.max_new_tokens + _PROMPT_TOKENS)
+    # sequences: one pass for each method that learns, and for auto one for each layer and level, on validation samples
+    calibration = min(recipe.calibration_samples, s.train) * sum(m.learns == "samples" for m in methods)
+    calibration += len(LEVELS) * layers * s.validation if recipe.sparsity == "auto" else 0
     seconds = {
         "samples": forward * (prompt + 2.5 * completion),  # decoding in batches runs below a plain pass's rate
+        "calibration": forward * calibration * (s.max_new_tokens + _PROMPT_TOKENS),
         "layerwise": forward * train * passes * 1.3,
         "end_to_end": forward * s.train * (2 * s.max_new_tokens + _PROMPT_TOKENS)
         + forward * s.train * s.max_new_tokens * 3.5 * recipe.end_to_end.epochs,
@@ -76,16 +85,17 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     moments = 2 * layers * 2 * hidden * hidden * 8
     return {
         "model": recipe.model,
-        "method": f"{method.name} {method.sparsity:.0%} on {layers} of {len(sites)} layers",
-        "base_parameters": counts["base"],
+        "method": f"{describe_methods(methods)} on {layers} of {len(sites)} layers"
+        + (" (sparsity auto: to be measured)" if recipe.sparsity == "auto" else ""),
+        "base_parameters": base,
         "adapter_parameters": adapter,
-        "adapter_fraction": round(adapter / counts["base"], 5),
-        "active_parameters_dense": counts["active_dense"],
-        "active_parameters_recovered": counts["active_efficient"] + adapter,
-        "byte_floor_ratio": round((counts["active_efficient"] + adapter) / counts["active_dense"], 4),
+        "adapter_fraction": round(adapter / base, 5),
+        "active_parameters_dense": dense,
+        "active_parameters_recovered": efficient + adapter,
+        "byte_floor_ratio": round((efficient + adapter) / dense, 4),
         "samples": rows,
         "completion_tokens_at_most": completion,
-        "model_bytes": counts["base"] * size,
+        "model_bytes": base * size,
         "layerwise_bytes": moments + (2 * train * hidden * size if recipe.layerwise.how == "sequential" else 0),
         "disk_bytes": 4 * (completion + prompt) + moments + 16 * adapter,
         "disk_free_bytes": free_bytes(_output(recipe)),

@@ -28,6 +28,7 @@ from caprese import __version__
 from caprese.adapters import (
     attach_adapter,
     branch_parameters,
+    empty_slots,
     fingerprint,
     get_branches,
     public_id,
@@ -52,8 +53,21 @@ from caprese.distill.adam import fit_adam
 from caprese.distill.batches import Batch, device_of
 from caprese.distill.end_to_end import train
 from caprese.distill.layerwise import Fit, Moments
+from caprese.distill.sensitivity import LEVELS, Sensitivity, allocate_sparsity
 from caprese.distill.sequential import check_sequential, fit_sequential
-from caprese.efficient_methods import applied_ffns, apply, remove
+from caprese.efficient_methods import (
+    Method,
+    Sparse,
+    applied_ffns,
+    apply,
+    calibrate,
+    compose,
+    describe_methods,
+    make_method,
+    methods_by_layer,
+    needs_calibration,
+    remove,
+)
 from caprese.errors import CapreseError
 from caprese.evaluation import Evaluation, environment, evaluate, finite, variant, write_report
 from caprese.files import check_writable, read_tensors, write_json, write_tensors, write_text
@@ -91,9 +105,11 @@ def recover(
     if recipe.model is None:
         # what it leaves open comes from the recipe shipped for this model, if there is one
         recipe = resolve_recipe(model=base_of(model).name, **recipe.model_dump(exclude_unset=True, exclude={"model"}))
-    method = recipe.make_method()
+    methods = recipe.make_methods()
+    for method in methods:
+        method.check()
     sites = find_ffns(model)
-    chosen = method.layer_indices(len(sites))
+    chosen = list(methods_by_layer(methods, len(sites)))
     hidden = sites[0].ffn.hidden_size
     if isinstance(recipe.rank, int) and recipe.rank > hidden:
         raise CapreseError(f"rank {recipe.rank} exceeds the hidden size {hidden}; choose 1 to {hidden}, or auto")
@@ -116,7 +132,9 @@ def recover(
         stage.update(
             note=f"{len(samples['train'])} train, {len(samples['validation'])} validation, {len(samples['test'])} test"
         )
-    adapted: nn.Module = apply(model, method)
+    methods, calibration = _prepare(model, methods, samples, recipe, state, identity)
+    chosen = list(methods_by_layer(methods, len(sites)))
+    adapted: nn.Module = apply(model, methods, calibration=calibration, reselect_every=recipe.reselect_every)
     try:
         validation = make_batches(samples["validation"], recipe.layerwise.batch_size)
         held_out = HeldOut(model, validation, recipe.end_to_end.cache_gigabytes)
@@ -155,8 +173,10 @@ def recover(
             "revision": base.revision,
             "fingerprint": ":".join(prints.values()),
             "license": None,
-            "method": method.name,
-            "sparsity": recipe.sparsity,
+            "method": "+".join(method.name for method in methods),
+            "sparsity": getattr(methods[0], "sparsity", None) if len(methods) == 1 else None,
+            "methods": [{"name": method.name, **method.model_dump(mode="json")} for method in methods],
+            "reselect_every": recipe.reselect_every,
             "rank": ranks[0] if len(set(ranks)) == 1 else ranks,
             "layers": chosen,
             "seed": recipe.seed,
@@ -181,8 +201,7 @@ def recover(
         return final
     finally:
         if adapted is model:  # stopped after the adapter went in, before it came back: take it out of the slots
-            for wrapper in applied_ffns(model).values():
-                wrapper.recovery = getattr(wrapper.recovery, "base_layer", wrapper.recovery)
+            empty_slots(model)
         remove(adapted)
 
 
@@ -272,6 +291,46 @@ def _last_write(state: Path) -> float:
     """When the newest of a run's unfinished files was written."""
     files = (path for place in (state, state.parent / "samples") for path in place.rglob("[!.]*.*"))
     return max((path.stat().st_mtime for path in files), default=0.0)
+
+
+def _prepare(
+    model: nn.Module,
+    methods: tuple[Method, ...],
+    samples: Mapping[str, list[Sample]],
+    recipe: Recipe,
+    state: Path,
+    identity: str,
+) -> tuple[tuple[Method, ...], dict[str, torch.Tensor] | None]:
+    """What the methods learn from samples: their calibration, and with sparsity auto how much each layer gets."""
+    if recipe.sparsity != "auto" and not needs_calibration(methods):
+        return methods, None
+    path = state / "methods.safetensors"
+    with _stage(state, "calibration", 2) as stage:
+        if path.exists():
+            tensors, facts = read_tensors(path, _AGAIN)
+            if facts["identity"] != identity:
+                raise CapreseError(f"{path} belongs to another recipe; delete it and run again")
+            return compose([make_method(f) for f in facts["methods"]]), tensors or None
+        rows = make_batches(samples["train"][: recipe.calibration_samples], recipe.layerwise.batch_size)
+        if recipe.sparsity == "auto":
+            one = methods[0]
+            assert isinstance(one, Sparse)
+            held_out = make_batches(samples["validation"], recipe.layerwise.batch_size)
+            sensitivity = Sensitivity(model, one, rows, held_out, recipe.end_to_end.cache_gigabytes)
+            with bar("2/4 sensitivity", len(LEVELS) * len(sensitivity.sites), "layers") as advance:
+                target = {"target_kl": recipe.target_kl, "target_active": recipe.target_active}
+                methods = (allocate_sparsity(sensitivity, advance=advance, **target),)
+        calibration: dict[str, torch.Tensor] = {}
+        if needs_calibration(methods):
+            learners = sum(m.learns == "samples" for m in methods)
+            with bar("2/4 calibration", learners * len(rows), "batches") as advance:
+                calibration = calibrate(model, methods, [batch.whole() for batch in rows], advance)
+        if PartialState().is_main_process:
+            chosen = [{"name": m.name, **m.model_dump(mode="json")} for m in methods]
+            write_tensors(path, calibration, {"identity": identity, "methods": chosen})
+        PartialState().wait_for_everyone()
+        stage.update(note=describe_methods(methods))
+        return methods, calibration or None
 
 
 def _moments(

@@ -342,13 +342,13 @@ damaged_adapter("sidecar_truncated", lambda o: truncate(o / SIDECAR), f"{SIDECAR
 damaged_adapter("sidecar_binary", lambda o: (o / SIDECAR).write_bytes(b"\xff"), "is damaged", "again")
 damaged_adapter(
     "unknown_method",
-    lambda o: edit_json(o / SIDECAR, lambda c: c["method"].update(name="magic")),
+    lambda o: edit_json(o / SIDECAR, lambda c: c["methods"][0].update(name="magic")),
     "needs the method 'magic'",
     "upgrade caprese",
 )
 damaged_adapter(
     "bad_method",
-    lambda o: edit_json(o / SIDECAR, lambda c: c["method"].update(sparsity=7)),
+    lambda o: edit_json(o / SIDECAR, lambda c: c["methods"][0].update(sparsity=7)),
     SIDECAR,
     "is damaged",
     "again",

@@ -67,7 +67,7 @@ def test_recipes(tmp_path):
 def test_shipped_recipes_are_valid_and_named_for_their_model(name):
     recipe = resolve_recipe(name)
     assert recipe.model == name and name in ALIASES
-    recipe.make_method()
+    recipe.make_methods()
     if name != "smollm2-135m":
         assert recipe.rank == 256 and recipe.samples.train == 20_000
 

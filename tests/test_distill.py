@@ -27,8 +27,10 @@ from caprese.distill.end_to_end import train
 from caprese.distill.layerwise import Moments
 from caprese.distill.losses import hidden_kl, hidden_mse, kl_divergence
 from caprese.distill.sequential import fit_sequential
-from caprese.efficient_methods import METHODS, applied_ffns
+from caprese.efficient_methods import Cats, Griffin, applied_ffns
 from caprese.evaluation import fidelity, layer_errors
+
+METHODS = {"griffin": Griffin, "cats": Cats}
 
 
 def samples(count: int, seed: int = 0) -> list[Sample]:

@@ -69,7 +69,7 @@ def test_the_whole_job(small_recipe, tmp_path, method):
 
     loaded = caprese.load(model, out)
     tokens = loaded.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
-    applied = caprese.apply(caprese.remove(loaded), recipe.make_method())
+    applied = caprese.apply(caprese.remove(loaded), recipe.make_methods())
     plain = PeftModel.from_pretrained(applied, str(out))  # PEFT alone, on an applied base
     assert torch.equal(plain.generate(input_ids=ids, max_new_tokens=6, do_sample=False), tokens)
     with pytest.raises(ValueError, match="recovery"):

@@ -62,7 +62,7 @@ def attach_adapter(model: nn.Module, ranks: int | Sequence[int], bias: bool = Fa
 def empty_slots(model: nn.Module) -> None:
     """Take a half-attached adapter out of the slots of an applied model, so that `remove` can go on."""
     for wrapper in applied_ffns(model).values():
-        wrapper.recovery = getattr(wrapper.recovery, "base_layer", wrapper.recovery)  # type: ignore[assignment]
+        wrapper.recovery = getattr(wrapper.recovery, "base_layer", wrapper.recovery)
 
 
 def branch_parameters(model: nn.Module) -> list[nn.Parameter]:

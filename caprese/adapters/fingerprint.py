@@ -19,9 +19,9 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     """A digest for each group of base parameters: {"ffn", "attention", "rest"}.
 
     Evenly spaced values of every tensor (65,536 to 131,071, all of a smaller one) are hashed after rounding to bfloat16
-    and dropping what float16 cannot hold, so the same bfloat16 checkpoint loaded in float32, bfloat16 or float16 agrees,
-    while a fine-tuned copy does not. Groups stand apart so that a base whose FFNs were quantised can still be known by
-    the rest.
+    and dropping what float16 cannot hold, so the same bfloat16 checkpoint agrees whether loaded in float32, bfloat16 or
+    float16, while a fine-tuned copy does not. Groups stand apart so that a base whose FFNs were quantised can still be
+    known by the rest.
 
     Raises:
         CapreseError: a sampled weight is NaN or infinite.

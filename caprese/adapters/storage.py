@@ -62,7 +62,7 @@ class Sidecar(BaseModel):
         try:
             return compose([make_method(facts) for facts in self.methods])
         except CapreseError as error:
-            raise CapreseError(f"{SIDECAR} does not fit this caprese ({error}); upgrade it, or make it again") from error
+            raise CapreseError(f"{SIDECAR} does not fit this caprese ({error}); upgrade, or make it again") from error
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:

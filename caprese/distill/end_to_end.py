@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list, reduce
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
-from transformers import Cache, get_linear_schedule_with_warmup
+from transformers import get_linear_schedule_with_warmup
 
 from caprese.adapters import branch_parameters, get_branches, set_branches
-from caprese.distill.batches import Batch, completion_hidden, device_of, lm_logits, prefill
+from caprese.distill.batches import Batch, Context, completion_hidden, device_of, lm_logits, prefill
 from caprese.distill.losses import CHUNK, hidden_kl, hidden_mse, kl_divergence
 from caprese.efficient_methods import dense
 from caprese.errors import CapreseError
@@ -67,20 +67,19 @@ class _Teacher:
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], limit: float) -> None:
         self.model, self.batches, self.left = model, batches, limit * 1e9
-        self.known: dict[int, tuple[Batch, Cache, torch.Tensor]] = {}
+        self.known: dict[int, tuple[Batch, Context, torch.Tensor]] = {}
 
     @torch.no_grad()
-    def __getitem__(self, index: int) -> tuple[Batch, Cache, torch.Tensor]:
-        """The batch on its device, its prompt cache, and the teacher's hidden states of completion tokens [n, D]."""
+    def __getitem__(self, index: int) -> tuple[Batch, Context, torch.Tensor]:
+        """The batch on its device, what comes before its completion, and the teacher's completion states [n, D]."""
         if index in self.known:
             return self.known[index]
         batch = self.batches[index].to(device_of(self.model))
-        cache = prefill(self.model, batch)
+        context = prefill(self.model, batch)
         with dense(self.model):
-            hidden = completion_hidden(self.model, batch, cache)[batch.mask]
-        item = (batch, cache, hidden)
-        layers: list[Any] = cache.layers
-        size = hidden.nbytes + sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+            hidden = completion_hidden(self.model, batch, context)[batch.mask]
+        item = (batch, context, hidden)
+        size = hidden.nbytes + context.nbytes
         if size <= self.left:
             self.left -= size
             self.known[index] = item

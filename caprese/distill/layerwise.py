@@ -185,7 +185,7 @@ def _shifted(m: Moments, means: torch.Tensor) -> Moments:
 
 def new_moments(model: nn.Module) -> list[Moments]:
     """One accumulator for each applied layer."""
-    return [Moments.zeros(w.view.hidden_size, w.view.down.weight.device) for w in applied_ffns(model).values()]
+    return [Moments.zeros(w.view.hidden_size, w.view.device) for w in applied_ffns(model).values()]
 
 
 @torch.no_grad()

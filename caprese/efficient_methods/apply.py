@@ -101,7 +101,7 @@ def _fixed(methods: list[Method], layer: int, site: Site, calibration: Calibrati
         if choice is None:
             raise CapreseError(
                 f"{method.name} chooses from samples and has none for layer {layer}: "
-                "calibration = caprese.calibrate(model, methods, rows), then caprese.apply(..., calibration=calibration)"
+                "caprese.apply(model, methods, calibration=caprese.calibrate(model, methods, rows))"
             )
         if "width" in method.acts_on and int(choice.max()) >= site.ffn.width:
             raise CapreseError(f"this calibration of {method.name} was made for another model; calibrate again")

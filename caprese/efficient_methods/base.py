@@ -65,7 +65,10 @@ class Block(Protocol):
 
 
 class Method(BaseModel):
-    """Base class of the efficient methods. Shapes: x is [B, T, D]; a and z (see `models.FFN`) [B, T, F]; masks [B, T]."""
+    """Base class of the efficient methods.
+
+    Shapes: x is [B, T, D]; a and z (see `models.FFN`) are [B, T, F]; masks [B, T].
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: ClassVar[str]
@@ -82,6 +85,9 @@ class Method(BaseModel):
     def acts_on(self) -> frozenset[Part]:
         """`parts`, or what is left of them with these settings."""
         return self.parts
+
+    def check(self) -> None:
+        """Raise CapreseError if something that the method needs is not installed."""
 
     @property
     def learns(self) -> Literal["prompt", "samples"] | None:
@@ -213,4 +219,3 @@ class FromPrompt(Sparse):
     @property
     def learns(self) -> Literal["prompt", "samples"] | None:
         return "prompt"
-

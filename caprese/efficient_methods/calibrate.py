@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,9 +23,9 @@ BLOCK_TOKENS = 512
 
 
 class Tokens(NamedTuple):
-    """Sequences whose completions a method is calibrated on: ids and mask [B, T], prompt lengths [B] (pads not counted).
+    """Sequences on whose completions a method is calibrated: ids and mask [B, T], prompt lengths [B].
 
-    No mask: no padding.
+    Pads do not count in the lengths. No mask: no padding.
     """
 
     ids: torch.Tensor
@@ -122,8 +123,12 @@ def _narrowed(ffn: FFN, own: list[Method], layer: int, known: dict[str, torch.Te
     for method in own:
         choice = known.get(f"{method.name}.{layer}")
         if "width" in method.acts_on and choice is not None:
-            return method.transform(ffn, choice), lambda t: t[..., choice[0]]
+            return method.transform(ffn, choice), functools.partial(_select, choice[0])
     return ffn, lambda t: t
+
+
+def _select(index: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return t[..., index]
 
 
 class _Capture:
@@ -133,7 +138,8 @@ class _Capture:
         self.ffn: dict[int, torch.Tensor] = {}
         self.attention: dict[int, list[torch.Tensor]] = {}
         self.layer: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self.sites, self.wants_attention, self.handles = sites, attention, []
+        self.sites, self.wants_attention = sites, attention
+        self.handles: list[Any] = []
 
     def __enter__(self) -> _Capture:
         for site in self.sites:
@@ -169,7 +175,7 @@ class _OnBlock:
         rows = max(1, BLOCK_TOKENS // completion.shape[1])
         self.args, self.kwargs = _rows(self.args, rows), {k: _rows(v, rows) for k, v in self.kwargs.items()}
         self.completion = completion[:rows]
-        self.sizes = [linear.weight.numel() for linear in site.attention_linears()]  # type: ignore[union-attr, operator]
+        self.sizes = [linear.weight.numel() for linear in site.attention_linears()]  # type: ignore[operator]
         self.dense = self._output()
         self.scale = float(self.dense.square().sum())
         self.phases = Phases((method,), {site.index: []})

@@ -38,6 +38,7 @@ class Cats(FromPrompt):
         return quantile(statistic, self.level)[:, None, None]
 
     def keep(self, a: torch.Tensor, z: torch.Tensor, choice: torch.Tensor | None) -> torch.Tensor | None:
+        assert choice is not None
         return a.abs() >= choice
 
     def reads(self, reads: Reads) -> Reads:

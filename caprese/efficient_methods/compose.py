@@ -75,16 +75,15 @@ def make_method(facts: dict[str, Any]) -> Method:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
+        said = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             allowed = ", ".join(kind.model_fields)
             raise CapreseError(f"method {kind.name} has no setting {where!r}; it has {allowed}") from error
-        raise CapreseError(
-            f"method {kind.name}, {where}: {first['msg'].removeprefix('Value error, ').lower()} (given {first['input']!r})"
-        ) from error
+        raise CapreseError(f"method {kind.name}, {where}: {said.lower()} (given {first['input']!r})") from error
 
 
 def parse_methods(text: str) -> list[dict[str, Any]]:
-    """"static:0.3+cats:0.5:threshold=calibrated" -> [{"name": "static", "sparsity": 0.3}, ...].
+    """ "static:0.3+cats:0.5:threshold=calibrated" -> [{"name": "static", "sparsity": 0.3}, ...].
 
     Raises:
         CapreseError: not of that form.

@@ -57,13 +57,14 @@ class _Quantized(Method):
     parts: ClassVar[frozenset[Part]] = frozenset({"weights"})
     bits: ClassVar[float]
 
+    def check(self) -> None:
+        _bitsandbytes(self.name)
+
     def quantize(self, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
         """A bitsandbytes layer holding weight [out, in]."""
         raise NotImplementedError
 
     def transform(self, ffn: FFN | PackedFFN, choice: torch.Tensor | None) -> Any:
-        if ffn.device.type == "meta":  # a plan, nothing to pack
-            return ffn
         return QuantizedFFN(ffn, self.quantize).requires_grad_(False).to(ffn.device)
 
     def reads(self, reads: Reads) -> Reads:

@@ -1,4 +1,4 @@
-"""A quantile of magnitudes from counts in log-spaced bins: additive over tokens, and of one size however many there are."""
+"""A quantile of magnitudes from counts in log-spaced bins: additive over tokens, of one size however many there are."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -196,7 +196,8 @@ class _Following:
 
 
 @functools.cache
-def _following(kind: type) -> type:
+def _following(kind: Hashable) -> type:
+    assert isinstance(kind, type)
     return type(kind.__name__, (_Following, kind), {"__module__": kind.__module__})
 
 

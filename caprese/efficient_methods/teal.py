@@ -79,7 +79,7 @@ class Teal(Sparse):
         levels = [0.0] * len(sizes)
         left = self.level * sum(sizes)
         now = 0.0
-        # errors grow with sparsity, so a price that was too high stays so: look again only at the cheapest (lazy greedy)
+        # lazy greedy: errors grow with sparsity, so a price that was too high stays so; look again at the cheapest only
         prices = [0.0] * len(sizes)
         fresh = [False] * len(sizes)
         while left > 1e-9 * sum(sizes):

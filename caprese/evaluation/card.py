@@ -78,7 +78,7 @@ def _front_matter(report: dict[str, Any]) -> str:
         "base_model_relation": "adapter",
         "library_name": "peft",
         "pipeline_tag": "text-generation",
-        "tags": ["caprese", "lora", report["method"]],
+        "tags": ["caprese", "lora", *report["method"].split("+")],
     }
     if report.get("license"):
         fields["license"] = report["license"]

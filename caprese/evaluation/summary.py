@@ -122,17 +122,30 @@ def headline(report: dict[str, Any]) -> str:
     report = portable(report)
     share = number(report["parameters"]["fraction"], ".2%")
     sentence = (
-        f"{report['model_id']} made cheaper with {report['method']} at {number(report['sparsity'], '.0%')} sparsity, "
+        f"{report['model_id']} made cheaper with {method_text(report)}, "
         f"then repaired by a low-rank adapter of {share} of its parameters"
     )
     fraction = recovered(report)
     return f"{sentence}. Of the quality lost, it recovers {fraction}." if fraction else f"{sentence}."
 
 
+def method_text(report: dict[str, Any]) -> str:
+    """The methods with their sparsity: "griffin 50%", "static 30% + cats 50%", and when it reselects."""
+    parts = []
+    for method in report.get("methods") or [{"name": report["method"], "sparsity": report.get("sparsity")}]:
+        sparsity = method.get("sparsity")
+        if isinstance(sparsity, list):
+            parts.append(f"{method['name']} {number(sum(sparsity) / len(sparsity), '.0%')} on average")
+        else:
+            parts.append(method["name"] + ("" if sparsity is None else f" {number(sparsity, '.0%')}"))
+    every = report.get("reselect_every")
+    return " + ".join(parts) + (f", reselected every {every} tokens" if every else "")
+
+
 def title(report: dict[str, Any]) -> str:
     """Model, method and sparsity: what tells one run from another."""
     report = portable(report)
-    return f"{report['model']}, {report['method']} {number(report['sparsity'], '.0%')}"
+    return f"{report['model']}, {method_text(report)}"
 
 
 def facts(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -152,7 +165,7 @@ def facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     out = [
         ("Model", report["model_id"] + (f" @ {revision[:12]}" if revision else "")),
-        ("Method", f"{report['method']}, sparsity {number(report['sparsity'], '.0%')}"),
+        ("Method", method_text(report)),
         ("Rank", rank_text(report["rank"])),
         ("Layers", f"{len(report['layers'])} ({spans(report['layers'])})"),
         ("Adapter", f"{parameters['adapter']:,} parameters ({number(parameters['fraction'], '.2%')} of the base)"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,9 +29,11 @@ class PackedFFN(nn.Module):
         """index: the chosen rows, [k]."""
         super().__init__()
         w = ffn.weights()
-        self.gated, self.fused = ffn.gated, ffn.fused
-        self.hidden_size, self.width = ffn.hidden_size, len(index)
-        self.act = ffn.act
+        self.gated: bool = ffn.gated
+        self.fused: bool = ffn.fused
+        self.hidden_size: int = ffn.hidden_size
+        self.width = len(index)
+        self.act: Callable[[torch.Tensor], torch.Tensor] = ffn.act
         gate_up = w.up[index] if w.gate is None else torch.cat([w.gate[index], w.up[index]])
         bias = None
         if w.up_bias is not None:

@@ -49,7 +49,10 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family(norm_after_ffn=True),
     "smollm3": Family(),
     "phi3": Family(
-        gate="gate_up_proj", up="gate_up_proj", act="activation_fn", attention=("self_attn.qkv_proj", "self_attn.o_proj")
+        gate="gate_up_proj",
+        up="gate_up_proj",
+        act="activation_fn",
+        attention=("self_attn.qkv_proj", "self_attn.o_proj"),
     ),
     "gpt2": Family(
         layers="transformer.h", gate="", up="c_fc", down="c_proj", act="act", attention=("attn.c_attn", "attn.c_proj")
