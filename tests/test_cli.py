@@ -92,7 +92,7 @@ def test_flags_override_the_recipe(tiny_dir):
             "--json",
         )
     )
-    assert plan["method"] == "cats 70% on 2 of 3 layers"
+    assert plan["method"] == "cats:0.7 on 2 of 3 layers"
     assert plan["adapter_parameters"] == 2 * 2 * 32 * 8
     assert plan["active_parameters_dense"] < plan["base_parameters"]  # untied: the input embedding is a look-up
     assert plan["estimated_total_seconds"] > 0
