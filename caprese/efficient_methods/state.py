@@ -209,7 +209,8 @@ def state_of(cache: Cache | None) -> State | None:
 def keep_state(cache: Any, state: State) -> None:
     """Put `state` on a cache, which from now on moves it along."""
     if not isinstance(cache, _Following):
-        cache.__class__ = _following(type(cache))
+        kind: Any = type(cache)
+        cache.__class__ = _following(kind)
     setattr(cache, STATE, state)
 
 

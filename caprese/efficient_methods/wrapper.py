@@ -57,15 +57,16 @@ class EfficientFFN(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         current = self.phases.current
-        if current is None or (self.phases.only is not None and self.layer not in self.phases.only):
+        if current is None:
             return self.ffn(x)
         flat = x.shape
-        x = x.view(*current.shape, flat[-1])  # some families flatten the batch
+        x = x.reshape(*current.shape, flat[-1])  # some families flatten the batch
         state = current.state.layer(self.layer)
         y: torch.Tensor | None = None
-        if current.prompt is not None or self.phases.observer is not None:
+        acts = current.completion is not None and self.phases.acts_on(self.layer)
+        if current.prompt is not None or not acts:
             y = self._dense(x, state)
-        if current.completion is None:
+        if current.completion is None or not (acts or self.phases.observer is not None):
             assert y is not None
             return y.view(flat)
         if self.phases.observer is not None:
