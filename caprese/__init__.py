@@ -12,27 +12,43 @@ if TYPE_CHECKING:
     from caprese.adapters import save as save
     from caprese.efficient_methods import Cats as Cats
     from caprese.efficient_methods import Griffin as Griffin
+    from caprese.efficient_methods import Int8 as Int8
+    from caprese.efficient_methods import Nf4 as Nf4
+    from caprese.efficient_methods import Nothing as Nothing
+    from caprese.efficient_methods import Static as Static
+    from caprese.efficient_methods import Teal as Teal
+    from caprese.efficient_methods import Tokens as Tokens
     from caprese.efficient_methods import apply as apply
+    from caprese.efficient_methods import calibrate as calibrate
     from caprese.efficient_methods import dense as dense
     from caprese.efficient_methods import phases as phases
     from caprese.efficient_methods import remove as remove
+    from caprese.efficient_methods import reselection as reselection
     from caprese.errors import CapreseError as CapreseError
     from caprese.models import load_base as load_base
     from caprese.recipes import Recipe as Recipe
     from caprese.recovery import recover as recover
 
 _PUBLIC = {
-    "Cats": "efficient_methods",
     "CapreseError": "errors",
+    "Cats": "efficient_methods",
     "Griffin": "efficient_methods",
+    "Int8": "efficient_methods",
+    "Nf4": "efficient_methods",
+    "Nothing": "efficient_methods",
     "Recipe": "recipes",
+    "Static": "efficient_methods",
+    "Teal": "efficient_methods",
+    "Tokens": "efficient_methods",
     "apply": "efficient_methods",
+    "calibrate": "efficient_methods",
     "dense": "efficient_methods",
     "load": "adapters",
     "load_base": "models",
     "phases": "efficient_methods",
     "recover": "recovery",
     "remove": "efficient_methods",
+    "reselection": "efficient_methods",
     "save": "adapters",
 }
 __all__ = sorted(_PUBLIC)

@@ -1,0 +1,237 @@
+"""Methods together, methods refused, methods of other packages."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_llama
+
+import caprese
+from caprese.efficient_methods import (
+    METHODS,
+    Cats,
+    Griffin,
+    Int8,
+    Nf4,
+    Nothing,
+    Static,
+    Teal,
+    Tokens,
+    applied_ffns,
+    calibrate,
+    compose,
+    make_method,
+    parse_methods,
+    refusal,
+)
+from caprese.errors import CapreseError
+from caprese.recipes import Recipe
+
+DOCS = Path(__file__).parent.parent / "docs" / "methods.md"
+
+
+def rows() -> list[Tokens]:
+    generator = torch.Generator().manual_seed(1)
+    return [Tokens(torch.randint(2, 258, (4, 24), generator=generator), torch.tensor([3, 6, 9, 12]))]
+
+
+def test_a_line_names_methods_and_their_settings():
+    assert parse_methods("griffin") == [{"name": "griffin"}]
+    assert parse_methods("static:0.3 + cats:0.5:threshold=calibrated") == [
+        {"name": "static", "sparsity": 0.3},
+        {"name": "cats", "sparsity": 0.5, "threshold": "calibrated"},
+    ]
+    assert parse_methods("teal:[0.2, 0.4]:greedy=false")[0] == {"name": "teal", "sparsity": [0.2, 0.4], "greedy": False}
+
+
+@pytest.mark.parametrize("method", [Griffin(), Cats(threshold="calibrated"), Teal(where="attention"), Nf4(), Nothing()])
+def test_a_method_reads_back_from_its_own_words(method):
+    assert [make_method(facts) for facts in parse_methods(str(method))] == [method]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("magic", "unknown method 'magic'"),
+        ("", "write NAME"),
+        ("cats:speed=3", "no setting 'speed'"),
+        ("griffin:1.5", "less than 1"),
+        ("nf4:0.5", "no setting 'sparsity'"),
+        ("griffin+griffin", "do not compose"),
+    ],
+)
+def test_a_bad_line_is_refused(text, message):
+    with pytest.raises(CapreseError, match=message):
+        Recipe(method=text).make_methods()
+
+
+def test_settings_of_the_recipe_go_to_the_methods_that_have_them():
+    static, cats = Recipe(method="static:0.3+cats", sparsity=0.6, threshold="calibrated").make_methods()
+    assert (static.sparsity, cats.sparsity, cats.threshold) == (0.3, 0.6, "calibrated")
+    with pytest.raises(CapreseError, match="no setting of griffin"):
+        Recipe(method="griffin", threshold="calibrated").make_methods()
+    with pytest.raises(CapreseError, match="one of --target-kl"):
+        Recipe(sparsity="auto").make_methods()
+    with pytest.raises(CapreseError, match="takes one method"):
+        Recipe(sparsity="auto", target_kl=0.1, method="nf4").make_methods()
+    with pytest.raises(CapreseError, match="go with --sparsity auto"):
+        Recipe(target_active=0.5).make_methods()
+
+
+def test_what_goes_together_and_what_does_not():
+    packed = {"nf4", "int8"}
+    for one, other in combinations(METHODS, 2):
+        reason = refusal(METHODS[one](), METHODS[other]())
+        if "none" in (one, other):
+            assert reason and "takes nothing away" in reason
+        elif {one, other} == packed:
+            assert reason and "same part" in reason
+        elif packed & {one, other} and "static" not in (one, other):
+            assert reason and "rows or columns" in reason
+        else:
+            assert reason is None, (one, other)
+    assert refusal(Nf4(), Teal(where="attention")) is None
+    with pytest.raises(CapreseError, match=r"nf4 and griffin do not compose: nf4 packs the FFN weights"):
+        caprese.apply(tiny_llama(), [Nf4(), Griffin()])
+    with pytest.raises(CapreseError, match="no efficient method"):
+        caprese.apply(tiny_llama(), [])
+
+
+def test_they_act_in_one_order_however_given():
+    assert [m.name for m in compose([Cats(), Griffin(), Static()])] == ["static", "griffin", "cats"]
+    assert [m.name for m in compose([Int8(), Static()])] == ["static", "int8"]
+
+
+def test_a_method_chooses_among_what_the_one_before_it_left():
+    model = tiny_llama()
+    methods = [Static(sparsity=0.5), Griffin(sparsity=0.5)]
+    ids = torch.randint(2, 258, (1, 9), generator=torch.Generator().manual_seed(2))
+    caprese.apply(model, methods, calibration=calibrate(model, methods, rows()))
+    out = model(ids, use_cache=True)
+    model(ids[:, :1], past_key_values=out.past_key_values, use_cache=True)
+    wrapper = next(iter(applied_ffns(model).values()))
+    state = out.past_key_values.caprese_state.layers[0]
+    assert wrapper.start.width == 48 and state.packed.width == 24
+    kept = state.choices["griffin"]
+    assert kept.shape == (1, 1, 48) and int(kept.sum()) == 24
+
+
+def test_calibration_is_asked_for_and_must_fit():
+    with pytest.raises(CapreseError, match="static chooses from samples and has none"):
+        caprese.apply(tiny_llama(), Static())
+    narrow = tiny_llama(intermediate_size=64)
+    calibration = calibrate(tiny_llama(), Static(sparsity=0.1), rows())
+    with pytest.raises(CapreseError, match="made for another model"):
+        caprese.apply(narrow, Static(sparsity=0.1), calibration=calibration)
+    assert not applied_ffns(narrow)
+    with pytest.raises(CapreseError, match="no completion token"):
+        calibrate(tiny_llama(), Static(), [Tokens(torch.ones(1, 3, dtype=torch.long), torch.tensor([3]))])
+
+
+def test_a_sparsity_for_each_layer():
+    model = tiny_llama()
+    caprese.apply(model, Griffin(sparsity=[0.25, 0.5], layers=[0, 2]))
+    wrappers = list(applied_ffns(model).values())
+    assert [(w.layer, w.methods[0].kept(96)) for w in wrappers] == [(0, 72), (2, 48)]
+    caprese.remove(model)
+    with pytest.raises(CapreseError, match="2 sparsities were given for 3 layers"):
+        caprese.apply(model, Griffin(sparsity=[0.25, 0.5]))
+
+
+def test_methods_on_different_layers(tiny):
+    ids = torch.randint(2, 258, (1, 9), generator=torch.Generator().manual_seed(2))
+    caprese.apply(tiny, [Griffin(layers=[0]), Cats(layers=[2])])
+    assert {w.layer: [m.name for m in w.methods] for w in applied_ffns(tiny).values()} == {0: ["griffin"], 2: ["cats"]}
+    assert tiny.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None).shape == (1, 13)
+
+
+def test_a_missing_bitsandbytes_is_one_line(monkeypatch, tiny):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    before = list(tiny.state_dict())
+    with pytest.raises(CapreseError, match=r"pip install 'caprese\[quantized\]'"):
+        caprese.apply(tiny, Nf4())
+    assert list(tiny.state_dict()) == before and not applied_ffns(tiny)
+
+
+def test_greedy_teal_spends_its_sparsity_where_it_costs_least():
+    model = tiny_llama()
+    rates = {}
+    for greedy in (False, True):
+        method = Teal(sparsity=0.5, greedy=greedy)
+        calibration = calibrate(model, method, rows())
+        caprese.apply(model, method, calibration=calibration)
+        wanted = rows()[0]
+        with caprese.dense(model):
+            target = model(wanted.ids).logits
+        with caprese.phases(model, wanted.prompt_lengths):
+            got = model(wanted.ids).logits
+        rates[greedy] = float((got - target)[wanted.completion()].square().mean())
+        assert calibration["teal.0"].shape == (1, 7)
+        caprese.remove(model)
+    assert rates[True] < rates[False]
+
+
+@pytest.fixture(scope="module")
+def third_party(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The package of docs/methods.md, installed by pip into a directory of its own."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
+    blocks = dict(re.findall(r"```(?:toml|python)\n# ([\w.]+)\n(.*?)```", DOCS.read_text(), re.DOTALL))
+    assert blocks.keys() == {"pyproject.toml", "caprese_topk.py"}
+    for name, text in blocks.items():
+        (source / name).write_text(text)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run([*pip, "--target", target, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {**os.environ, "PYTHONPATH": str(target)}
+
+
+def test_the_example_of_the_docs_is_a_method(third_party, tiny_dir, tmp_path):
+    caprese_ = [sys.executable, "-m", "caprese"]
+    listed = subprocess.run([*caprese_, "methods", "--json"], capture_output=True, text=True, env=third_party)
+    facts = json.loads(listed.stdout)
+    assert facts["methods"]["topk"]["acts_on"] == ["neurons"]
+    assert facts["composition"]["topk"]["topk"]["ffn_weights_read"] == {"gated": 0.833, "plain": 0.75}
+    assert not facts["composition"]["topk"]["cats"]["composes"]
+    command = "recover --method static:0.2+topk:0.5 --rank 2 --prompts gym:simple_equations --samples 8 --epochs 1"
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(
+        "samples: {validation: 2, test: 2, max_new_tokens: 8}\nend_to_end: {batch_size: 4, micro_batch: 4}\n"
+        "evaluation: {latency_tokens: 2}\n"
+    )
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "caprese",
+            *command.split(),
+            "--recipe",
+            recipe,
+            "--model",
+            tiny_dir,
+            "-o",
+            out,
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        env=third_party,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["method"] == "static+topk"
+    answer = [sys.executable, "-m", "caprese", "generate", "--model", tiny_dir, "--adapter", out, "--prompt", "1 + 1"]
+    known = subprocess.run(
+        [*answer, "--max-new-tokens", "3", "--json"], capture_output=True, text=True, env=third_party
+    )
+    assert known.returncode == 0 and json.loads(known.stdout)["new_tokens"] == 3
+    # where the package is not installed, the adapter says what it needs
+    unknown = subprocess.run(answer, capture_output=True, text=True)
+    assert unknown.returncode == 1 and "unknown method 'topk'" in unknown.stderr and "Traceback" not in unknown.stderr
