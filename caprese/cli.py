@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ import typer
 from caprese import __version__
 from caprese.errors import CapreseError
 
+# peft imports it, and it reports on kernels nobody asked for
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 recipes_app = typer.Typer(no_args_is_help=True, help="List, show, copy and check recipes.")
@@ -57,18 +60,16 @@ def _escaped(error: Exception) -> str:
 
 def _quiet(on: bool) -> None:
     """With --json, nothing but JSON on stdout, and no progress at all."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     from caprese import progress
 
     # of several processes only the first speaks
     progress.quiet = on or not _first()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    import logging as stdlib_logging
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     import warnings
 
-    stdlib_logging.getLogger("bitsandbytes").setLevel(stdlib_logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 

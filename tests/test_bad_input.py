@@ -25,10 +25,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
+    BloomConfig,
     DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
-    GPT2Config,
     MixtralConfig,
     PretrainedConfig,
     T5Config,
@@ -211,7 +211,7 @@ simple(
     "encoder_decoder", lambda d: d.model(T5Config(), "T5ForConditionalGeneration"), "encoder-decoder", "decoder-only"
 )
 simple("experts", lambda d: d.model(MixtralConfig(), "MixtralForCausalLM"), "mixture of experts", "dense FFNs")
-simple("family", lambda d: d.model(GPT2Config(), "GPT2LMHeadModel"), "'gpt2' is not supported", "supported: gemma")
+simple("family", lambda d: d.model(BloomConfig(), "BloomForCausalLM"), "'bloom' is not supported", "supported: gemma")
 
 
 def damaged_base(name: str, change: Callable[[Path], None], *fragments: str) -> None:
@@ -655,14 +655,14 @@ def test_true_process(desk: Desk):
 
 def test_true_process_usage():
     done = subprocess.run(
-        [sys.executable, "-m", "caprese", "recover", "--sparsity", "much"],
+        [sys.executable, "-m", "caprese", "recover", "--samples", "much"],
         env=environment("http://127.0.0.1:1", Path("/nowhere")),
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 2
-    assert "'--sparsity'" in done.stderr and "Traceback" not in done.stderr
+    assert "'--samples'" in done.stderr and "Traceback" not in done.stderr
 
 
 # Python

@@ -234,4 +234,4 @@ def test_the_example_of_the_docs_is_a_method(third_party, tiny_dir, tmp_path):
     assert known.returncode == 0 and json.loads(known.stdout)["new_tokens"] == 3
     # where the package is not installed, the adapter says what it needs
     unknown = subprocess.run(answer, capture_output=True, text=True)
-    assert unknown.returncode == 1 and "unknown method 'topk'" in unknown.stderr and "Traceback" not in unknown.stderr
+    assert unknown.returncode == 1 and "needs the method 'topk'" in unknown.stderr and "Traceback" not in unknown.stderr

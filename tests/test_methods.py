@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from caprese.efficient_methods import Cats, Griffin
 from caprese.errors import CapreseError
 
-
 PROMPT = {"griffin": Griffin, "cats": Cats}
 
 

@@ -20,7 +20,16 @@ from torch import nn
 from caprese import __version__
 from caprese.adapters.branch import empty_slots
 from caprese.adapters.fingerprint import fingerprint
-from caprese.efficient_methods import Method, applied_ffns, apply, compose, make_method, phases_of, remove
+from caprese.efficient_methods import (
+    Method,
+    applied_ffns,
+    apply,
+    compose,
+    known_methods,
+    make_method,
+    phases_of,
+    remove,
+)
 from caprese.errors import CapreseError
 from caprese.files import check_writable, sha256, unwritable, write_json
 from caprese.models import base_of, load_base, unwrap
@@ -59,10 +68,16 @@ class Sidecar(BaseModel):
         Raises:
             CapreseError: unknown, damaged, or no longer composable.
         """
+        for facts in self.methods:
+            if (name := facts.get("name")) not in known_methods():
+                raise CapreseError(
+                    f"this adapter needs the method {name!r}, unknown here; install the package that brings it, or "
+                    "upgrade caprese"
+                )
         try:
             return compose([make_method(facts) for facts in self.methods])
         except CapreseError as error:
-            raise CapreseError(f"{SIDECAR} does not fit this caprese ({error}); upgrade, or make it again") from error
+            raise CapreseError(f"{SIDECAR} is damaged ({error}); fetch or make the adapter again") from error
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
