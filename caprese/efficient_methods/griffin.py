@@ -30,8 +30,11 @@ class Griffin(FromPrompt):
         return relative_energy(z, mask)
 
     def choose(self, statistic: torch.Tensor, ffn: FFN | PackedFFN) -> torch.Tensor:
-        """Bool [B, 1, F] with exactly k true in each row."""
-        top = statistic.topk(self.kept(ffn.width), dim=-1).indices
+        """Bool [B, 1, F] with exactly k true in each row; of equal neurons the first.
+
+        A sort, not topk, which breaks ties as the batch falls: behind a ReLU many neurons are silent on a short prompt.
+        """
+        top = statistic.sort(dim=-1, descending=True, stable=True).indices[..., : self.kept(ffn.width)]
         return torch.zeros_like(statistic, dtype=torch.bool).scatter_(-1, top, True).unsqueeze(1)
 
     def keep(self, a: torch.Tensor, z: torch.Tensor, choice: torch.Tensor | None) -> torch.Tensor | None:

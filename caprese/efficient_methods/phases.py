@@ -111,16 +111,16 @@ class Phases:
         whole = torch.ones(batch, length, dtype=torch.bool, device=device)
         if self.prompt_lengths is not None:
             prompt, completion = self._split(mask, batch, past, length, device)
+            if prompt is not None:
+                parts = [part for part in (prompt, completion) if part is not None]
+                _saw(state, torch.stack(parts).any(0), past)
         elif past and length == 1 and not self.prefilling:
             if self.reselect_every is not None and cache is not None:
                 self._note(decoder, cache, state, past, tokens, kwargs)
             prompt, completion = None, whole
         else:
             prompt, completion = _valid(mask, batch, past, length, device), None
-            state.pending, state.kept = [], {}
-            known = state.valid if state.valid is not None and len(state.valid) == batch else whole[:, :0]
-            gap = torch.ones(batch, past - known.shape[1], dtype=torch.bool, device=device)
-            state.valid = torch.cat([known, gap, prompt], 1)
+            _saw(state, prompt, past)
         state.length, state.batch = past + length, batch
         self.current = Pass(prompt, completion, state, (batch, length), past)
 
@@ -173,6 +173,14 @@ class Phases:
             keep_state(cache, current.state)
         if self.prompt_lengths is None:  # inside phases() it stays, so that gradient checkpointing can run it again
             self.current = None
+
+
+def _saw(state: State, real: torch.Tensor, past: int) -> None:
+    """Take down a dense pass: which of its tokens are real, [B, T]; reselection begins after it."""
+    state.pending, state.kept = [], {}
+    known = state.valid if state.valid is not None and len(state.valid) == len(real) else real[:, :0]
+    gap = torch.ones(len(real), past - known.shape[1], dtype=torch.bool, device=real.device)
+    state.valid = torch.cat([known, gap, real], 1)
 
 
 def _valid(mask: Any, batch: int, past: int, length: int, device: torch.device) -> torch.Tensor:

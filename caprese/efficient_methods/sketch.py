@@ -25,7 +25,7 @@ def quantile(counted: torch.Tensor, fraction: float) -> torch.Tensor:
 
     Interpolated within its bin; 0, under which nothing lies, when nothing need.
     """
-    drop = (fraction * counted.sum(-1, keepdim=True)).floor()
+    drop = (fraction * counted.sum(-1, keepdim=True).double()).floor()
     above = counted.cumsum(-1)
     index = torch.searchsorted(above.double(), drop.double(), right=True).clamp_max(BINS - 1)
     count = counted.gather(-1, index)

@@ -31,10 +31,11 @@ class Static(Sparse):
         return torch.einsum("btf,bt->bf", squares, mask.to(squares.dtype))
 
     def choose(self, statistic: torch.Tensor, ffn: FFN | PackedFFN) -> torch.Tensor:
-        """The kept neurons in ascending order, [1, k]."""
+        """The kept neurons in ascending order, [1, k]; of equal ones the first."""
         norms = ffn.weights().down.detach().to(statistic.dtype).norm(dim=0)
         scores = statistic.sqrt() * norms
-        return scores.topk(self.kept(ffn.width), dim=-1).indices.sort(dim=-1).values
+        top = scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.kept(ffn.width)]
+        return top.sort(dim=-1).values
 
     def transform(self, ffn: FFN | PackedFFN, choice: torch.Tensor | None) -> FFN | PackedFFN:
         assert choice is not None
