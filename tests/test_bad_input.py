@@ -291,6 +291,21 @@ def sequential_planned(d: Desk) -> list[str]:
 simple("planned_dtype", lambda d: d.recover("--dtype", "float7", "--dry-run"), "unknown dtype 'float7'", "bfloat16")
 simple("planned_device", lambda d: d.recover("--device", "toaster", "--dry-run"), "device 'toaster'", "--device auto")
 
+# methods
+simple("methods_refused", lambda d: d.recover("--method", "nf4+griffin"), "do not compose", "rows or columns")
+simple("methods_setting", lambda d: d.recover("--method", "cats:speed=2"), "no setting 'speed'", "it has layers")
+simple("methods_nothing", lambda d: d.recover("--method", "none+cats"), "takes nothing away", "leave it out")
+simple("threshold_elsewhere", lambda d: d.recover("--threshold", "calibrated"), "no setting of griffin")
+simple("threshold_unknown", lambda d: d.recover("--threshold", "guess"), "threshold:", "'calibrated'")
+simple("auto_without_target", lambda d: d.recover("--sparsity", "auto"), "needs one of --target-kl and --target-active")
+simple("target_without_auto", lambda d: d.recover("--target-kl", 0.1), "go with --sparsity auto")
+simple("target_out_of_reach", lambda d: d.recover("--sparsity", "auto", "--target-active", 0.01, "--overwrite"),
+       "out of reach")  # fmt: skip
+simple("sparsity_list", lambda d: d.recover("--sparsity", "0.5,0.4"), "2 sparsities were given for 3 layers")
+simple("sparsity_words", lambda d: d.recover("--sparsity", "half"), "--sparsity 'half'", "or auto")
+simple("reselect_zero", lambda d: d.recover("--reselect-every", 0), "reselect_every: input should be greater than")
+simple("reselect_negative", lambda d: d.recovered("--reselect-every", -3), "reselect_every -3", "from 1")
+
 # prompts
 ROW = '{"prompt": "hello"}\n'
 simple("prompt_empty", lambda d: d.generate("--prompt", ""), "prompt is empty", "--prompt")
@@ -355,6 +370,29 @@ damaged_adapter(
 )
 damaged_adapter("config_truncated", lambda o: truncate(o / CONFIG), CONFIG, "damaged", "again")
 damaged_adapter("config_rank", lambda o: edit_json(o / CONFIG, lambda c: c.update(r=2)), CONFIG, "again")
+
+
+CALIBRATION = "caprese_calibration.safetensors"
+
+
+def calibrated_adapter(name: str, change: Callable[[Path], object], *fragments: str) -> None:
+    """An adapter with a method that chose from samples, its choices damaged."""
+
+    def make(d: Desk) -> list[str]:
+        model = tiny_llama()
+        rows = [caprese.Tokens(torch.arange(2, 22)[None], torch.tensor([5]))]
+        methods = [caprese.Static(sparsity=0.5)]
+        caprese.apply(model, methods, calibration=caprese.calibrate(model, methods, rows))
+        caprese.save(attach_adapter(model, 2), d.tmp / "static")
+        change(d.tmp / "static")
+        return d.generate("--adapter", d.tmp / "static")
+
+    simple(f"calibration_{name}", make, *fragments)
+
+
+calibrated_adapter("missing", lambda o: (o / CALIBRATION).unlink(), f"holds no {CALIBRATION}")
+calibrated_adapter("truncated", lambda o: truncate(o / CALIBRATION), CALIBRATION, "truncated or damaged", "again")
+calibrated_adapter("altered", lambda o: flip(o / CALIBRATION), CALIBRATION, "was altered", "fetch it again")
 
 
 @case("was made for", "other weights", "ffn", "load that base")
