@@ -2,9 +2,9 @@
 
     python benchmarks/reselection.py            after make demo, whose adapter and prompts it uses
 
-The dense, the efficient and the recovered model answer held-out prompts one at a time, the recovered one with reselection
-every 128, 32 and 8 tokens and without, taking turns prompt by prompt. Then the dense model reads each answer: KL(dense ||
-x) and top-1 agreement over the answer's own tokens, where errors have accumulated, and x's share of the time.
+The dense, the efficient and the recovered model answer held-out prompts one at a time, the recovered one with
+reselection every 128, 32 and 8 tokens and without, taking turns prompt by prompt. Then the dense model reads each
+answer: KL(dense || x) and top-1 agreement over the answer's own tokens, where errors have accumulated.
 """
 
 from __future__ import annotations

@@ -253,7 +253,7 @@ class Session:
             for row in self.rows:
                 for i, token in enumerate(row):
                     if token.column in self.pending:
-                        row[i] = replace(token, prompt=True, time=self.time)
+                        row[i] = replace(token, prompt=True, time=self.time, weight=1)
             self._learned(self.pending[0], self.pending[-1] + 1)
             self.pending = []
         self.pending.append(self.mask.shape[1])
