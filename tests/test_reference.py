@@ -594,7 +594,8 @@ def test_a_crop_into_an_earlier_prompt_pass_is_refused():
         cache = DynamicCache(config=model.config)
         for n in (6, 4):
             applied.outer(torch.arange(2, 2 + n)[None], past_key_values=cache, use_cache=True)
-        cache.crop(-7)
+        with pytest.raises(caprese.CapreseError, match="inside a prompt pass"):
+            cache.crop(-7)
         with pytest.raises(caprese.CapreseError, match="inside a prompt pass"):
             applied.outer(torch.tensor([[5]]), past_key_values=cache, use_cache=True)
 
@@ -613,6 +614,13 @@ def test_reselection_behind_a_sliding_window(kind, static):
     ops = [("decode", 0)] * 9 + [("turn", 4)] + [("decode", 0)] * 6
     for every in (1, 3, 5):
         play(kind, [Griffin(sparsity=0.6)], 1, True, every, [Script([12, 3], [7], ops, static=static)], 0)
+
+
+def test_a_crop_is_followed_at_once():
+    """Before the sequences are repeated, which would teach a shared choice the last prompt tokens twice."""
+    for seed in range(5):
+        script = Script([8], [], [("crop", 1), ("repeat", 1), ("turn", 3)], seed=seed)
+        play("llama", [Griffin(sparsity=0.3, shared_choice=True)], 0, False, None, [script], 0)
 
 
 @pytest.mark.parametrize("method", [Griffin, Cats])

@@ -8,6 +8,7 @@ method learned from a prompt is kept on that cache, so another cache on the same
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 #: called with (wrapper, x [n, D], residual [n, D], y [n, D]) for the completion tokens of each FFN
 Observer = Callable[["EfficientFFN", torch.Tensor, torch.Tensor, torch.Tensor], None]
+# on a cache, while assisted decoding verifies candidates on it: a weak reference to what proposes them
+PROPOSER = "caprese_proposer"
 
 
 @dataclass
@@ -83,6 +86,20 @@ class Phases:
 
             model._prefill = told
             self.undo.append(lambda: delattr(model, "_prefill"))
+        # assisted decoding verifies what is proposed, and where nothing is, that pass too looks like decoding
+        propose = getattr(model, "_get_candidate_generator", None)
+        if propose is not None:
+
+            @functools.wraps(propose)
+            def proposing(*args: Any, **kwargs: Any) -> Any:
+                proposer = propose(*args, **kwargs)
+                cache = kwargs.get("model_kwargs", {}).get("past_key_values")
+                if cache is not None:
+                    setattr(cache, PROPOSER, weakref.ref(proposer))
+                return proposer
+
+            model._get_candidate_generator = proposing
+            self.undo.append(lambda: delattr(model, "_get_candidate_generator"))
 
     def detach(self) -> None:
         for undo in self.undo:
@@ -114,7 +131,7 @@ class Phases:
             if prompt is not None:
                 parts = [part for part in (prompt, completion) if part is not None]
                 _saw(state, torch.stack(parts).any(0), past)
-        elif past and length == 1 and not self.prefilling:
+        elif past and length == 1 and not self.prefilling and getattr(cache, PROPOSER, lambda: None)() is None:
             if self.reselect_every is not None and cache is not None:
                 self._note(decoder, cache, state, past, tokens, kwargs)
             prompt, completion = None, whole

@@ -164,6 +164,17 @@ class State:
             layer.keys, layer.values = change(layer.keys), change(layer.values)
         self.batch = len(change(torch.zeros(self.batch)))
 
+    def settle(self) -> None:
+        """Give up the way back: the cache will not be cropped into its prompt."""
+        for layer in self.layers.values():
+            layer.history, layer.tail = [], None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what was learned, without the way back."""
+        known = [t for layer in self.layers.values() for t in (*layer.statistics.values(), *layer.choices.values())]
+        return sum(t.nbytes for t in known)
+
     def fork(self) -> State:
         """A state that goes its own way; tensors are never changed in place, so they are shared."""
         layers = {index: layer.fork() for index, layer in self.layers.items()}
@@ -181,6 +192,13 @@ class _Following:
         state: State | None = getattr(self, STATE, None)
         if state is not None:
             state.change(change)
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        super().crop(*args, **kwargs)  # type: ignore[misc]
+        state: State | None = getattr(self, STATE, None)
+        # at once: what is done to the sequences next is done to what is left
+        if state is not None and state.length > (length := int(self.get_seq_length())):  # type: ignore[attr-defined]
+            state.crop(length)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
