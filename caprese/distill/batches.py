@@ -93,7 +93,8 @@ class Context:
     @property
     def nbytes(self) -> int:
         layers: list[Any] = self.blocks[-1][2].layers
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        states = [state for _, _, cache in self.blocks if (state := state_of(cache)) is not None]
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) + sum(s.nbytes for s in states)
 
 
 @torch.no_grad()
@@ -107,6 +108,8 @@ def prefill(model: nn.Module, batch: Batch) -> Context:
     blocks = []
     for first in range(0, size, every):
         end = min(first + every, size)
+        if (state := state_of(cache)) is not None:
+            state.settle()  # these caches are never cropped, and many are remembered
         blocks.append((first, end, fork(cache)))
         if end < size:
             mask = torch.cat([batch.prompt_mask, batch.mask[:, :end]], 1)
