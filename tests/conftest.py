@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import caprese
 from caprese import progress
 
-torch.set_num_threads(2)
+# models this small are many times slower on threads that wait for each other, most of all where cores are shared
+torch.set_num_threads(1)
 progress.quiet = True
 
 

@@ -59,15 +59,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SAME = {torch.float32: 2e-5, torch.bfloat16: 0.06}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are many times slower on two threads that wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @functools.cache
 def model_of(kind: str, dtype: torch.dtype) -> PreTrainedModel:
     return tiny(kind, dtype)

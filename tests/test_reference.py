@@ -33,15 +33,6 @@ FULL = settings(QUICK, derandomize=False, print_blob=True)
 warnings.filterwarnings("ignore", message=".*already.*PEFT.*")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are many times slower on two threads that wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @functools.cache
 def model_of(kind: str) -> PreTrainedModel:
     return reference.float64_model(kind)
