@@ -125,7 +125,8 @@ def close(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bool:
 def test_a_cell(kind, text, dtype, tmp_path):
     dtype = DTYPES[dtype]
     model, methods = model_of(kind, dtype), methods_of(text)
-    names = list(model.state_dict())
+    names, attributes = list(model.state_dict()), set(vars(model))
+    hooks = [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()]
     rows = [random_ids(n, seed=n) for n in (7, 1, 4)]
     ids = rows[0][None]
     before = model(ids).logits
@@ -158,7 +159,8 @@ def test_a_cell(kind, text, dtype, tmp_path):
 
     # removed, nothing is left
     assert caprese.remove(adapted) is model
-    assert list(model.state_dict()) == names and not applied_ffns(model)
+    assert list(model.state_dict()) == names and set(vars(model)) == attributes and not applied_ffns(model)
+    assert [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()] == hooks
     assert torch.equal(model(ids).logits, before)
 
     loaded = caprese.load(copy.deepcopy(model), tmp_path)

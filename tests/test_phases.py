@@ -1,4 +1,8 @@
-"""Prefill dense, decode efficient; what was learned belongs to the cache."""
+"""Prefill dense, decode efficient; what was learned belongs to the cache.
+
+Cases with a name. That the logits are right whatever happens is tests/test_reference.py's, and every family by every
+method tests/test_matrix.py's.
+"""
 
 from __future__ import annotations
 
@@ -10,48 +14,13 @@ from conftest import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from transformers import (
-    DynamicCache,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import DynamicCache
 
 import caprese
 from caprese.adapters import attach_adapter, branch_parameters
-from caprese.efficient_methods import Cats, Griffin, applied_ffns
+from caprese.efficient_methods import Cats, Griffin
 
 METHODS = {"griffin": Griffin, "cats": Cats}
-
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 258,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "eos_token_id": None,
-    "head_dim": 8,
-}
-FAMILIES = {
-    "llama": lambda: tiny_llama(eos_token_id=None, mlp_bias=True),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=None)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL)),
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, query_pre_attn_scalar=8, sliding_window=64)),
-}
-
-
-def family(name: str):
-    torch.manual_seed(3)
-    return FAMILIES[name]().eval().requires_grad_(False)
 
 
 def recovered(model: torch.nn.Module, rank: int = 4, scale: float = 0.05) -> PeftModel:
@@ -75,34 +44,6 @@ def padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("method", METHODS)
-def test_apply_and_remove_are_exact_inverses(name, method):
-    model = family(name)
-    ids = prompts(9)[0]
-    names, before = list(model.state_dict()), model(ids).logits
-    hooks = len(model.get_decoder()._forward_pre_hooks)
-    adapted = recovered(caprese.apply(model, METHODS[method](sparsity=0.5)))
-    adapted.generate(input_ids=ids, max_new_tokens=3)
-    assert caprese.remove(adapted) is model
-    assert torch.equal(model(ids).logits, before)
-    assert list(model.state_dict()) == names and len(model.get_decoder()._forward_pre_hooks) == hooks
-    assert not applied_ffns(model)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("method", METHODS)
-def test_keeping_every_neuron_is_dense(name, method):
-    model = family(name)
-    ids = prompts(12)[0]
-    before = model(ids).logits
-    greedy = model.generate(ids, max_new_tokens=8, do_sample=False)
-    caprese.apply(model, METHODS[method](sparsity=1e-9))
-    with caprese.phases(model, [5]):
-        assert (model(ids).logits - before).abs().max() < 1e-5
-    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), greedy)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_dense_context_is_the_base_model(tiny, method):
     ids = prompts(12)[0]
@@ -112,19 +53,6 @@ def test_dense_context_is_the_base_model(tiny, method):
         assert not torch.allclose(adapted(input_ids=ids).logits, before)
         with caprese.dense(adapted):
             assert torch.equal(adapted(input_ids=ids).logits, before)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("method", METHODS)
-def test_one_pass_with_phases_is_what_generation_computes(name, method):
-    model = recovered(caprese.apply(family(name), METHODS[method](sparsity=0.5)))
-    ids = prompts(7)[0]
-    out = model.generate(
-        input_ids=ids, max_new_tokens=9, do_sample=False, output_logits=True, return_dict_in_generate=True
-    )
-    with caprese.phases(model, [7]):
-        whole = model(input_ids=out.sequences[:, :-1]).logits[0, 6:]
-    assert torch.allclose(whole, torch.cat(out.logits), atol=2e-4)
 
 
 @settings(max_examples=12, deadline=None)
