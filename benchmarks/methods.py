@@ -26,7 +26,9 @@ import caprese
 from caprese.adapters import attach_adapter, branch_parameters, get_branches, set_branch, set_branches
 from caprese.data_gen import Sample, read_shard
 from caprese.distill import EndToEnd, HeldOut, accumulate, fit_layer, make_batches, new_moments
+from caprese.distill.batches import completion_hidden, lm_logits
 from caprese.distill.end_to_end import train
+from caprese.distill.losses import kl_divergence
 from caprese.efficient_methods import (
     applied_ffns,
     calibrate,
@@ -35,7 +37,7 @@ from caprese.efficient_methods import (
     parse_methods,
     reselection,
 )
-from caprese.evaluation import environment, fidelity, parameter_counts
+from caprese.evaluation import environment, parameter_counts
 from caprese.files import write_json
 
 SPARSE = ("griffin", "cats", "teal", "static")
@@ -82,11 +84,21 @@ class Bench:
             for split in ("train", "validation", "test")
         }
         self.train = rows["train"][: args.count]
-        self.batches = {split: make_batches(part, 8) for split, part in {**rows, "train": self.train}.items()}
+        rows = {"train": self.train, "validation": rows["validation"], "test": rows["test"][: args.test]}
+        self.batches = {split: make_batches(part, 8) for split, part in rows.items()}
 
-    def figures(self, model: nn.Module) -> dict[str, float]:
-        row = fidelity(model, self.batches["test"], ("recovered",))["recovered"]
-        return {"kl": row["kl"], "top1_agreement": row["top1_agreement"]}
+    @torch.no_grad()
+    def figures(self, model: nn.Module, test: HeldOut) -> dict[str, Any]:
+        """KL(dense || x) and top-1 agreement on the test samples."""
+        kl, same, tokens = 0.0, 0, 0
+        for index in range(len(self.batches["test"])):
+            batch, context, target = test.teacher[index]
+            hidden = completion_hidden(model, batch, context)[batch.mask]
+            student, teacher = lm_logits(model, hidden), lm_logits(model, target)
+            kl += float(kl_divergence(student, teacher).sum(dtype=torch.float64))
+            same += int((student.argmax(-1) == teacher.argmax(-1)).sum())
+            tokens += len(hidden)
+        return {"kl": kl / tokens, "top1_agreement": same / tokens}
 
     def end_to_end(self, model: nn.Module, held_out: HeldOut, start: float) -> float:
         config = EndToEnd(
@@ -111,7 +123,8 @@ class Bench:
             row["active"] = {name: counts[f"active_{name}"] for name in ("dense", "efficient", "recovered")}
             row["adapter"] = counts["adapter"]
             validation = HeldOut(adapted, self.batches["validation"], 1.0)
-            row["efficient"] = self.figures(adapted)
+            test = HeldOut(adapted, self.batches["test"], 1.0)
+            row["efficient"] = self.figures(adapted, test)
             start = validation.kl()
             zero = get_branches(adapted)
             moments, held = new_moments(model), new_moments(model)
@@ -119,15 +132,15 @@ class Bench:
             accumulate(model, self.batches["validation"], held)
             for wrapper, m, h in zip(applied_ffns(model).values(), moments, held, strict=True):
                 set_branch(wrapper.recovery, *fit_layer(m, h, self.args.rank).at(self.args.rank))
-            row["layerwise"] = self.figures(adapted)
+            row["layerwise"] = self.figures(adapted, test)
             after = validation.kl()
             row["layerwise"]["kept"] = after < start
             if not after < start:
                 set_branches(adapted, zero)
             best = self.end_to_end(adapted, validation, min(start, after))
-            row["end_to_end"] = self.figures(adapted) | {"kept": best < min(start, after)}
+            row["end_to_end"] = self.figures(adapted, test) | {"kept": best < min(start, after)}
             with reselection(adapted, 32):
-                row["reselection"] = self.figures(adapted)
+                row["reselection"] = self.figures(adapted, HeldOut(adapted, self.batches["test"], 1.0))
             bare = adapted.unload()
             size = counts["adapter"] / len(applied_ffns(bare))
             view = next(iter(applied_ffns(bare).values())).view
@@ -136,7 +149,7 @@ class Bench:
             for wrapper in applied_ffns(bare).values():
                 wrapper.start = LoraFFN(wrapper.start, rank)  # type: ignore[assignment]
             best = self.end_to_end(bare, HeldOut(bare, self.batches["validation"], 1.0), start)
-            row["lora"] = self.figures(bare) | {
+            row["lora"] = self.figures(bare, HeldOut(bare, self.batches["test"], 1.0)) | {
                 "rank": rank,
                 "parameters": sum(p.numel() for p in branch_parameters(bare)),
                 "kept": best < start,
@@ -171,19 +184,28 @@ def main() -> None:
     parser.add_argument("--methods", default="", help="instead of all: specifications with a space between them")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--count", type=int, default=60, help="training samples")
+    parser.add_argument("--test", type=int, default=24, help="test samples")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/methods.json"))
     args = parser.parse_args()
     specs = args.methods.split() or [f"{m}:{s}" for m in SPARSE for s in args.sparsity.split(",")] + ["nf4", "int8"]
-    settings = {"model": args.model, "rank": args.rank, "count": args.count, "epochs": args.epochs, "rate": args.rate}
+    settings = {
+        "model": args.model,
+        "rank": args.rank,
+        "count": args.count,
+        "test": args.test,
+        "epochs": args.epochs,
+        "rate": args.rate,
+    }
     known: dict[str, Any] = {}
     if args.output.exists():
         before = json.loads(args.output.read_text())
         if before["settings"] == settings:
             known = {row["method"]: row for row in before["rows"]}
     bench = Bench(args)
-    command = f"python benchmarks/methods.py --count {args.count} --epochs {args.epochs} --rate {args.rate:g}"
+    command = f"python benchmarks/methods.py --count {args.count} --test {args.test} --epochs {args.epochs}"
+    command += f" --rate {args.rate:g}"
     for spec in specs:
         if spec not in known:
             known[spec] = bench.row(spec)

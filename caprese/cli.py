@@ -301,6 +301,8 @@ def generate(
     _quiet(as_json)
     if not prompt.strip():
         raise CapreseError("the prompt is empty; give --prompt some text")
+    if reselect_every is not None and adapter is None:
+        raise CapreseError("--reselect-every goes with --adapter: without one the model runs dense")
     loaded, tokenizer = load_base(model, dtype=dtype, device=device)
     if not adapter:
         fingerprint(loaded)  # refuses damaged weights, as `load` does

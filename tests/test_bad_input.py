@@ -304,6 +304,7 @@ simple("target_out_of_reach", lambda d: d.recover("--sparsity", "auto", "--targe
 simple("sparsity_list", lambda d: d.recover("--sparsity", "0.5,0.4"), "2 sparsities were given for 3 layers")
 simple("sparsity_words", lambda d: d.recover("--sparsity", "half"), "--sparsity 'half'", "or auto")
 simple("reselect_zero", lambda d: d.recover("--reselect-every", 0), "reselect_every: input should be greater than")
+simple("reselect_dense", lambda d: d.generate("--reselect-every", 8), "goes with --adapter")
 simple("reselect_negative", lambda d: d.recovered("--reselect-every", -3), "reselect_every -3", "from 1")
 
 # prompts

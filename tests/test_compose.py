@@ -62,6 +62,7 @@ def test_a_method_reads_back_from_its_own_words(method):
     [
         ("magic", "unknown method 'magic'"),
         ("", "write NAME"),
+        ("griffin:[0.1", "write NAME"),
         ("cats:speed=3", "no setting 'speed'"),
         ("griffin:1.5", "less than 1"),
         ("nf4:0.5", "no setting 'sparsity'"),

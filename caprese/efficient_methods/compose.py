@@ -94,7 +94,10 @@ def parse_methods(text: str) -> list[dict[str, Any]]:
         facts: dict[str, Any] = {"name": name}
         for setting in settings:
             key, equals, value = setting.partition("=")
-            facts[key.strip() if equals else "sparsity"] = yaml.safe_load(value if equals else key)
+            try:
+                facts[key.strip() if equals else "sparsity"] = yaml.safe_load(value if equals else key)
+            except yaml.YAMLError:
+                name = ""
         if not name:
             raise CapreseError(f"method {text!r}: write NAME, NAME:SPARSITY or NAME:key=value, joined by +")
         parsed.append(facts)
