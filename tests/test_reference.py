@@ -520,6 +520,31 @@ def test_the_passes_of_training_are_the_reference_in_full(**case):
     play_training(**case)
 
 
+SETS = {
+    "griffin": [Griffin(sparsity=0.5)],
+    "cats": [Cats(sparsity=0.6)],
+    "cats calibrated": [Cats(threshold="calibrated")],
+    "teal": [Teal()],
+    "static": [Static()],
+    "none": [Nothing()],
+    "static+cats": [Static(sparsity=0.3), Cats(layers="first-half")],
+    "static+griffin": [Static(sparsity=[0.3, 0.6]), Griffin()],
+    "griffin+cats": [Griffin(sparsity=0.4), Cats(sparsity=0.4)],
+    "griffin+teal of attention": [Griffin(layers=[1]), Teal(where="attention")],
+}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "phi3", "gpt2", "opt"])
+@pytest.mark.parametrize("what", SETS)
+def test_every_method_by_one_script(what, kind):
+    """The same on a cache, in generate and in the passes of training."""
+    methods = list(compose(SETS[what]))
+    ops = [("decode", 0)] * 4 + [("turn", 2)] + [("decode", 0)] * 2
+    play(kind, methods, 1, True, 3, [Script([6, 1, 3], [2], ops)], 0)
+    play_generate(kind, methods, 1, True, 2, [6, 1, 3], 5, 2, False)
+    play_training(kind, methods, 1, True, 2, [6, 1, 3], [3, 5, 1])
+
+
 # --- Packed weights --------------------------------------------------------------------------------------------------
 
 
