@@ -20,7 +20,20 @@ from caprese.adapters import attach_adapter, set_branch
 from caprese.data_gen import Sample
 from caprese.distill import make_batches
 from caprese.distill.batches import completion_hidden, prefill
-from caprese.efficient_methods import Cats, Griffin, Int8, Nf4, Nothing, Static, Teal, applied_ffns, compose, phases_of
+from caprese.efficient_methods import (
+    Cats,
+    Griffin,
+    Int8,
+    Nf4,
+    Nothing,
+    Static,
+    Teal,
+    Tokens,
+    applied_ffns,
+    calibrate,
+    compose,
+    phases_of,
+)
 from caprese.efficient_methods.state import TAIL
 from caprese.models import FAMILIES
 
@@ -543,6 +556,50 @@ def test_every_method_by_one_script(what, kind):
     play(kind, methods, 1, True, 3, [Script([6, 1, 3], [2], ops)], 0)
     play_generate(kind, methods, 1, True, 2, [6, 1, 3], 5, 2, False)
     play_training(kind, methods, 1, True, 2, [6, 1, 3], [3, 5, 1])
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+@torch.no_grad()
+def test_what_is_calibrated_is_the_formula(kind):
+    """On the completion tokens of two batches, one of them padded."""
+    model = model_of(kind)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 258, (4, 9), generator=generator)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, :3] = False
+    rows = [Tokens(ids[:2], torch.tensor([2, 1]), mask), Tokens(ids[2:], torch.tensor([5, 8]))]
+    completion = [[2, 4], [5, 8]]  # the first completion column of each sequence, pads counted
+    teal = Teal(sparsity=0.4, greedy=False)
+    made = {m.name: calibrate(model, m, rows) for m in (Static(), Cats(threshold="calibrated"), teal)}
+    layers = reference.layers_of(model)
+    linears = [reference.attention_linears(model, layer) for layer in layers]
+    seen: dict[object, list[torch.Tensor]] = {}
+    hooks = []
+    for i, layer in enumerate(layers):
+        for key, module in [(i, layer.fc1 if kind == "opt" else layer.mlp), *((m, m) for m in linears[i])]:
+            hooks.append(
+                module.register_forward_pre_hook(lambda _, args, key=key: seen.setdefault(key, []).append(args[0]))
+            )
+    try:
+        for batch, starts in zip(rows, completion, strict=True):
+            for row, start in zip(range(2), starts, strict=True):
+                model(batch.ids[row][batch.valid()[row]][None], use_cache=False)
+                pads = int((~batch.valid()[row]).sum())
+                for inputs in seen.values():
+                    inputs[-1] = inputs[-1].view(1, -1, inputs[-1].shape[-1])[0, start - pads :]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for i, layer in enumerate(layers):
+        own = reference.neurons(model, layer)
+        x = torch.cat(seen[i])
+        a, z = own.of(x)
+        scores = z.norm(dim=0) * own.down.norm(dim=0)
+        assert made["static"][f"static.{i}"][0].tolist() == sorted(scores.topk(48).indices.tolist())
+        assert float(made["cats"][f"cats.{i}"]) == reference.log_quantile(a.numpy().flatten(), 0.5)
+        inputs = [x, x, z, *(torch.cat(seen[m]) for m in linears[i])]
+        right = [float(reference.log_quantile(t.numpy().flatten(), 0.4)) for t in inputs]
+        assert made["teal"][f"teal.{i}"][0].tolist() == right
 
 
 # --- Packed weights --------------------------------------------------------------------------------------------------
