@@ -79,7 +79,8 @@ def test_statistics_add_up_over_chunks(name):
     method = PROMPT[name](sparsity=0.6)
     mask = torch.ones(2, 12, dtype=torch.bool)
     whole = method.statistic(a, a, z, mask)
-    parts = sum(method.statistic(a[:, s], a[:, s], z[:, s], mask[:, s]) for s in (slice(0, 5), slice(5, 6), slice(6, 12)))
+    cuts = (slice(0, 5), slice(5, 6), slice(6, 12))
+    parts = sum(method.statistic(a[:, s], a[:, s], z[:, s], mask[:, s]) for s in cuts)
     assert torch.allclose(whole.double(), parts.double(), rtol=1e-6)
     assert torch.equal(method.choose(whole, ffn(33)), method.choose(parts, ffn(33)))
 
