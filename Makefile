@@ -24,10 +24,10 @@ demo: env  ## the main job on SmolLM2-135M: about ten minutes on two cores
 	$(BIN)/caprese recover --model smollm2-135m --method griffin --sparsity 0.5 --rank 32 --output out/
 
 test: env  ## the tests that take less than 15 minutes on two cores
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: env  ## the slow ones
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow -n 2 --timeout 3600
 
 lint: env  ## ruff and mypy
 	$(BIN)/ruff check .
