@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import caprese
 from caprese import progress
 
-# models this small are many times slower on threads that wait for each other, most of all where cores are shared
+# models this small are many times slower on threads that wait for each other, most of all where cores are shared;
+# processes that tests start inherit it
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 progress.quiet = True
 

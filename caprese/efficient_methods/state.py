@@ -116,6 +116,8 @@ class LayerState:
         def each(known: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return {k: change(t) if len(t) == batch else t for k, t in known.items()}
 
+        if any(len(t) != batch for t in self.statistics.values()):
+            self.tail = None  # shared by sequences that may be gone: no longer to be taken apart
         self.statistics, self.choices, self.packed = each(self.statistics), each(self.choices), None
         self.history = [(start, end, each(known)) for start, end, known in self.history]
         if self.tail is not None:
