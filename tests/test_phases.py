@@ -184,3 +184,12 @@ def test_phases_checks_its_lengths(tiny):
         pass
     with pytest.raises(caprese.CapreseError, match="batch of 1"), caprese.phases(tiny, [1, 2]):
         tiny(prompts(5)[0])
+
+
+def test_a_shared_statistic_is_not_taken_apart_once_its_sequences_moved(tiny):
+    caprese.apply(tiny, caprese.Griffin(sparsity=0.5, shared_choice=True))
+    ids, mask = padded(prompts(6, 4))
+    cache = tiny(ids, attention_mask=mask, use_cache=True).past_key_values
+    cache.batch_select_indices(torch.tensor([0]))
+    with pytest.raises(caprese.CapreseError, match="inside a prompt pass"):
+        cache.crop(-2)
