@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from caprese.adapters import load as load
     from caprese.adapters import save as save
     from caprese.efficient_methods import Cats as Cats
     from caprese.efficient_methods import Griffin as Griffin
@@ -25,6 +24,9 @@ if TYPE_CHECKING:
     from caprese.efficient_methods import remove as remove
     from caprese.efficient_methods import reselection as reselection
     from caprese.errors import CapreseError as CapreseError
+    from caprese.inference import fuse as fuse
+    from caprese.inference import load as load
+    from caprese.inference import unfuse as unfuse
     from caprese.models import load_base as load_base
     from caprese.recipes import Recipe as Recipe
     from caprese.recovery import recover as recover
@@ -43,13 +45,15 @@ _PUBLIC = {
     "apply": "efficient_methods",
     "calibrate": "efficient_methods",
     "dense": "efficient_methods",
-    "load": "adapters",
+    "fuse": "inference",
+    "load": "inference",
     "load_base": "models",
     "phases": "efficient_methods",
     "recover": "recovery",
     "remove": "efficient_methods",
     "reselection": "efficient_methods",
     "save": "adapters",
+    "unfuse": "inference",
 }
 __all__ = sorted(_PUBLIC)
 

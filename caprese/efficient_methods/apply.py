@@ -155,5 +155,7 @@ def remove(model: nn.Module) -> nn.Module:
 
 def _restore(model: nn.Module, phases: Phases) -> None:
     for wrapper in applied_ffns(model).values():
+        if wrapper.fused is not None:
+            wrapper.fused.restore()
         wrapper.site.restore()
     phases.detach()

@@ -58,6 +58,8 @@ class Phases:
         self.observer: Observer | None = None
         #: layers that act, the others staying dense; None is all
         self.only: set[int] | None = None
+        #: inside a compiled decode step, which only computes: what is Python was done before it
+        self.static = False
         self.undo: list[Callable[[], None]] = []
 
     def acts_on(self, layer: int) -> bool:
@@ -100,13 +102,56 @@ class Phases:
 
             model._get_candidate_generator = proposing
             self.undo.append(lambda: delattr(model, "_get_candidate_generator"))
+        # generate with a static cache compiles the decode step
+        compiled = getattr(model, "get_compiled_call", None)
+        if compiled is not None:
+
+            @functools.wraps(compiled)
+            def get_compiled_call(*args: Any, **kwargs: Any) -> Any:
+                return self._around(model, compiled(*args, **kwargs))
+
+            model.get_compiled_call = get_compiled_call
+            self.undo.append(lambda: delattr(model, "get_compiled_call"))
 
     def detach(self) -> None:
         for undo in self.undo:
             undo()
         self.undo = []
 
-    def _before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _around(self, model: Any, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """A compiled decode step with the bookkeeping done before it, so that it is not part of the graph."""
+        wrappers: list[EfficientFFN] = [m for m in model.modules() if getattr(m, "phases", None) is self]
+        decoder = model.get_decoder()
+
+        def run(**kwargs: Any) -> Any:
+            if self.dense:
+                return compiled(**kwargs)
+            cache = kwargs.get("past_key_values")
+            state = state_of(cache)
+            tokens = kwargs.get("input_ids")
+            tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+            decodes = state is not None and tokens is not None and tokens.shape[1] == 1 and not self.prefilling
+            if not decodes or not all(w.fused is not None and w.can_decode_fused for w in wrappers):
+                return model(**kwargs)
+            assert state is not None
+            # a static cache is never shortened behind our back, so its length need not be fetched from the device
+            self._before(decoder, (), kwargs, past=state.length)
+            self.current = None
+            for wrapper in wrappers:
+                wrapper.fused.follow(state.layer(wrapper.layer), state.batch)
+            self.static = True
+            try:
+                return compiled(**kwargs)
+            finally:
+                self.static = False
+
+        return run
+
+    def _before(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], past: int | None = None
+    ) -> None:
+        if self.static and torch.compiler.is_compiling():
+            return
         self.current = None
         if self.dense:
             return
@@ -116,7 +161,8 @@ class Phases:
         batch, length = tokens.shape[:2]
         device = tokens.device
         cache = kwargs.get("past_key_values")
-        past = int(cache.get_seq_length()) if cache is not None else 0
+        if past is None:
+            past = int(cache.get_seq_length()) if cache is not None else 0
         state = state_of(cache) if past else None
         if state is None:
             state = State(self.prompt_methods)
@@ -184,6 +230,8 @@ class Phases:
         state.pending.append((tokens, kwargs.get("position_ids")))
 
     def _after(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self.static and torch.compiler.is_compiling():
+            return
         current = self.current
         cache = getattr(output, "past_key_values", None)
         if current is not None and cache is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -54,14 +56,21 @@ class EfficientFFN(nn.Module):
         for method in methods:
             self.start = method.transform(self.start, fixed.get(method.name))
         self.learners = [m for m in methods if m.learns == "prompt"]
+        #: runs generated tokens in place of `efficient` and the branch; see `caprese.fuse`
+        self.fused: Any = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.shape
+        if self.phases.static and torch.compiler.is_compiling():
+            return self.fused(x.reshape(-1, 1, flat[-1])).view(flat)
         current = self.phases.current
         if current is None:
             return self.ffn(x)
-        flat = x.shape
         x = x.reshape(*current.shape, flat[-1])  # some families flatten the batch
         state = current.state.layer(self.layer)
+        if self.fused is not None and current.prompt is None and current.shape[1] == 1 and self.can_decode_fused:
+            self.fused.follow(state, current.shape[0])
+            return self.fused(x).view(flat)
         y: torch.Tensor | None = None
         acts = current.completion is not None and self.phases.acts_on(self.layer)
         if current.prompt is not None or not acts:
@@ -78,6 +87,12 @@ class EfficientFFN(nn.Module):
         if type(self.recovery) is not RecoverySlot:
             efficient = efficient + self.recovery(x)
         return (efficient if y is None else torch.where(current.completion.unsqueeze(-1), efficient, y)).view(flat)
+
+    @property
+    def can_decode_fused(self) -> bool:
+        """Not where gradients or an observer are wanted, nor where PEFT mixes adapters within a batch (by hooks)."""
+        mixed = getattr(self.recovery, "_forward_pre_hooks", None)
+        return self.phases.acts_on(self.layer) and not torch.is_grad_enabled() and not mixed
 
     @property
     def rows(self) -> torch.Tensor | None:
@@ -97,13 +112,14 @@ class EfficientFFN(nn.Module):
             state.learn(self.learners, seen)
         return self.view.down(z)
 
-    def _choices(self, state: LayerState, batch: int) -> list[torch.Tensor | None]:
+    def choices(self, state: LayerState, batch: int) -> list[torch.Tensor | None]:
+        """Of each method, for a batch of `batch` sequences."""
         return [
             state.chosen(m, self.start, batch) if m.learns == "prompt" else getattr(self, f"fixed_{m.name}", None)
             for m in self.methods
         ]
 
-    def _kept(
+    def kept(
         self, x: torch.Tensor, ffn: FFN | PackedFFN, methods: list[tuple[Method, torch.Tensor | None]]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """z [B, T, F] of the efficient FFN, and which of it to keep."""
@@ -120,7 +136,7 @@ class EfficientFFN(nn.Module):
 
     def efficient(self, x: torch.Tensor, state: LayerState) -> torch.Tensor:
         """FF_eff(x), [B, T, D], without the branch."""
-        methods = list(zip(self.methods, self._choices(state, len(x)), strict=True))
+        methods = list(zip(self.methods, self.choices(state, len(x)), strict=True))
         ffn = self.start
         if x.shape[1] == 1:
             rows = [choice for m, choice in methods if m.acts_on == {"rows"} and choice is not None]
@@ -130,13 +146,13 @@ class EfficientFFN(nn.Module):
                     state.packed = PackedFFN(self.start, index)
                 ffn = state.packed
                 methods = [(m, choice) for m, choice in methods if m.acts_on != {"rows"}]
-        return sparse_down(ffn, *self._kept(x, ffn, methods))
+        return sparse_down(ffn, *self.kept(x, ffn, methods))
 
     def _residual(self, x: torch.Tensor, y: torch.Tensor, state: LayerState) -> torch.Tensor:
         """FF(x) - FF_eff(x), [B, T, D]."""
         if self.start is self.view and not any("inputs" in m.acts_on for m in self.methods):
             # from the dropped neurons themselves, which keeps its precision in bfloat16
-            z, keep = self._kept(x, self.view, list(zip(self.methods, self._choices(state, len(x)), strict=True)))
+            z, keep = self.kept(x, self.view, list(zip(self.methods, self.choices(state, len(x)), strict=True)))
             if keep is None:
                 return torch.zeros_like(y)
             return nn.functional.linear(z.masked_fill(keep, 0), self.view.weights().down)

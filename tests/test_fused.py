@@ -1,0 +1,254 @@
+"""The fused decode step: the same tokens as unfused, in every family, with every method, compiled too."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from families import tiny
+from transformers import CompileConfig, DynamicCache, StaticCache
+
+import caprese
+from caprese.adapters import attach_adapter, branch_parameters
+from caprese.efficient_methods import Tokens, applied_ffns, calibrate, make_method, needs_calibration, parse_methods
+from caprese.inference import is_fused
+from caprese.models import FAMILIES
+
+METHODS = [
+    "griffin:0.5",
+    "griffin:0.5:shared_choice=true",
+    "cats:0.5",
+    "cats:0.5:threshold=calibrated",
+    "teal:0.4:greedy=false",
+    "static:0.3",
+    "static:0.3+cats:0.5",
+    "static:0.3+griffin:0.5",
+    "griffin:0.5+cats:0.5",
+    "griffin:0.5+teal:0.4:where=attention:greedy=false",
+    "nf4",
+    "none",
+]
+PROMPT = torch.randint(2, 258, (1, 9), generator=torch.Generator().manual_seed(0))
+PADDED = torch.randint(2, 258, (3, 9), generator=torch.Generator().manual_seed(1))
+
+
+def recovered(kind: str, spec: str, *, bias: bool = True, rank: int = 3, adapter: bool = True) -> Any:
+    model = tiny(kind)
+    methods = [make_method(facts) for facts in parse_methods(spec)]
+    calibration = None
+    if needs_calibration(methods):
+        ids = torch.randint(2, 258, (4, 20), generator=torch.Generator().manual_seed(2))
+        calibration = calibrate(model, methods, [Tokens(ids, torch.full((4,), 8))])
+    caprese.apply(model, methods, calibration=calibration)
+    if not adapter:
+        return model
+    adapted = attach_adapter(model, rank, bias=bias)
+    torch.manual_seed(5)
+    for parameter in branch_parameters(adapted):
+        parameter.data.normal_(0, 0.2)
+    return adapted.eval()
+
+
+def answer(model: Any, ids: torch.Tensor, **how: Any) -> torch.Tensor:
+    """Scores of every generated token, [B, n, V]."""
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **how}
+    mask = torch.ones_like(ids)
+    if len(ids) > 1:
+        mask[1, :4] = 0
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **settings
+    )
+    return torch.stack(out.logits, 1)
+
+
+def same(a: torch.Tensor, b: torch.Tensor, within: float = 2e-5) -> None:
+    assert a.shape == b.shape
+    assert (a - b).abs().max() <= within * b.abs().max()
+
+
+@pytest.mark.parametrize("spec", METHODS)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_fused_is_unfused(kind: str, spec: str) -> None:
+    model = recovered(kind, spec)
+    for ids in (PROMPT, PADDED):
+        before = answer(model, ids)
+        caprese.fuse(model)
+        assert is_fused(model)
+        same(answer(model, ids), before)
+        caprese.unfuse(model)
+        assert not is_fused(model)
+        assert torch.equal(answer(model, ids), before)
+
+
+def test_the_branch_matters() -> None:
+    model = recovered("llama", "griffin:0.5")
+    caprese.fuse(model)
+    with_branch = answer(model, PROMPT)
+    with model.disable_adapter():
+        without = answer(model, PROMPT)
+    assert (with_branch - without).abs().max() > 0.1 * without.abs().max()
+    same(answer(model, PROMPT), with_branch)
+
+
+def test_follows_the_adapter() -> None:
+    """Another adapter, two at once, other weights, none: fused is what unfused would be."""
+    model = recovered("llama", "griffin:0.5", rank=2)
+    other = copy.deepcopy(model.peft_config["default"])
+    other.r = other.lora_alpha = 4
+    model.add_adapter("other", other)
+    for parameter in branch_parameters(model):
+        parameter.data.normal_(0, 0.2)
+    results = []
+    for fused in (False, True):
+        (caprese.fuse if fused else caprese.unfuse)(model)
+        seen = []
+        model.set_adapter("other")
+        seen.append(answer(model, PROMPT))
+        model.base_model.set_adapter(["default", "other"])
+        seen.append(answer(model, PROMPT))
+        model.set_adapter("default")
+        seen.append(answer(model, PROMPT))
+        with torch.no_grad():
+            for wrapper in applied_ffns(model).values():
+                wrapper.recovery.lora_B["default"].weight.mul_(2)
+        seen.append(answer(model, PROMPT))
+        with torch.no_grad():
+            for wrapper in applied_ffns(model).values():
+                wrapper.recovery.lora_B["default"].weight.div_(2)
+        results.append(seen)
+    for unfused, fused in zip(*results, strict=True):
+        same(fused, unfused)
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(results[0], results[0][1:], strict=False))
+
+
+def test_a_batch_of_several_adapters_runs_unfused() -> None:
+    model = recovered("llama", "griffin:0.5", rank=2)
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    for parameter in branch_parameters(model):
+        parameter.data.normal_(0, 0.2)
+    names = ["default", "other", "default"]
+    before = answer(model, PADDED, adapter_names=names)
+    caprese.fuse(model)
+    assert torch.equal(answer(model, PADDED, adapter_names=names), before)
+
+
+def test_two_caches_take_turns() -> None:
+    """Two interleaved generations, each with its own choice."""
+    model = recovered("llama", "griffin:0.5")
+    prompts = [PROMPT, PROMPT.flip(1)]
+    token = torch.tensor([[7]])
+
+    def turns() -> list[torch.Tensor]:
+        caches = [DynamicCache(), DynamicCache()]
+        with torch.no_grad():
+            for ids, cache in zip(prompts, caches, strict=True):
+                model(input_ids=ids, past_key_values=cache)
+            return [model(input_ids=token, past_key_values=caches[i % 2]).logits for i in range(6)]
+
+    before = turns()
+    caprese.fuse(model)
+    for a, b in zip(turns(), before, strict=True):
+        same(a, b)
+
+
+def test_reselection_and_a_second_turn() -> None:
+    model = recovered("llama", "griffin:0.5")
+
+    def talk() -> torch.Tensor:
+        cache = DynamicCache()
+        with torch.no_grad(), caprese.reselection(model, 3):
+            first = model.generate(
+                input_ids=PROMPT, past_key_values=cache, max_new_tokens=8, do_sample=False, pad_token_id=0
+            )
+            more = torch.cat([first, PROMPT], 1)
+            return answer(model, more, past_key_values=cache)
+
+    before = talk()
+    caprese.fuse(model)
+    same(talk(), before)
+
+
+def test_gradients_run_unfused() -> None:
+    model = recovered("llama", "griffin:0.5")
+    caprese.fuse(model)
+    with torch.no_grad():
+        cache = model(input_ids=PROMPT, use_cache=True).past_key_values
+    model(input_ids=torch.tensor([[7]]), past_key_values=cache).logits.sum().backward()
+    assert all(p.grad is not None for p in branch_parameters(model))
+
+
+def test_remove_undoes_fuse() -> None:
+    model = tiny("llama")
+    before = answer(model, PROMPT)
+    caprese.fuse(caprese.apply(model, caprese.Griffin()))
+    caprese.remove(model)
+    assert torch.equal(answer(model, PROMPT), before)
+
+
+def test_nothing_to_fuse() -> None:
+    with pytest.raises(caprese.CapreseError, match=r"nothing to fuse.*caprese\.apply"):
+        caprese.fuse(tiny("llama"))
+    with pytest.raises(caprese.CapreseError, match="no form 'fast'"):
+        caprese.fuse(recovered("llama", "griffin:0.5"), "fast")  # type: ignore[arg-type]
+
+
+COMPILE = CompileConfig(fullgraph=True, mode=None)
+COMPILE._compile_all_devices = True
+
+
+@pytest.mark.parametrize("spec", ["griffin:0.5", "cats:0.5", "static:0.3", "griffin:0.5+teal:0.4:where=attention"])
+def test_compiled_decode_without_breaks_or_recompilation(spec: str) -> None:
+    """generate with a static cache compiles the decode step once; new prompts, and so new choices, reuse it."""
+    torch._dynamo.reset()
+    model = recovered("llama", spec)
+    how = {"cache_implementation": "static", "max_new_tokens": 6}
+    prompts = [PROMPT, PROMPT.flip(1), PROMPT.roll(3, 1)]
+    before = [answer(model, ids, **how) for ids in prompts]
+    caprese.fuse(model)
+    counters = torch._dynamo.utils.counters
+    same(answer(model, prompts[0], compile_config=COMPILE, **how), before[0])
+    counters.clear()
+    for ids, expected in zip(prompts[1:], before[1:], strict=True):
+        with torch.compiler.set_stance("fail_on_recompile"):
+            same(answer(model, ids, compile_config=COMPILE, **how), expected)
+    assert not counters["graph_break"] and not counters["stats"]["unique_graphs"]
+
+
+def test_compiled_with_reselection() -> None:
+    """The dense pass is made between two runs of the compiled step."""
+    torch._dynamo.reset()
+    model = recovered("llama", "griffin:0.5")
+    how = {"cache_implementation": "static", "max_new_tokens": 9}
+    with caprese.reselection(model, 3):
+        before = answer(model, PROMPT, **how)
+        caprese.fuse(model)
+        same(answer(model, PROMPT, compile_config=COMPILE, **how), before)
+
+
+def test_compiled_unfused_runs_eager() -> None:
+    torch._dynamo.reset()
+    model = recovered("llama", "griffin:0.5")
+    how = {"cache_implementation": "static", "max_new_tokens": 6}
+    assert torch.equal(answer(model, PROMPT, compile_config=COMPILE, **how), answer(model, PROMPT, **how))
+
+
+def test_static_caches_take_turns_compiled() -> None:
+    torch._dynamo.reset()
+    model = recovered("llama", "griffin:0.5", adapter=False)
+    prompts = [PROMPT, PROMPT.flip(1)]
+    token = torch.tensor([[7]])
+
+    def turns(config: Any) -> list[torch.Tensor]:
+        caches = [StaticCache(model.config, max_cache_len=32) for _ in prompts]
+        step = model if config is None else model.get_compiled_call(config)
+        with torch.no_grad():
+            for ids, cache in zip(prompts, caches, strict=True):
+                model(input_ids=ids, past_key_values=cache)
+            return [step(input_ids=token, past_key_values=caches[i % 2]).logits.clone() for i in range(6)]
+
+    before = turns(None)
+    caprese.fuse(model)
+    for a, b in zip(turns(COMPILE), before, strict=True):
+        same(a, b)
