@@ -118,13 +118,16 @@ def attention_hooks(site: Site, wrapper: EfficientFFN) -> list[Callable[[], None
 
     def before(number: int) -> Callable[..., Any]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            decodes = wrapper.phases.static and torch.compiler.is_compiling()
             current = wrapper.phases.current
-            if current is None or current.completion is None or not wrapper.phases.acts_on(wrapper.layer):
+            if not decodes and (
+                current is None or current.completion is None or not wrapper.phases.acts_on(wrapper.layer)
+            ):
                 return None
             x = args[0]
             for method in methods:
                 x = method.attention_input(x, number, getattr(wrapper, f"fixed_{method.name}", None))
-            if current.prompt is not None:
+            if current is not None and current.prompt is not None:
                 x = torch.where(current.completion.unsqueeze(-1), x, args[0])
             return (x, *args[1:])
 

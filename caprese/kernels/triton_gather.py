@@ -18,7 +18,7 @@ import triton.language as tl
 # Defaults by reasoning, not yet measured on hardware; `benchmarks/kernels.py --sweep` measures others.
 # PROGRAMS: how many programs the rows are split for. Keys in capitals are for the launchers and kernels.
 CONFIGS: dict[str, dict[str, int]] = {
-    "gate_up": {"BLOCK_ROWS": 16, "BLOCK_COLS": 256, "DOT_FROM": 3, "num_warps": 4, "num_stages": 3},
+    "gate_up": {"BLOCK_ROWS": 16, "BLOCK_COLS": 128, "DOT_FROM": 3, "num_warps": 4, "num_stages": 3},
     "down": {
         "BLOCK_ROWS": 16,
         "BLOCK_COLS": 256,
@@ -197,25 +197,22 @@ def _gate_up(
             to, tl.where(hold, z, 0.0).to(z_ptr.dtype.element_ty), mask=(sequences < B)[:, None] & (places < k)[None, :]
         )
     else:
-        rows = (job - blocks * lists) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        tail = (job - blocks * lists) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         all_of_them = tl.arange(0, BATCH)
-        offsets = rows.to(tl.int64) * left_stride
-        _, t = _row_products(
-            x_ptr, left_ptr, left_ptr, all_of_them, all_of_them < B, offsets, offsets, rows < r,
+        offsets = tail.to(tl.int64) * left_stride
+        _, product = _row_products(
+            x_ptr, left_ptr, left_ptr, all_of_them, all_of_them < B, offsets, offsets, tail < r,
             D, D, BATCH, False, DOT, WIDEN, BLOCK_ROWS, BLOCK_COLS,
         )  # fmt: skip
-        to = z_ptr + all_of_them[:, None] * (k + r) + k + rows[None, :]
-        tl.store(to, t.to(z_ptr.dtype.element_ty), mask=(all_of_them < B)[:, None] & (rows < r)[None, :])
+        tail_to = z_ptr + all_of_them[:, None] * (k + r) + k + tail[None, :]
+        tl.store(tail_to, product.to(z_ptr.dtype.element_ty), mask=(all_of_them < B)[:, None] & (tail < r)[None, :])
 
 
 @triton.jit
 def _compact(a_ptr, threshold_ptr, kept_ptr, index_ptr, count_ptr, F, ONE_THRESHOLD: tl.constexpr, BLOCK: tl.constexpr):
     """A program: one sequence, its blocks one after the other, so that the order is that of the places."""
     b = tl.program_id(0)
-    if ONE_THRESHOLD:
-        threshold = tl.load(threshold_ptr).to(tl.float32)
-    else:
-        threshold = tl.load(threshold_ptr + b).to(tl.float32)
+    threshold = tl.load(threshold_ptr + (0 if ONE_THRESHOLD else b)).to(tl.float32)
     row = b.to(tl.int64) * F
     total = tl.zeros((), dtype=tl.int32)
     for start in range(0, F, BLOCK):
@@ -361,21 +358,21 @@ def _down(
         else:
             tl.store(y_ptr + (part * B + sequences[:, None]).to(tl.int64) * D + cols[None, :], y, mask=mask)
     else:
-        part = job - splits * lists
-        each = tl.cdiv(tl.cdiv(r, tail_splits), BLOCK_ROWS) * BLOCK_ROWS
-        start = tl.minimum(part * each, r)
-        end = tl.minimum(start + each, r)
+        tail_part = job - splits * lists
+        tail_each = tl.cdiv(tl.cdiv(r, tail_splits), BLOCK_ROWS) * BLOCK_ROWS
+        tail_start = tl.minimum(tail_part * tail_each, r)
+        tail_end = tl.minimum(tail_start + tail_each, r)
         all_of_them = tl.arange(0, BATCH)
-        y = _weighted_rows(
-            z_ptr + k, k + r, right_ptr, right_stride, index_ptr, all_of_them, all_of_them < B, part, threshold,
-            start, end, k, cols, inside, BATCH, False, False, DOT, WIDEN, BLOCK_ROWS, BLOCK_COLS,
+        tail_y = _weighted_rows(
+            z_ptr + k, k + r, right_ptr, right_stride, index_ptr, all_of_them, all_of_them < B, tail_part, threshold,
+            tail_start, tail_end, k, cols, inside, BATCH, False, False, DOT, WIDEN, BLOCK_ROWS, BLOCK_COLS,
         )  # fmt: skip
-        mask = (all_of_them < B)[:, None] & inside[None, :]
+        tail_mask = (all_of_them < B)[:, None] & inside[None, :]
         if ATOMIC:
-            tl.atomic_add(y_ptr + all_of_them[:, None] * D + cols[None, :], y, mask=mask, sem="relaxed")
+            tl.atomic_add(y_ptr + all_of_them[:, None] * D + cols[None, :], tail_y, mask=tail_mask, sem="relaxed")
         else:
-            to = y_ptr + ((splits + part) * B + all_of_them[:, None]).to(tl.int64) * D + cols[None, :]
-            tl.store(to, y, mask=mask)
+            tail_to = y_ptr + ((splits + tail_part) * B + all_of_them[:, None]).to(tl.int64) * D + cols[None, :]
+            tl.store(tail_to, tail_y, mask=tail_mask)
 
 
 @triton.jit
