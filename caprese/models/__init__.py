@@ -13,11 +13,13 @@ from caprese.models.families import (
 )
 from caprese.models.ffn import FFN, Weights
 from caprese.models.loading import ALIASES, Base, base_of, load_base, load_config, resolve
+from caprese.models.shapes import SHAPES, random_model, shape_config
 
 __all__ = [
     "ALIASES",
     "FAMILIES",
     "FFN",
+    "SHAPES",
     "Base",
     "Family",
     "Site",
@@ -30,6 +32,8 @@ __all__ = [
     "find_ffns",
     "load_base",
     "load_config",
+    "random_model",
     "resolve",
+    "shape_config",
     "unwrap",
 ]

@@ -1,0 +1,394 @@
+"""`caprese bench`: the time to next token of everything that can be compared, side by side in one process."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import CompileConfig, PreTrainedModel, StaticCache
+
+from caprese.adapters import attach_adapter, branch_parameters
+from caprese.efficient_methods import (
+    EfficientFFN,
+    Method,
+    Tokens,
+    applied_ffns,
+    apply,
+    calibrate,
+    describe_methods,
+    needs_calibration,
+    weights_saved,
+)
+from caprese.errors import CapreseError
+from caprese.evaluation.report import environment
+from caprese.inference import Form, fuse
+from caprese.inference.fused import Packed
+from caprese.kernels import triton_runs
+from caprese.models import active_parameters, find_ffns, unwrap
+from caprese.progress import bar
+
+ROWS = ("dense", "dense_compiled", "efficient", "efficient_lora", "recovered", "fused", "fused_compiled")
+# Tokens that one row decodes before the next takes its turn: long enough that caches are warm, short enough that a slow
+# moment of the machine hits all alike. The first of each turn is not counted.
+_TURN = 5
+
+
+class _LoraStep(Packed):
+    """What equal-size LoRA on gate, up and down costs a decode step (arXiv 2505.07861, table 6): unmerged, since the
+    chosen rows change with every prompt; otherwise as packed as the branch."""
+
+    def __init__(self, wrapper: EfficientFFN, rank: int) -> None:
+        super().__init__(wrapper)
+        self.rank = rank
+
+    def _fill(self, choices: list[tuple[Method, torch.Tensor | None]], branch: Any) -> None:
+        super()._fill(choices, None)
+        (wrapper,) = self.wrapper
+        d, k, like = wrapper.view.hidden_size, self.width, wrapper.start.weights().down
+        shapes = {"gate": (d, k), "up": (d, k), "down": (k, d)}
+        for name, (fan_in, fan_out) in shapes.items():
+            self.register_buffer(f"{name}_A", like.new_empty(self.rank, fan_in).normal_(), persistent=False)
+            self.register_buffer(f"{name}_B", like.new_empty(fan_out, self.rank).normal_(), persistent=False)
+
+    def _lora(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x, getattr(self, f"{name}_A")), getattr(self, f"{name}_B"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.linear(x, self.first, self.first_bias)  # type: ignore[arg-type]
+        if self.wrapper[0].view.gated:
+            gate, up = h.chunk(2, -1)
+            z = self.act(gate + self._lora("gate", x)) * (up + self._lora("up", x))
+        else:
+            z = self.act(h + self._lora("up", x))
+        if self.mask is not None:
+            z = z * self.mask
+        return F.linear(z, self.second, self.second_bias) + self._lora("down", z)  # type: ignore[arg-type]
+
+
+@dataclass
+class Contender:
+    """One row: a model of its own that shares the weights, its cache, and its times."""
+
+    name: str
+    model: Any
+    step: Callable[..., Any]
+    cache: Any = None
+    token: Any = None
+    prefill_ms: float = 0.0
+    selection_ms: float = 0.0
+    compile_s: float = 0.0
+    temporary: int = 0
+    times: list[float] = field(default_factory=list)
+
+    def advance(self) -> None:
+        out = self.step(input_ids=self.token, past_key_values=self.cache, use_cache=True)
+        self.token = out.logits[:, -1:].argmax(-1)
+
+
+def _twin(model: nn.Module) -> Any:
+    """The same model once more, without another copy of its weights."""
+    shared = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(t): t for t in shared})
+
+
+def _sync(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def _milliseconds(device: torch.device, run: Callable[[], Any]) -> float:
+    _sync(device)
+    begin = time.perf_counter()
+    run()
+    _sync(device)
+    return 1000 * (time.perf_counter() - begin)
+
+
+class Bench:
+    """A base model, what is done to it, and how it is measured."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        methods: Sequence[Method],
+        *,
+        rank: int,
+        prompt_tokens: int = 128,
+        new_tokens: int = 64,
+        rows: Sequence[str] = ROWS,
+        form: Form = "auto",
+        seed: int = 0,
+    ) -> None:
+        """
+        Raises:
+            CapreseError: a row that is not in ROWS, no tokens, or what apply and attach_adapter refuse.
+        """
+        if unknown := [r for r in rows if r not in ROWS]:
+            raise CapreseError(f"no row {', '.join(unknown)}; rows are {', '.join(ROWS)}")
+        if "dense" not in rows:
+            raise CapreseError("every ratio is to the row dense; leave it in --rows")
+        if prompt_tokens < 1 or new_tokens < 1:
+            raise CapreseError("--prompt-tokens and --new-tokens start at 1")
+        room = getattr(model.config, "max_position_embeddings", None)
+        if room is not None and prompt_tokens + new_tokens + 4 * _TURN > room:
+            raise CapreseError(f"{prompt_tokens} + {new_tokens} tokens do not fit this model's context of {room}")
+        self.model, self.methods, self.rank, self.form = model, methods, rank, form
+        self.prompt_tokens, self.new_tokens, self.rows, self.seed = prompt_tokens, new_tokens, rows, seed
+        self.device = next(model.parameters()).device
+        self.dtype = model.dtype
+        sites = find_ffns(model)
+        self.layers = len(sites)
+        self.apart: Any = None
+        self.calibration = None
+        if needs_calibration(methods):
+            ids = self._tokens(4, 64)
+            self.calibration = calibrate(_twin(model), methods, [Tokens(ids, torch.full((4,), 8))])
+
+    def _tokens(self, batch: int, length: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randint(5, self.model.config.vocab_size, (batch, length), generator=generator).to(self.device)
+
+    def _contender(self, name: str) -> Contender:
+        model = _twin(self.model)
+        if name in ("efficient", "fused", "fused_compiled") and triton_runs(self.device):
+            if self.apart is None:  # the indexed form stores them in another order, which is not to slow dense
+                self.apart = _twin(model)
+                for site in find_ffns(self.apart):
+                    down = site.ffn.part("down")
+                    down.weight = nn.Parameter(down.weight.detach().clone(), requires_grad=False)
+            model = _twin(self.apart)
+        if not name.startswith("dense"):
+            model = apply(model, self.methods, calibration=self.calibration)
+            if name in ("recovered", "fused", "fused_compiled"):
+                model = attach_adapter(model, self.rank)
+                generator = torch.Generator(self.device).manual_seed(self.seed)
+                for parameter in branch_parameters(model):  # PEFT keeps them in float32; served, they are the base's
+                    parameter.data = parameter.data.to(self.dtype).normal_(0, 0.02, generator=generator)
+                model = model.eval()
+            if name in ("efficient", "fused", "fused_compiled"):
+                fuse(model, self.form)
+            if name == "efficient_lora":
+                for wrapper in applied_ffns(model).values():
+                    wrapper.fused = _LoraStep(wrapper, self._lora_rank(wrapper))
+        bare = unwrap(model)
+        step: Callable[..., Any] = bare
+        if name.endswith("compiled"):
+            config = CompileConfig(fullgraph=True, mode="reduce-overhead" if self.device.type == "cuda" else None)
+            bare.generation_config.compile_config = config
+            step = bare.get_compiled_call(config)
+        return Contender(name, bare, step)
+
+    def _lora_rank(self, wrapper: EfficientFFN) -> int:
+        """Of the LoRA on three (two) linear layers that has as many parameters as the branch."""
+        d, f = wrapper.view.hidden_size, wrapper.view.width
+        return max(1, round(2 * d * self.rank / ((3 if wrapper.view.gated else 2) * (d + f))))
+
+    @torch.no_grad()
+    def run(self, batch: int = 1) -> dict[str, Any]:
+        """TTNT of every row at one batch size; see `bench`."""
+        ids = self._tokens(batch, self.prompt_tokens)
+        contenders = []
+        steps = self.new_tokens
+        room = self.prompt_tokens + self.new_tokens + 4 * _TURN + steps // (_TURN - 1) + 8
+        with bar(f"batch {batch}: prefill and warm-up", len(self.rows), "rows") as advance:
+            for name in self.rows:
+                contender = self._contender(name)
+                if name.endswith("compiled"):
+                    contender.cache = StaticCache(config=self.model.config, max_cache_len=room)
+                self._start(contender, ids)
+                contenders.append(contender)
+                advance(1)
+        with bar(f"batch {batch}: decoding", steps, "tokens") as advance:
+            turn = 0
+            while len(contenders[0].times) < steps:
+                for offset in range(len(contenders)):  # nobody is always first
+                    contender = contenders[(turn + offset) % len(contenders)]
+                    contender.advance()
+                    for _ in range(min(_TURN - 1, steps - len(contender.times))):
+                        contender.times.append(_milliseconds(self.device, contender.advance))
+                advance(min(_TURN - 1, steps - turn * (_TURN - 1)))
+                turn += 1
+        return self._result(contenders, batch)
+
+    def _start(self, contender: Contender, ids: torch.Tensor) -> None:
+        def prefill() -> None:
+            out = contender.model(input_ids=ids, past_key_values=contender.cache, use_cache=True, logits_to_keep=1)
+            contender.cache, contender.token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+
+        contender.prefill_ms = _milliseconds(self.device, prefill)
+        state = getattr(contender.cache, "caprese_state", None)
+        fused = [w for w in applied_ffns(contender.model).values() if w.fused is not None]
+
+        def select() -> None:
+            for wrapper in fused:
+                wrapper.fused.follow(state.layer(wrapper.layer), len(ids))  # type: ignore[union-attr]
+
+        if fused:  # twice: what is allocated once is no cost of choosing
+            select()
+            for wrapper in fused:
+                wrapper.fused.source = None
+            contender.selection_ms = _milliseconds(self.device, select)
+        contender.compile_s = _milliseconds(self.device, contender.advance) / 1000
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        for _ in range(2):
+            contender.advance()
+        if self.device.type == "cuda":
+            contender.temporary = torch.cuda.max_memory_allocated() - before
+
+    def _saved(self, batch: int) -> int:
+        """Weights that a step of the whole batch does not read: what no sequence needs, each choosing for itself."""
+        saved = 0
+        for site in find_ffns(self.model):
+            own = [m.by_layer(self.layers)[site.index] for m in self.methods if site.index in m.by_layer(self.layers)]
+            chosen_apart = any(
+                m.acts_on & {"rows", "neurons", "inputs", "attention"} and not getattr(m, "shared_choice", False)
+                for m in own
+            )
+            if batch > 1 and chosen_apart:
+                own = [
+                    m.model_copy(update={"sparsity": m.level**batch}) if hasattr(m, "level") else m  # type: ignore
+                    for m in own
+                ]
+            saved += weights_saved(site, own)
+        return saved
+
+    def _reads(self, name: str, batch: int) -> int:
+        """Weights read for one step."""
+        dense = active_parameters(self.model)
+        if name.startswith("dense"):
+            return dense
+        efficient = dense - self._saved(batch)
+        if name == "efficient":
+            return efficient
+        touched = len({i for m in self.methods for i in m.by_layer(self.layers)})
+        return efficient + touched * 2 * find_ffns(self.model)[0].ffn.hidden_size * self.rank
+
+    def _result(self, contenders: Sequence[Contender], batch: int) -> dict[str, Any]:
+        by_name = {c.name: c for c in contenders}
+        medians = {c.name: statistics.median(c.times) for c in contenders}
+        dense_bytes = self._reads("dense", batch) * self.dtype.itemsize
+        rows = []
+        for c in contenders:
+            times = c.times * 2 if len(c.times) == 1 else c.times
+            low, ttnt, high = statistics.quantiles(times, n=4)
+            engine = "dense_compiled" if c.name.endswith("compiled") and "dense_compiled" in by_name else "dense"
+            read = self._reads(c.name, batch) * self.dtype.itemsize
+            ratio = ttnt / medians[engine]
+            rows.append(
+                {
+                    "name": c.name,
+                    "ttnt_ms": ttnt,
+                    "spread_ms": high - low,
+                    "tokens_per_second": 1000 * batch / ttnt,
+                    "ratio_same_engine": ratio,
+                    "ratio_dense_eager": ttnt / medians["dense"],
+                    "bytes_per_token": read / batch,
+                    "efficiency": read / dense_bytes / ratio,
+                    "peak_bytes": _held(c) + c.temporary,
+                    "prefill_ms": c.prefill_ms,
+                    "selection_ms": c.selection_ms,
+                    "compile_s": c.compile_s if c.name.endswith("compiled") else 0.0,
+                }
+            )
+        return {
+            "batch": batch,
+            "floor_ratio": self._reads("fused", batch) * self.dtype.itemsize / dense_bytes,
+            "rows": rows,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What was measured, and on what."""
+        sparsities = [getattr(m, "sparsity", None) for m in self.methods]
+        return {
+            "method": describe_methods(self.methods),
+            "sparsity": sparsities[0] if len(sparsities) == 1 else sparsities,
+            "rank": self.rank,
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "form": self.form,
+            "environment": environment(self.model),
+        }
+
+
+def _held(contender: Contender) -> int:
+    """Bytes of the weights, buffers and KV cache that this row needs; shared ones counted once."""
+    tensors = [*contender.model.parameters(), *contender.model.buffers()]
+    for layer in contender.cache.layers:
+        tensors += [t for t in (layer.keys, layer.values) if t is not None]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def bench(model: PreTrainedModel, methods: Sequence[Method], batches: Sequence[int] = (1,), **how: Any) -> dict:
+    """Time to next token of dense, efficient and recovered, eager and compiled, taking turns token by token.
+
+    Args:
+        model: a bare transformers model; every row is a twin of it that shares its weights.
+        methods: what makes it cheaper.
+        batches: sequences decoded together, one measurement for each.
+        how: see `Bench`.
+
+    Returns: the facts of the run, and floor_ratio and rows of the first batch size; all of them under "batches" if there
+    is more than one. Times in ms are medians, spread_ms the interquartile range; bytes are of weights; efficiency is
+    the row's byte floor ratio over its measured ratio to dense in the same engine.
+
+    Raises:
+        CapreseError: see `Bench`; a batch below 1.
+    """
+    if not batches or min(batches) < 1:
+        raise CapreseError("--batch takes numbers from 1, such as 1,2,4,8,16")
+    runner = Bench(model, methods, **how)
+    results = [runner.run(batch) for batch in batches]
+    facts = runner.facts() | results[0]
+    return facts | ({"batches": results} if len(results) > 1 else {})
+
+
+def plot_bench(result: dict[str, Any], path: Path) -> None:
+    """TTNT of each row with its byte floor as a mark; over batch sizes, where there are several, the ratio to dense."""
+    import matplotlib  # takes a second
+    from matplotlib.figure import Figure
+
+    from caprese.evaluation.plots import LIGHT
+
+    with matplotlib.rc_context(LIGHT.style):
+        figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        batches = result.get("batches")
+        if batches:
+            sizes = [b["batch"] for b in batches]
+            for i, row in enumerate(batches[0]["rows"]):
+                ratios = [b["rows"][i]["ratio_same_engine"] for b in batches]
+                if not row["name"].startswith("dense"):
+                    axes.plot(sizes, ratios, marker="o", markersize=3, label=row["name"])
+            axes.plot(sizes, [b["floor_ratio"] for b in batches], "k--", linewidth=1, label="byte floor")
+            axes.axhline(1, color=LIGHT.muted, linewidth=1)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sizes, [str(size) for size in sizes])
+            axes.set(xlabel="batch", ylabel="TTNT / dense in the same engine")
+            axes.legend(fontsize=7)
+        else:
+            rows = result["rows"]
+            names = [row["name"] for row in rows]
+            times = [row["ttnt_ms"] for row in rows]
+            colors = [LIGHT.dense if n.startswith("dense") else LIGHT.recovered for n in names]
+            axes.barh(names, times, color=colors, height=0.6)
+            for i, row in enumerate(rows):
+                floor = row["efficiency"] * row["ttnt_ms"]
+                axes.plot([floor, floor], [i - 0.4, i + 0.4], color=LIGHT.efficient)
+                axes.text(row["ttnt_ms"], i, f" {row['ttnt_ms']:.3g} ms", va="center", fontsize=7)
+            axes.invert_yaxis()
+            axes.set_xlabel("TTNT, ms; red: dense in the same engine times the byte floor ratio")
+        axes.set_title(f"{result.get('shape', '')}  {result['method']}, rank {result['rank']}", fontsize=9)
+        figure.savefig(path, dpi=200)
