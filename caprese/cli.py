@@ -287,14 +287,15 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
     instruction: Annotated[str, typer.Option(help="Put before the prompt.")] = "",
     reselect_every: Reselect = None,
+    fused: Annotated[bool, typer.Option("--fused/--unfused", help="Run FFN and adapter as one step.")] = True,
     seed: int = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Answer a prompt, streaming, and show the time to next token."""
-    from caprese.adapters import fingerprint, load
-    from caprese.inference import stream
+    from caprese.adapters import fingerprint
+    from caprese.inference import load, stream
     from caprese.models import load_base
     from caprese.progress import say
 
@@ -306,7 +307,7 @@ def generate(
     loaded, tokenizer = load_base(model, dtype=dtype, device=device)
     if not adapter:
         fingerprint(loaded)  # refuses damaged weights, as `load` does
-    lm: Any = load(loaded, adapter, reselect_every=_reselect(reselect_every)) if adapter else loaded
+    lm: Any = load(loaded, adapter, fused=fused, reselect_every=_reselect(reselect_every)) if adapter else loaded
     result = stream(
         lm,
         tokenizer,
@@ -383,6 +384,103 @@ def evaluate(
 
         Console().print(summary_table(report))
         print(f"Recovered: {recovered(report) or 'not measured'}")
+
+
+@app.command()
+@_verb
+def bench(
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Alias, hub id or local directory.")] = None,
+    random_weights: Annotated[
+        str | None, typer.Option(help="A known shape, such as llama-3.2-1b, with random weights: no download.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="NAME[:SPARSITY][:key=value], or several joined by +.")] = "griffin",
+    sparsity: Annotated[float, typer.Option(help="Fraction removed, where --method does not say.")] = 0.5,
+    layers: Annotated[str, typer.Option(help="all, first-half, or numbers like 0,1,4-7.")] = "all",
+    rank: Annotated[int, typer.Option(help="Rank of each branch.")] = 256,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens timed in each row.")] = 64,
+    batch: Annotated[str, typer.Option(help="Sequences decoded together; several, 1,2,4,8,16, for a sweep.")] = "1",
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Also the compiled rows.")] = True,
+    rows: Annotated[str | None, typer.Option(help="Only these rows, with commas.")] = None,
+    form: Annotated[str, typer.Option(help="auto, packed or indexed (see caprese.fuse).")] = "auto",
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Directory for bench.json and bench.png.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print bytes and byte floor; time nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Time to next token, side by side: dense, efficient, LoRA of equal size, recovered, fused; eager and compiled."""
+    import shlex
+    import sys
+
+    import torch
+
+    from caprese.efficient_methods import compose, describe_methods, make_method, parse_methods
+    from caprese.evaluation.bench import ROWS, bench_plan, describe_bench, plot_bench
+    from caprese.evaluation.bench import bench as measure
+    from caprese.files import check_writable, write_json
+    from caprese.models import load_base, load_config, random_model, shape_config
+    from caprese.models.loading import pick_device, pick_dtype
+    from caprese.progress import say
+
+    _quiet(as_json)
+    name = model or random_weights
+    if name is None or (model and random_weights):
+        raise CapreseError("which model? give --model, or --random-weights with a known shape, and not both")
+    try:
+        batches = [int(part) for part in batch.split(",")]
+    except ValueError:
+        raise CapreseError(f"--batch {batch!r}: use a number, or several like 1,2,4") from None
+    facts = [{"sparsity": sparsity, "layers": _layers(layers), **each} for each in parse_methods(method)]
+    methods = compose([make_method(_known_settings(each)) for each in facts])
+    chosen = rows.split(",") if rows else [r for r in ROWS if compiled or not r.endswith("compiled")]
+    if dry_run:
+        config = shape_config(random_weights) if random_weights else load_config(name, revision)
+        figures = bench_plan(config, methods, rank, pick_dtype(dtype, pick_device(device)) or torch.bfloat16, batches)
+        print(json.dumps(figures, indent=2)) if as_json else _print_table("bench", figures)
+        return
+    if output is not None:
+        check_writable(Path(output))
+    if random_weights:
+        place = pick_device(device)
+        config = shape_config(random_weights)
+        say(f"random weights in the shape of {random_weights}, {describe_methods(methods)}, rank {rank}")
+        kind = pick_dtype(dtype, place) or (torch.float32 if place == "cpu" else torch.bfloat16)
+        loaded = random_model(config, kind, place)
+    else:
+        loaded, _ = load_base(name, revision=revision, dtype=dtype, device=device)
+    result = measure(
+        loaded,
+        methods,
+        batches,
+        rank=rank,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        rows=chosen,
+        form=form,
+    )
+    result = {"command": shlex.join(["caprese", *sys.argv[1:]]), "shape": name, **result}
+    if output is not None:
+        write_json(Path(output) / "bench.json", result)
+        plot_bench(result, Path(output) / "bench.png")
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    from rich.console import Console
+
+    for part in describe_bench(result):
+        Console().print(part)
+
+
+def _known_settings(facts: dict[str, Any]) -> dict[str, Any]:
+    """Without the sparsity where a method has none."""
+    from caprese.efficient_methods import find_method
+
+    fields = find_method(str(facts["name"])).model_fields
+    return {key: value for key, value in facts.items() if key == "name" or key in fields or key != "sparsity"}
 
 
 @app.command("methods")

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -192,6 +196,77 @@ def test_nothing_to_fuse() -> None:
         caprese.fuse(tiny("llama"))
     with pytest.raises(caprese.CapreseError, match="no form 'fast'"):
         caprese.fuse(recovered("llama", "griffin:0.5"), "fast")  # type: ignore[arg-type]
+
+
+INDEXED = [
+    "griffin:0.5",
+    "griffin:0.5:shared_choice=true",
+    "cats:0.5",
+    "teal:0.4:where=ffn:greedy=false",
+    "static:0.3+griffin:0.5",
+    "static:0.3+cats:0.5",
+]
+
+
+@pytest.mark.parametrize("spec", INDEXED)
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "phi3", "gpt_neox", "opt", "gpt2"])
+def test_indexed_is_unfused(kind: str, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the kernels' references, where there is no GPU; families that it does not fit keep another form."""
+    monkeypatch.setattr("caprese.kernels.triton_runs", lambda device: True)
+    model = recovered(kind, spec)
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    strides = {name: p.stride() for name, p in model.named_parameters()}
+    for ids in (PROMPT, PADDED):
+        before = answer(model, ids)
+        caprese.fuse(model, "indexed")
+        same(answer(model, ids), before)
+        assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+        caprese.unfuse(model)
+        assert torch.equal(answer(model, ids), before)
+    assert {name: p.stride() for name, p in model.named_parameters()} == strides
+
+
+def test_indexed_holds_no_second_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("caprese.kernels.triton_runs", lambda device: True)
+    model = recovered("llama", "griffin:0.5", rank=2)
+    sizes = {}
+    for form in ("packed", "indexed"):
+        caprese.fuse(model, form)
+        answer(model, PROMPT)
+        sizes[form] = sum(w.fused.nbytes for w in applied_ffns(model).values())
+    ffn = sum(p.nbytes for n, p in model.named_parameters() if "mlp" in n and "lora" not in n)
+    assert sizes["packed"] > 0.45 * ffn and sizes["indexed"] < 0.1 * ffn
+
+
+def test_indexed_needs_a_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(caprese.CapreseError, match="needs Triton and a GPU"):
+        caprese.fuse(recovered("llama", "griffin:0.5"), "indexed")
+
+
+def test_indexed_in_the_interpreter(tmp_path: Path) -> None:
+    """The kernels themselves under a whole model, interpreted; in a process of its own, since Triton must know early."""
+    pytest.importorskip("triton")
+    script = """
+import sys; sys.path.insert(0, sys.argv[1])
+import test_fused as t
+for spec in ("griffin:0.5", "cats:0.5", "teal:0.4:where=ffn:greedy=false"):
+    model = t.recovered("llama", spec)
+    for ids in (t.PROMPT, t.PADDED):
+        before = t.answer(model, ids, max_new_tokens=4)
+        t.caprese.fuse(model, "indexed")
+        t.same(t.answer(model, ids, max_new_tokens=4), before)
+        t.caprese.unfuse(model)
+print("same")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(Path(__file__).parent)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "same" in done.stdout, done.stderr[-2000:]
 
 
 COMPILE = CompileConfig(fullgraph=True, mode=None)

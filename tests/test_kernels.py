@@ -173,7 +173,7 @@ class TestKernels:
             assert torch.equal(gate_up(c.x, c.gate, c.up, index, "gelu"), z)
             assert torch.equal(down(z, c.down, index), y)
 
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("dtype", [F32, BF16])
     @pytest.mark.parametrize("batch", [1, 4])
     def test_more_than_a_block(self, batch: int, dtype: torch.dtype) -> None:
         c = make(batch, batch == 4, dtype, d=300, f=90, k=70, r=35)
@@ -184,7 +184,7 @@ class TestKernels:
         assert fits(down(z, c.down, c.index, c.right, count=c.count), wanted)
         assert fits(down(z, c.down, c.index, c.right, count=c.count, atomic=True), wanted)
 
-    @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(
         st.tuples(st.integers(1, 16), st.booleans(), st.sampled_from(DTYPES)),
         st.tuples(st.integers(1, 40), st.integers(1, 40), st.floats(0, 1), st.integers(0, 20)),
@@ -552,8 +552,10 @@ def _compile_all() -> None:
     targets = [GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32)]
     targets.append(GPUTarget("hip", "gfx942", 64))
     for target, dtype in itertools.product(targets, ("bf16", "fp32")):
-        everything = target.arch in (90, "gfx942") and dtype == "bf16"
-        for kernel, config, values in kinds + (more if everything else []):
+        most = target.arch in (90, "gfx942")
+        for kernel, config, values in kinds + (more if most and dtype == "bf16" else []):
+            if values.get("DOT") and dtype == "fp32" and not most:
+                continue  # slow to compile, and no different
             named = {**flags, **kernels.CONFIGS[config], **values}
             signature: dict[str, str] = {}
             constants: dict[str, Any] = {}

@@ -12,33 +12,34 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.table import Table
 from torch import nn
-from transformers import CompileConfig, PreTrainedModel, StaticCache
+from transformers import AutoModelForCausalLM, CompileConfig, PretrainedConfig, PreTrainedModel, StaticCache
 
 from caprese.adapters import attach_adapter, branch_parameters
 from caprese.efficient_methods import (
     EfficientFFN,
     Method,
+    Sparse,
     Tokens,
     applied_ffns,
     apply,
     calibrate,
     describe_methods,
+    methods_by_layer,
     needs_calibration,
     weights_saved,
 )
 from caprese.errors import CapreseError
+from caprese.evaluation.latency import TURN
 from caprese.evaluation.report import environment
 from caprese.inference import Form, fuse
 from caprese.inference.fused import Packed
 from caprese.kernels import triton_runs
-from caprese.models import active_parameters, find_ffns, unwrap
+from caprese.models import active_parameters, count_parameters, find_ffns, unwrap
 from caprese.progress import bar
 
 ROWS = ("dense", "dense_compiled", "efficient", "efficient_lora", "recovered", "fused", "fused_compiled")
-# Tokens that one row decodes before the next takes its turn: long enough that caches are warm, short enough that a slow
-# moment of the machine hits all alike. The first of each turn is not counted.
-_TURN = 5
 
 
 class _LoraStep(Packed):
@@ -138,7 +139,7 @@ class Bench:
         if prompt_tokens < 1 or new_tokens < 1:
             raise CapreseError("--prompt-tokens and --new-tokens start at 1")
         room = getattr(model.config, "max_position_embeddings", None)
-        if room is not None and prompt_tokens + new_tokens + 4 * _TURN > room:
+        if room is not None and prompt_tokens + new_tokens + 4 * TURN > room:
             raise CapreseError(f"{prompt_tokens} + {new_tokens} tokens do not fit this model's context of {room}")
         self.model, self.methods, self.rank, self.form = model, methods, rank, form
         self.prompt_tokens, self.new_tokens, self.rows, self.seed = prompt_tokens, new_tokens, rows, seed
@@ -197,7 +198,7 @@ class Bench:
         ids = self._tokens(batch, self.prompt_tokens)
         contenders = []
         steps = self.new_tokens
-        room = self.prompt_tokens + self.new_tokens + 4 * _TURN + steps // (_TURN - 1) + 8
+        room = self.prompt_tokens + self.new_tokens + 4 * TURN + steps // (TURN - 1) + 8
         with bar(f"batch {batch}: prefill and warm-up", len(self.rows), "rows") as advance:
             for name in self.rows:
                 contender = self._contender(name)
@@ -212,9 +213,9 @@ class Bench:
                 for offset in range(len(contenders)):  # nobody is always first
                     contender = contenders[(turn + offset) % len(contenders)]
                     contender.advance()
-                    for _ in range(min(_TURN - 1, steps - len(contender.times))):
+                    for _ in range(min(TURN - 1, steps - len(contender.times))):
                         contender.times.append(_milliseconds(self.device, contender.advance))
-                advance(min(_TURN - 1, steps - turn * (_TURN - 1)))
+                advance(min(TURN - 1, steps - turn * (TURN - 1)))
                 turn += 1
         return self._result(contenders, batch)
 
@@ -245,44 +246,19 @@ class Bench:
         if self.device.type == "cuda":
             contender.temporary = torch.cuda.max_memory_allocated() - before
 
-    def _saved(self, batch: int) -> int:
-        """Weights that a step of the whole batch does not read: what no sequence needs, each choosing for itself."""
-        saved = 0
-        for site in find_ffns(self.model):
-            own = [m.by_layer(self.layers)[site.index] for m in self.methods if site.index in m.by_layer(self.layers)]
-            chosen_apart = any(
-                m.acts_on & {"rows", "neurons", "inputs", "attention"} and not getattr(m, "shared_choice", False)
-                for m in own
-            )
-            if batch > 1 and chosen_apart:
-                own = [
-                    m.model_copy(update={"sparsity": m.level**batch}) if hasattr(m, "level") else m  # type: ignore
-                    for m in own
-                ]
-            saved += weights_saved(site, own)
-        return saved
-
-    def _reads(self, name: str, batch: int) -> int:
-        """Weights read for one step."""
-        dense = active_parameters(self.model)
-        if name.startswith("dense"):
-            return dense
-        efficient = dense - self._saved(batch)
-        if name == "efficient":
-            return efficient
-        touched = len({i for m in self.methods for i in m.by_layer(self.layers)})
-        return efficient + touched * 2 * find_ffns(self.model)[0].ffn.hidden_size * self.rank
+    def reads(self, name: str, batch: int) -> int:
+        return weights_read(self.model, self.methods, self.rank, name, batch)
 
     def _result(self, contenders: Sequence[Contender], batch: int) -> dict[str, Any]:
         by_name = {c.name: c for c in contenders}
         medians = {c.name: statistics.median(c.times) for c in contenders}
-        dense_bytes = self._reads("dense", batch) * self.dtype.itemsize
+        dense_bytes = self.reads("dense", batch) * self.dtype.itemsize
         rows = []
         for c in contenders:
             times = c.times * 2 if len(c.times) == 1 else c.times
             low, ttnt, high = statistics.quantiles(times, n=4)
             engine = "dense_compiled" if c.name.endswith("compiled") and "dense_compiled" in by_name else "dense"
-            read = self._reads(c.name, batch) * self.dtype.itemsize
+            read = self.reads(c.name, batch) * self.dtype.itemsize
             ratio = ttnt / medians[engine]
             rows.append(
                 {
@@ -302,7 +278,7 @@ class Bench:
             )
         return {
             "batch": batch,
-            "floor_ratio": self._reads("fused", batch) * self.dtype.itemsize / dense_bytes,
+            "floor_ratio": self.reads("fused", batch) * self.dtype.itemsize / dense_bytes,
             "rows": rows,
         }
 
@@ -331,6 +307,77 @@ def _held(contender: Contender) -> int:
     return sum(storages.values())
 
 
+def weights_read(model: nn.Module, methods: Sequence[Method], rank: int, row: str, batch: int = 1) -> int:
+    """Weights that one decode step of a row reads: its byte floor, over the size of a weight.
+
+    Where sequences choose for themselves, what none of them needs, as if their choices were independent.
+    """
+    dense = active_parameters(model)
+    if row.startswith("dense"):
+        return dense
+    sites = find_ffns(model)
+    saved = touched = 0
+    for index, own in methods_by_layer(methods, len(sites)).items():
+        left = [
+            m.model_copy(update={"sparsity": m.level**batch})
+            if isinstance(m, Sparse) and "width" not in m.acts_on and not getattr(m, "shared_choice", False)
+            else m
+            for m in own
+        ]
+        saved += weights_saved(sites[index], left)
+        touched += 1
+    branch = 0 if row == "efficient" else touched * 2 * sites[0].ffn.hidden_size * rank
+    return dense - saved + branch
+
+
+def bench_plan(
+    config: PretrainedConfig, methods: Sequence[Method], rank: int, dtype: torch.dtype, batches: Sequence[int]
+) -> dict[str, Any]:
+    """What `bench` would read and hold, without a weight."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    read = {row: weights_read(model, methods, rank, row) * dtype.itemsize for row in ("dense", "efficient", "fused")}
+    floors = {
+        b: weights_read(model, methods, rank, "fused", b) / weights_read(model, methods, rank, "dense") for b in batches
+    }
+    return {
+        "method": describe_methods(methods),
+        "model_bytes": count_parameters(model) * dtype.itemsize,
+        **{f"bytes_per_token_{row}": size for row, size in read.items()},
+        **{f"floor_ratio_batch_{b}": round(floor, 4) for b, floor in floors.items()},
+    }
+
+
+def describe_bench(result: dict[str, Any]) -> list[Any]:
+    """The result as tables, one for each batch size."""
+    parts: list[Any] = []
+    for each in result.get("batches") or [result]:
+        title = f"{result.get('shape', '')}  {result['method']}, rank {result['rank']}, {result['dtype']} on "
+        title += f"{result['device']}, batch {each['batch']}: byte floor {each['floor_ratio']:.3f} of dense"
+        table = Table(title=title, title_justify="left")
+        for column in ("", "TTNT ms", "±", "tokens/s", "of dense, same engine", "of dense eager", "MB/token"):
+            table.add_column(column, justify="right" if column else "left")
+        table.add_column("efficiency", justify="right")
+        table.add_column("holds GB", justify="right")
+        for row in each["rows"]:
+            table.add_row(
+                row["name"],
+                f"{row['ttnt_ms']:.2f}",
+                f"{row['spread_ms'] / 2:.2f}",
+                f"{row['tokens_per_second']:.1f}",
+                f"{row['ratio_same_engine']:.3f}",
+                f"{row['ratio_dense_eager']:.3f}",
+                f"{row['bytes_per_token'] / 1e6:.0f}",
+                f"{row['efficiency']:.2f}",
+                f"{row['peak_bytes'] / 1e9:.2f}",
+            )
+        parts.append(table)
+    parts.append(
+        "efficiency: the byte floor's ratio over the measured one, in the same engine; 1 is all that can be had"
+    )
+    return parts
+
+
 def bench(model: PreTrainedModel, methods: Sequence[Method], batches: Sequence[int] = (1,), **how: Any) -> dict:
     """Time to next token of dense, efficient and recovered, eager and compiled, taking turns token by token.
 
@@ -340,8 +387,8 @@ def bench(model: PreTrainedModel, methods: Sequence[Method], batches: Sequence[i
         batches: sequences decoded together, one measurement for each.
         how: see `Bench`.
 
-    Returns: the facts of the run, and floor_ratio and rows of the first batch size; all of them under "batches" if there
-    is more than one. Times in ms are medians, spread_ms the interquartile range; bytes are of weights; efficiency is
+    Returns: the facts of the run, and floor_ratio and rows of the first batch size; if there are several, all of them
+    under "batches". Times in ms are medians, spread_ms the interquartile range; bytes are of weights; efficiency is
     the row's byte floor ratio over its measured ratio to dense in the same engine.
 
     Raises:

@@ -279,9 +279,8 @@ def _fits(wrapper: EfficientFFN) -> dict[str, Callable[[EfficientFFN], Step]]:
     acting = every - {"width", "attention"}
     if conv or wrapper.view.part("down").__class__ is not nn.Linear:
         return forms
-    if acting == {"rows"} or (acting == {"neurons"} and gated):
-        forms["indexed"] = Indexed
-    elif acting == {"inputs"} and gated and base and not wrapper.view.fused:
+    able = {"rows": True, "neurons": gated, "inputs": gated and base and not wrapper.view.fused}
+    if len(acting) == 1 and able.get(next(iter(acting)), False):
         forms["indexed"] = Indexed
     return forms
 

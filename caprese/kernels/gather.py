@@ -11,8 +11,11 @@ Sums are taken in float32 (float64 inputs: float64), results returned in x's typ
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +23,10 @@ import torch.nn.functional as F
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton interprets its kernels on the CPU; Triton itself reads this when it is imported."""
 
-triton_gather = None
+triton_gather: Any = None
 if INTERPRET or torch.version.cuda or torch.version.hip:
-    try:
-        from caprese.kernels import triton_gather  # type: ignore[no-redef]
-    except ImportError:  # Triton is not everywhere torch is
-        triton_gather = None
+    with contextlib.suppress(ImportError):  # Triton is not everywhere torch is
+        triton_gather = importlib.import_module("caprese.kernels.triton_gather")
 
 MAX_BATCH = 16
 """Sequences a kernel takes; above, products are no longer bound by memory and the reference serves."""
@@ -151,9 +152,14 @@ def reference_input_sparse(
 # What callers use.
 
 
+def triton_runs(device: torch.device) -> bool:
+    """Whether the kernels run on this device."""
+    return triton_gather is not None and (device.type == "cuda" or INTERPRET)
+
+
 def _uses_triton(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """On a GPU (or interpreted), unless a gradient is wanted or there is much to do, which the reference is for."""
-    if triton_gather is None or not (x.is_cuda or INTERPRET) or x.dtype == torch.float64 or len(x) > MAX_BATCH:
+    if not triton_runs(x.device) or x.dtype == torch.float64 or len(x) > MAX_BATCH:
         return False
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)))
 
@@ -235,7 +241,7 @@ def gate_up(
         _check_weight("a", a, x, x.shape[0], k)
     if not _uses_triton(x, gate, up, left, gate_bias, up_bias, a):
         return reference_gate_up(x, gate, up, index, act, left, gate_bias, up_bias, count, a)
-    return triton_gather.gate_up(x, gate, up, index, act, left, gate_bias, up_bias, count, a)  # type: ignore
+    return triton_gather.gate_up(x, gate, up, index, act, left, gate_bias, up_bias, count, a)
 
 
 def cats_select(
@@ -258,7 +264,7 @@ def cats_select(
     _check(good, f"threshold: expected one or [{x.shape[0]}], got {list(threshold.shape)}")
     if not _uses_triton(x, gate, gate_bias):
         return reference_cats_select(x, gate, threshold, act, gate_bias)
-    return triton_gather.cats_select(x, gate, threshold, act, gate_bias)  # type: ignore
+    return triton_gather.cats_select(x, gate, threshold, act, gate_bias)
 
 
 def down(
@@ -291,7 +297,7 @@ def down(
     _check_vector("bias", bias, down.shape[1])
     if not _uses_triton(z, down, right, bias):
         return reference_down(z, down, index, right, bias, count)
-    return triton_gather.down(z, down, index, right, bias, count, atomic)  # type: ignore
+    return triton_gather.down(z, down, index, right, bias, count, atomic)
 
 
 def input_sparse(
@@ -314,4 +320,4 @@ def input_sparse(
     _check_vector("bias", bias, weight_t.shape[1])
     if not _uses_triton(x, weight_t, bias):
         return reference_input_sparse(x, weight_t, threshold, bias)
-    return triton_gather.input_sparse(x, weight_t, threshold, bias)  # type: ignore
+    return triton_gather.input_sparse(x, weight_t, threshold, bias)
