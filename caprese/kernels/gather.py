@@ -164,43 +164,45 @@ def _uses_triton(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)))
 
 
-def _check(fine: bool, message: str) -> None:
-    if not fine:
-        raise ValueError(message)
-
-
 def _check_weight(name: str, weight: torch.Tensor | None, x: torch.Tensor, rows: int | None, columns: int) -> None:
     """A weight [rows, columns], each row contiguous, of x's type."""
     if weight is None:
         return
-    wanted = f"{name}: expected [{'any' if rows is None else rows}, {columns}], got {list(weight.shape)}"
-    _check(weight.ndim == 2 and weight.shape[1] == columns and rows in (None, weight.shape[0]), wanted)
-    _check(columns == 1 or weight.stride(1) == 1, f"{name}: rows are not contiguous")
-    _check(weight.dtype == x.dtype, f"{name}: {weight.dtype}, but the input is {x.dtype}")
+    if weight.ndim != 2 or weight.shape[1] != columns or (rows is not None and weight.shape[0] != rows):
+        wanted = f"[{'any' if rows is None else rows}, {columns}]"
+        raise ValueError(f"{name}: expected {wanted}, got {list(weight.shape)}")
+    if columns > 1 and weight.stride(1) != 1:
+        raise ValueError(f"{name}: rows are not contiguous")
+    if weight.dtype != x.dtype:
+        raise ValueError(f"{name}: {weight.dtype}, but the input is {x.dtype}")
 
 
 def _check_vector(name: str, vector: torch.Tensor | None, size: int) -> None:
-    wanted = vector is None or tuple(vector.shape) == (size,)
-    _check(wanted, f"{name}: expected [{size}], got {None if vector is None else list(vector.shape)}")
+    if vector is not None and (vector.ndim != 1 or vector.shape[0] != size):
+        raise ValueError(f"{name}: expected [{size}], got {list(vector.shape)}")
 
 
 def _check_index(index: torch.Tensor | None, count: torch.Tensor | None, batch: int, rows: int) -> int:
     """k, the length of the list."""
     if index is None:
-        _check(count is None, "count: without an index there is no list to cut short")
+        if count is not None:
+            raise ValueError("count: without an index there is no list to cut short")
         return rows
-    good = index.ndim == 2 and index.shape[0] in (1, batch) and index.dtype in (torch.int32, torch.int64)
-    _check(good, f"index: expected int32 or int64 [1 or {batch}, k], got {index.dtype} {list(index.shape)}")
+    if index.ndim != 2 or index.shape[0] not in (1, batch) or index.dtype not in (torch.int32, torch.int64):
+        wanted = f"int32 or int64 [1 or {batch}, k]"
+        raise ValueError(f"index: expected {wanted}, got {index.dtype} {list(index.shape)}")
     _check_vector("count", count, index.shape[0])
     return index.shape[1]
 
 
 def _check_input(name: str, x: torch.Tensor) -> None:
-    _check(x.ndim == 2 and x.is_floating_point(), f"{name}: expected floats [B, any], got {x.dtype} {list(x.shape)}")
+    if x.ndim != 2 or not x.is_floating_point():
+        raise ValueError(f"{name}: expected floats [B, any], got {x.dtype} {list(x.shape)}")
 
 
 def _check_act(act: str) -> None:
-    _check(act in ACTIVATIONS, f"act: expected one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act: expected one of {', '.join(ACTIVATIONS)}, got {act!r}")
 
 
 def gate_up(
@@ -234,7 +236,8 @@ def gate_up(
     _check_weight("left", left, x, None, x.shape[1])
     if a is None:
         _check_weight("gate", gate, x, up.shape[0], x.shape[1])
-        _check(gate is not None or gate_bias is None, "gate_bias: there is no gate")
+        if gate is None and gate_bias is not None:
+            raise ValueError("gate_bias: there is no gate")
         _check_vector("gate_bias", gate_bias, up.shape[0])
     else:
         gate = gate_bias = None
@@ -260,8 +263,8 @@ def cats_select(
     _check_act(act)
     _check_weight("gate", gate, x, None, x.shape[1])
     _check_vector("gate_bias", gate_bias, gate.shape[0])
-    good = threshold.numel() in (1, x.shape[0])
-    _check(good, f"threshold: expected one or [{x.shape[0]}], got {list(threshold.shape)}")
+    if threshold.numel() not in (1, x.shape[0]):
+        raise ValueError(f"threshold: expected one or [{x.shape[0]}], got {list(threshold.shape)}")
     if not _uses_triton(x, gate, gate_bias):
         return reference_cats_select(x, gate, threshold, act, gate_bias)
     return triton_gather.cats_select(x, gate, threshold, act, gate_bias)
@@ -288,12 +291,14 @@ def down(
     Returns: [B, D].
     """
     _check_input("z", z)
-    _check(down.ndim == 2, f"down: expected [F, D], got {list(down.shape)}")
+    if down.ndim != 2:
+        raise ValueError(f"down: expected [F, D], got {list(down.shape)}")
     _check_weight("down", down, z, None, down.shape[1])
     _check_weight("right", right, z, None, down.shape[1])
     k = _check_index(index, count, z.shape[0], down.shape[0])
     wanted = k + (0 if right is None else right.shape[0])
-    _check(z.shape[1] == wanted, f"z: expected [B, {wanted}], got {list(z.shape)}")
+    if z.shape[1] != wanted:
+        raise ValueError(f"z: expected [B, {wanted}], got {list(z.shape)}")
     _check_vector("bias", bias, down.shape[1])
     if not _uses_triton(z, down, right, bias):
         return reference_down(z, down, index, right, bias, count)
@@ -314,9 +319,11 @@ def input_sparse(
     Returns: [B, N].
     """
     _check_input("x", x)
-    _check(weight_t.ndim == 2, f"weight_t: expected [D, N], got {list(weight_t.shape)}")
+    if weight_t.ndim != 2:
+        raise ValueError(f"weight_t: expected [D, N], got {list(weight_t.shape)}")
     _check_weight("weight_t", weight_t, x, x.shape[1], weight_t.shape[1])
-    _check(threshold.numel() == 1, f"threshold: expected one, got {list(threshold.shape)}")
+    if threshold.numel() != 1:
+        raise ValueError(f"threshold: expected one, got {list(threshold.shape)}")
     _check_vector("bias", bias, weight_t.shape[1])
     if not _uses_triton(x, weight_t, bias):
         return reference_input_sparse(x, weight_t, threshold, bias)
