@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/reselection.json"))
     args = parser.parse_args()
     base, tokenizer = caprese.load_base(args.model)
-    model: Any = caprese.load(base, args.adapter)
+    model: Any = caprese.load(base, args.adapter, fused=True)
     paths = sorted((Path(args.adapter) / "samples").glob("test-*.parquet"))
     prompts = [s for path in paths for s in read_shard(path)][: args.prompts]
     settings = Samples(max_new_tokens=args.new_tokens, batch_size=1)

@@ -327,3 +327,24 @@ def test_static_caches_take_turns_compiled() -> None:
     caprese.fuse(model)
     for a, b in zip(turns(COMPILE), before, strict=True):
         same(a, b)
+
+
+@pytest.mark.slow
+def test_same_text_on_smollm2() -> None:
+    """32 prompts, 64 tokens each, float32: to the token."""
+    import reasoning_gym
+
+    model, tokenizer = caprese.load_base("smollm2-135m", dtype="float32")
+    model = attach_adapter(caprese.apply(model, caprese.Griffin(sparsity=0.5)), 32)
+    torch.manual_seed(0)
+    for parameter in branch_parameters(model):
+        parameter.data.normal_(0, 0.005)
+    data = reasoning_gym.create_dataset("gsm_symbolic", size=32, seed=0)
+    how: dict[str, Any] = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
+    for row in data:
+        ids = tokenizer(row["question"], return_tensors="pt").input_ids
+        before = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)
+        caprese.fuse(model)
+        after = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)
+        caprese.unfuse(model)
+        assert torch.equal(after, before)

@@ -1,0 +1,142 @@
+"""`caprese bench`: what it reports, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny
+from typer.testing import CliRunner
+
+import caprese
+from caprese.cli import app
+from caprese.efficient_methods import Griffin, Nf4
+from caprese.evaluation import ROWS, bench
+from caprese.evaluation.bench import weights_read
+from caprese.models import active_parameters, random_model, shape_config
+
+EAGER = [r for r in ROWS if not r.endswith("compiled")]
+
+
+def test_rows_and_ratios() -> None:
+    torch._dynamo.reset()
+    result = bench(tiny("llama"), [Griffin(sparsity=0.5)], rank=4, prompt_tokens=8, new_tokens=5)
+    assert [row["name"] for row in result["rows"]] == list(ROWS)
+    by_name = {row["name"]: row for row in result["rows"]}
+    assert result["rank"] == 4 and result["sparsity"] == 0.5 and result["dtype"] == "float32"
+    for row in result["rows"]:
+        engine = "dense_compiled" if row["name"].endswith("compiled") else "dense"
+        assert row["ttnt_ms"] > 0
+        assert row["ratio_same_engine"] == pytest.approx(row["ttnt_ms"] / by_name[engine]["ttnt_ms"])
+        assert row["ratio_dense_eager"] == pytest.approx(row["ttnt_ms"] / by_name["dense"]["ttnt_ms"])
+        floor = row["bytes_per_token"] / by_name["dense"]["bytes_per_token"]
+        assert row["efficiency"] == pytest.approx(floor / row["ratio_same_engine"])
+        assert row["peak_bytes"] > active_parameters(tiny("llama"))
+    assert result["floor_ratio"] == pytest.approx(
+        by_name["fused"]["bytes_per_token"] / by_name["dense"]["bytes_per_token"]
+    )
+    assert by_name["fused"]["selection_ms"] > 0 and by_name["fused_compiled"]["compile_s"] > 0
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny("llama")
+    ids = torch.arange(2, 12)[None]
+    before = model(input_ids=ids).logits
+    bench(model, [Griffin(sparsity=0.5)], rank=4, prompt_tokens=8, new_tokens=3, rows=EAGER)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    caprese.apply(model, caprese.Griffin())  # nothing is applied to it
+
+
+def test_floor_of_known_shapes() -> None:
+    """The byte floors that follow from the weights alone (arXiv 2505.07861's shapes)."""
+    with torch.device("meta"):
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_config(shape_config("llama-3.1-8b"))
+        small = AutoModelForCausalLM.from_config(shape_config("smollm2-135m"))
+    half = [Griffin(sparsity=0.5)]
+    dense = weights_read(model, half, 256, "dense")
+    assert weights_read(model, half, 256, "fused") / dense == pytest.approx(0.633, abs=1e-3)
+    assert weights_read(model, [caprese.Cats(sparsity=0.5)], 256, "fused") / dense == pytest.approx(0.76, abs=1e-2)
+    assert weights_read(small, half, 32, "fused") / weights_read(small, half, 32, "dense") == pytest.approx(
+        0.712, abs=1e-3
+    )
+
+
+def test_larger_batches_read_more() -> None:
+    model = tiny("llama")
+    own = [weights_read(model, [Griffin(sparsity=0.5)], 4, "fused", batch) for batch in (1, 2, 4, 16)]
+    shared = [weights_read(model, [Griffin(sparsity=0.5, shared_choice=True)], 4, "fused", b) for b in (1, 16)]
+    assert own == sorted(own) and own[0] < own[1] and shared[0] == shared[1] == own[0]
+    result = bench(model, [Griffin(sparsity=0.5)], (1, 2), rank=4, prompt_tokens=8, new_tokens=3, rows=EAGER)
+    assert [each["batch"] for each in result["batches"]] == [1, 2]
+    assert result["batches"][0]["floor_ratio"] < result["batches"][1]["floor_ratio"]
+
+
+def test_methods_without_rows() -> None:
+    result = bench(tiny("llama"), [Nf4()], rank=4, prompt_tokens=8, new_tokens=3, rows=["dense", "recovered", "fused"])
+    assert [row["name"] for row in result["rows"]] == ["dense", "recovered", "fused"]
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma-2-2b", "deepseek-r1-distill-qwen-1.5b"])
+def test_random_weights_make_sense(name: str) -> None:
+    config = shape_config(name)
+    config.num_hidden_layers, config.vocab_size = 1, 64
+    config.layer_types = getattr(config, "layer_types", None) and config.layer_types[:1]
+    model = random_model(config)
+    logits = model(input_ids=torch.arange(5, 15)[None]).logits
+    assert torch.isfinite(logits).all() and logits.std() > 1e-3
+    assert torch.equal(logits, random_model(config)(input_ids=torch.arange(5, 15)[None]).logits)
+
+
+def run(*args: str) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["bench", *args])
+    return done.exit_code, done.output
+
+
+def test_command_line(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "model")
+    from conftest import byte_tokenizer
+
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    model = ("--model", str(tmp_path / "model"), "--rank", "4")
+    size = ("--prompt-tokens", "8", "--new-tokens", "3", "--no-compile", "--dtype", "float32", "--device", "cpu")
+    code, out = run(*model, *size, "--json", "--output", str(tmp_path / "out"))
+    assert code == 0, out
+    result = json.loads(out)
+    assert set(result) >= {"shape", "device", "dtype", "method", "sparsity", "rank", "floor_ratio", "rows", "command"}
+    assert [row["name"] for row in result["rows"]] == EAGER
+    assert json.loads((tmp_path / "out" / "bench.json").read_text())["rows"] == result["rows"]
+    assert (tmp_path / "out" / "bench.png").stat().st_size > 5000
+    code, out = run(*model, *size, "--batch", "1,2", "--output", str(tmp_path / "two"))
+    assert code == 0 and "byte floor" in out and (tmp_path / "two" / "bench.png").exists()
+
+
+def test_dry_run_needs_no_weights() -> None:
+    code, out = run("--random-weights", "llama-3.1-8b", "--dtype", "bfloat16", "--dry-run", "--json")
+    assert code == 0
+    assert json.loads(out)["floor_ratio_batch_1"] == pytest.approx(0.633, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ([], "which model?"),
+        (["--random-weights", "llama-9"], "no known shape 'llama-9'; known: "),
+        (["--random-weights", "smollm2-135m", "--model", "x/y"], "not both"),
+        (["--random-weights", "smollm2-135m", "--batch", "two"], "--batch 'two'"),
+        (["--random-weights", "smollm2-135m", "--batch", "0"], "--batch takes numbers from 1"),
+        (["--random-weights", "smollm2-135m", "--rows", "fused"], "leave it in --rows"),
+        (["--random-weights", "smollm2-135m", "--rows", "dense,fast"], "no row fast"),
+        (["--random-weights", "smollm2-135m", "--new-tokens", "0"], "start at 1"),
+        (["--random-weights", "smollm2-135m", "--prompt-tokens", "131072"], "do not fit this model's context"),
+        (["--random-weights", "smollm2-135m", "--sparsity", "1.5"], "sparsity"),
+        (["--random-weights", "smollm2-135m", "--rank", "577", "--rows", "dense,fused"], "rank 577"),
+        (["--random-weights", "smollm2-135m", "--form", "best"], "no form 'best'"),
+    ],
+)
+def test_bad_input(args: list[str], says: str) -> None:
+    code, out = run(*args)
+    assert code == 1 and says in " ".join(out.split())
