@@ -128,6 +128,7 @@ def attention_hooks(site: Site, wrapper: EfficientFFN) -> list[Callable[[], None
             for method in methods:
                 x = method.attention_input(x, number, getattr(wrapper, f"fixed_{method.name}", None))
             if current is not None and current.prompt is not None:
+                assert current.completion is not None
                 x = torch.where(current.completion.unsqueeze(-1), x, args[0])
             return (x, *args[1:])
 

@@ -69,8 +69,9 @@ class _LoraStep(Packed):
             z = self.act(gate + self._lora("gate", x)) * (up + self._lora("up", x))
         else:
             z = self.act(h + self._lora("up", x))
-        if self.mask is not None:
-            z = z * self.mask
+        mask: Any = self.mask
+        if mask is not None:
+            z = z * mask
         return F.linear(z, self.second, self.second_bias) + self._lora("down", z)  # type: ignore[arg-type]
 
 
@@ -182,7 +183,7 @@ class Bench:
         bare = unwrap(model)
         step: Callable[..., Any] = bare
         if name.endswith("compiled"):
-            config = CompileConfig(fullgraph=True, mode="reduce-overhead" if self.device.type == "cuda" else None)
+            config = CompileConfig(fullgraph=True, mode="reduce-overhead" if self.device.type == "cuda" else "default")
             bare.generation_config.compile_config = config
             step = bare.get_compiled_call(config)
         return Contender(name, bare, step)

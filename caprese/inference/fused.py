@@ -118,15 +118,13 @@ class Packed(Step):
     def _fill(self, choices: list[tuple[Method, torch.Tensor | None]], branch: Any) -> None:
         (wrapper,) = self.wrapper
         w = wrapper.start.weights()
-        rows = [choice for m, choice in choices if m.acts_on == {"rows"} and choice is not None]
+        rows = _rows(choices)
         masks = [(m, choice) for m, choice in choices if "neurons" in m.acts_on]
-        index, own = None, None
-        if rows:
-            both = rows[0]
-            for choice in rows[1:]:
-                both = both & choice
-            index = both.any(0).flatten().nonzero().squeeze(-1)
-            own = both[..., index] if len(both) > 1 else None
+        index: torch.Tensor | None = None
+        own: torch.Tensor | None = None
+        if rows is not None:
+            index = rows.any(0).flatten().nonzero().squeeze(-1)
+            own = rows[..., index] if len(rows) > 1 else None
         self.width = w.up.shape[0] if index is None else len(index)
         self._hold("mask", own)
         self.methods = [m for m, _ in masks]
@@ -162,13 +160,19 @@ class Packed(Step):
             a = self.act(gate)
             u[..., :k] = a
         z = u[..., :k]
-        if self.mask is not None:
-            z.mul_(self.mask)
+        mask: Any = self.mask
+        if mask is not None:
+            z.mul_(mask)
         for i, method in enumerate(self.methods):
             keep = method.keep(a, z, getattr(self, f"choice_{i}"))
             if keep is not None:
                 z.mul_(keep)
         return F.linear(u, self.second, self.second_bias)  # type: ignore[arg-type]
+
+
+def _rows(choices: list[tuple[Method, torch.Tensor | None]]) -> torch.Tensor | None:
+    """The choice by sequence, bool [S, 1, F], if a method makes one; two such do not compose."""
+    return next((choice for m, choice in choices if m.acts_on == {"rows"}), None)
 
 
 def _take(out: torch.Tensor, weight: torch.Tensor, index: torch.Tensor | None, dim: int) -> None:
@@ -191,10 +195,13 @@ class InPlace(Step):
         (wrapper,) = self.wrapper
         choices = [(m, getattr(self, f"choice_{i}")) for i, m in enumerate(self.methods)]
         y = sparse_down(wrapper.start, *wrapper.kept(x, wrapper.start, choices))
-        if self.left is None:
+        left: Any = self.left
+        right: Any = self.right
+        extra: Any = self.extra
+        if left is None:
             return y
-        flat = torch.addmm(y.flatten(0, 1), F.linear(x, self.left).flatten(0, 1), self.right)  # type: ignore[arg-type]
-        return (flat if self.extra is None else flat + self.extra).view_as(y)
+        flat = torch.addmm(y.flatten(0, 1), F.linear(x, left).flatten(0, 1), right)
+        return (flat if extra is None else flat + extra).view_as(y)
 
 
 class Indexed(Step):
@@ -220,17 +227,18 @@ class Indexed(Step):
     def _transposed(self) -> list[torch.Tensor]:
         """The weights that are read by input channel."""
         (wrapper,) = self.wrapper
-        if wrapper.start is not wrapper.view:
-            return [wrapper.start.down_weight]  # type: ignore[union-attr]
+        start: Any = wrapper.start
+        if start is not wrapper.view:
+            return [start.down_weight]
         return [wrapper.view.part(p).weight for p in (("gate", "up", "down") if self.kind == "inputs" else ("down",))]
 
     def _fill(self, choices: list[tuple[Method, torch.Tensor | None]], branch: Any) -> None:
         (wrapper,) = self.wrapper
         w = wrapper.start.weights()
-        rows = [choice for m, choice in choices if m.acts_on == {"rows"} and choice is not None]
+        rows = _rows(choices)
         index = None
-        if rows:  # exactly k in each row
-            index = rows[0].squeeze(1).nonzero()[:, 1].view(len(rows[0]), -1).int()
+        if rows is not None:  # exactly k in each row
+            index = rows.squeeze(1).nonzero()[:, 1].view(len(rows), -1).int()
         elif self.kind == "rows":
             index = torch.arange(len(w.up), device=w.up.device, dtype=torch.int32)[None]
         self._hold("index", index)
@@ -258,18 +266,19 @@ class Indexed(Step):
         a = count = None
         index: Any = self.index
         if self.kind == "neurons":
+            assert w.gate is not None
             a, index, count = kernels.cats_select(flat, w.gate, threshold.flatten(), self.act_name, w.gate_bias)
         biases = {"gate_bias": w.gate_bias, "up_bias": w.up_bias}
         z = kernels.gate_up(flat, w.gate, w.up, index, self.act_name, left=left, count=count, a=a, **biases)
         return kernels.down(z, w.down.T, index, right=right, bias=bias, count=count).view_as(x)
 
 
-def _fits(wrapper: EfficientFFN) -> dict[str, Callable[[EfficientFFN], Step]]:
+def _fits(wrapper: EfficientFFN) -> dict[Form, Callable[[EfficientFFN], Step]]:
     """The forms an applied FFN can take."""
     parts = [m.acts_on for m in wrapper.methods]
     every = frozenset().union(*parts)
     rows_chosen = "rows" in every or "width" in every
-    forms: dict[str, Callable[[EfficientFFN], Step]] = {
+    forms: dict[Form, Callable[[EfficientFFN], Step]] = {
         "packed": Packed if rows_chosen and not every & {"inputs", "weights"} else InPlace
     }
     if "weights" in every or kernels.activation_name(wrapper.start.act) is None:
@@ -341,7 +350,7 @@ def faster_form(wrapper: EfficientFFN) -> Form:
         return "packed"
     like = wrapper.view.part("down").weight
     x = torch.randn(1, 1, wrapper.view.hidden_size, dtype=like.dtype, device=like.device)
-    times: dict[str, float] = {}
+    times: dict[Form, float] = {}
     seen = Seen(0, x, *wrapper.view.neurons(x), torch.ones(1, 1, dtype=torch.bool, device=x.device))
     for name, make in forms.items():
         state = LayerState()
@@ -359,7 +368,7 @@ def faster_form(wrapper: EfficientFFN) -> Form:
         finally:
             step.restore()
         times[name] = begin.elapsed_time(end)
-    return min(times, key=times.__getitem__)  # type: ignore[return-value]
+    return min(times, key=times.__getitem__)
 
 
 def load(

@@ -29,7 +29,7 @@ if INTERPRET or torch.version.cuda or torch.version.hip:
         triton_gather = importlib.import_module("caprese.kernels.triton_gather")
 
 MAX_BATCH = 16
-"""Sequences a kernel takes; above, products are no longer bound by memory and the reference serves."""
+"""Sequences a kernel takes at once; more are taken in turn, each time reading the weights again."""
 
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -158,10 +158,19 @@ def triton_runs(device: torch.device) -> bool:
 
 
 def _uses_triton(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """On a GPU (or interpreted), unless a gradient is wanted or there is much to do, which the reference is for."""
-    if not triton_runs(x.device) or x.dtype == torch.float64 or len(x) > MAX_BATCH:
+    """On a GPU (or interpreted), unless a gradient is wanted or all is float64, which the reference is for."""
+    if not triton_runs(x.device) or x.dtype == torch.float64:
         return False
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)))
+
+
+def _turns(batch: int) -> list[slice]:
+    return [slice(start, start + MAX_BATCH) for start in range(0, batch, MAX_BATCH)]
+
+
+def _of(lists: torch.Tensor | None, turn: slice) -> torch.Tensor | None:
+    """What is one for each sequence, for some of them; what all share as it is."""
+    return lists if lists is None or lists.shape[0] == 1 else lists[turn]
 
 
 def _check_weight(name: str, weight: torch.Tensor | None, x: torch.Tensor, rows: int | None, columns: int) -> None:
@@ -244,7 +253,13 @@ def gate_up(
         _check_weight("a", a, x, x.shape[0], k)
     if not _uses_triton(x, gate, up, left, gate_bias, up_bias, a):
         return reference_gate_up(x, gate, up, index, act, left, gate_bias, up_bias, count, a)
-    return triton_gather.gate_up(x, gate, up, index, act, left, gate_bias, up_bias, count, a)
+    z = [
+        triton_gather.gate_up(
+            x[t], gate, up, _of(index, t), act, left, gate_bias, up_bias, _of(count, t), None if a is None else a[t]
+        )
+        for t in _turns(x.shape[0])
+    ]
+    return z[0] if len(z) == 1 else torch.cat(z)
 
 
 def cats_select(
@@ -267,7 +282,12 @@ def cats_select(
         raise ValueError(f"threshold: expected one or [{x.shape[0]}], got {list(threshold.shape)}")
     if not _uses_triton(x, gate, gate_bias):
         return reference_cats_select(x, gate, threshold, act, gate_bias)
-    return triton_gather.cats_select(x, gate, threshold, act, gate_bias)
+    threshold = threshold.reshape(-1)
+    found = [triton_gather.cats_select(x[t], gate, _of(threshold, t), act, gate_bias) for t in _turns(x.shape[0])]
+    if len(found) == 1:
+        return found[0]
+    a, index, count = zip(*found, strict=True)
+    return torch.cat(a), torch.cat(index), torch.cat(count)
 
 
 def down(
@@ -302,7 +322,8 @@ def down(
     _check_vector("bias", bias, down.shape[1])
     if not _uses_triton(z, down, right, bias):
         return reference_down(z, down, index, right, bias, count)
-    return triton_gather.down(z, down, index, right, bias, count, atomic)
+    y = [triton_gather.down(z[t], down, _of(index, t), right, bias, _of(count, t), atomic) for t in _turns(z.shape[0])]
+    return y[0] if len(y) == 1 else torch.cat(y)
 
 
 def input_sparse(
@@ -327,4 +348,5 @@ def input_sparse(
     _check_vector("bias", bias, weight_t.shape[1])
     if not _uses_triton(x, weight_t, bias):
         return reference_input_sparse(x, weight_t, threshold, bias)
-    return triton_gather.input_sparse(x, weight_t, threshold, bias)
+    y = [triton_gather.input_sparse(x[t], weight_t, threshold, bias) for t in _turns(x.shape[0])]
+    return y[0] if len(y) == 1 else torch.cat(y)

@@ -50,8 +50,8 @@ def shape_config(name: str) -> PretrainedConfig:
     """
     if name not in SHAPES:
         raise CapreseError(f"no known shape {name!r}; known: {', '.join(sorted(SHAPES))}")
-    facts = dict(SHAPES[name])
-    return CONFIG_MAPPING[facts.pop("model_type")](**facts, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    facts = {**SHAPES[name], "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    return CONFIG_MAPPING[facts.pop("model_type")](**facts)
 
 
 def random_model(
