@@ -299,6 +299,11 @@ class TestKernels:
         wide = torch.cat([c.down, c.down], 1)[:, :37]
         assert torch.equal(down(wanted, wide, c.index, c.right), down(wanted, c.down, c.index, c.right))
 
+    def test_no_sequence(self) -> None:
+        c = make(1)
+        z = gate_up(c.x[:0], c.gate, c.up, c.index, "silu", c.left)
+        assert z.shape == (0, 26) and down(z, c.down, c.index, c.right).shape == (0, 37)
+
     @pytest.mark.parametrize("own", [False, True])
     def test_more_sequences_than_a_kernel_takes(self, own: bool) -> None:
         c = make(19, own)

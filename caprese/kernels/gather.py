@@ -159,7 +159,7 @@ def triton_runs(device: torch.device) -> bool:
 
 def _uses_triton(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """On a GPU (or interpreted), unless a gradient is wanted or all is float64, which the reference is for."""
-    if not triton_runs(x.device) or x.dtype == torch.float64:
+    if not triton_runs(x.device) or x.dtype == torch.float64 or x.shape[0] == 0:
         return False
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)))
 
@@ -253,13 +253,13 @@ def gate_up(
         _check_weight("a", a, x, x.shape[0], k)
     if not _uses_triton(x, gate, up, left, gate_bias, up_bias, a):
         return reference_gate_up(x, gate, up, index, act, left, gate_bias, up_bias, count, a)
-    z = [
-        triton_gather.gate_up(
-            x[t], gate, up, _of(index, t), act, left, gate_bias, up_bias, _of(count, t), None if a is None else a[t]
-        )
-        for t in _turns(x.shape[0])
-    ]
-    return z[0] if len(z) == 1 else torch.cat(z)
+    if x.shape[0] <= MAX_BATCH:
+        return triton_gather.gate_up(x, gate, up, index, act, left, gate_bias, up_bias, count, a)
+    z = []
+    for t in _turns(x.shape[0]):
+        some = None if a is None else a[t]
+        z.append(gate_up(x[t], gate, up, _of(index, t), act, left, gate_bias, up_bias, _of(count, t), some))
+    return torch.cat(z)
 
 
 def cats_select(
@@ -282,10 +282,10 @@ def cats_select(
         raise ValueError(f"threshold: expected one or [{x.shape[0]}], got {list(threshold.shape)}")
     if not _uses_triton(x, gate, gate_bias):
         return reference_cats_select(x, gate, threshold, act, gate_bias)
-    threshold = threshold.reshape(-1)
-    found = [triton_gather.cats_select(x[t], gate, _of(threshold, t), act, gate_bias) for t in _turns(x.shape[0])]
-    if len(found) == 1:
-        return found[0]
+    if x.shape[0] <= MAX_BATCH:
+        return triton_gather.cats_select(x, gate, threshold, act, gate_bias)
+    each = threshold.reshape(-1)
+    found = [cats_select(x[t], gate, each if len(each) == 1 else each[t], act, gate_bias) for t in _turns(x.shape[0])]
     a, index, count = zip(*found, strict=True)
     return torch.cat(a), torch.cat(index), torch.cat(count)
 
@@ -322,8 +322,12 @@ def down(
     _check_vector("bias", bias, down.shape[1])
     if not _uses_triton(z, down, right, bias):
         return reference_down(z, down, index, right, bias, count)
-    y = [triton_gather.down(z[t], down, _of(index, t), right, bias, _of(count, t), atomic) for t in _turns(z.shape[0])]
-    return y[0] if len(y) == 1 else torch.cat(y)
+    if z.shape[0] <= MAX_BATCH:
+        return triton_gather.down(z, down, index, right, bias, count, atomic)
+    y = []
+    for t in _turns(z.shape[0]):
+        y.append(triton_gather.down(z[t], down, _of(index, t), right, bias, _of(count, t), atomic))
+    return torch.cat(y)
 
 
 def input_sparse(
@@ -348,5 +352,6 @@ def input_sparse(
     _check_vector("bias", bias, weight_t.shape[1])
     if not _uses_triton(x, weight_t, bias):
         return reference_input_sparse(x, weight_t, threshold, bias)
-    y = [triton_gather.input_sparse(x[t], weight_t, threshold, bias) for t in _turns(x.shape[0])]
-    return y[0] if len(y) == 1 else torch.cat(y)
+    if x.shape[0] <= MAX_BATCH:
+        return triton_gather.input_sparse(x, weight_t, threshold, bias)
+    return torch.cat([input_sparse(x[t], weight_t, threshold, bias) for t in _turns(x.shape[0])])
