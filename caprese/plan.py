@@ -54,6 +54,8 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     efficient = dense - sum(weights_saved(sites[i], each) for i, each in own.items())
     if recipe.target_active is not None:
         efficient = int(recipe.target_active * dense)
+    if recipe.reselect_every is not None:
+        efficient += round(dense / recipe.reselect_every)
     if recipe.rank == "auto":
         adapter = int(recipe.budget * base)
     elif recipe.rank > hidden:

@@ -183,6 +183,30 @@ def test_gradients_run_unfused() -> None:
     assert all(p.grad is not None for p in branch_parameters(model))
 
 
+def test_a_copy_is_on_its_own() -> None:
+    """A deep copy of an applied, fused model prefills, decodes and hooks into itself."""
+    model = recovered("llama", "griffin:0.5+teal:0.4:where=attention:greedy=false")
+    caprese.fuse(model)
+    before = answer(model, PROMPT)
+    twin = copy.deepcopy(model)
+    same(answer(twin, PROMPT), before)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(0.5)
+    expected = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter.mul_(0.5)
+    changed = answer(twin, PROMPT)
+    assert torch.equal(changed, answer(expected, PROMPT)) and (changed - before).abs().max() > 0.1
+    cache = DynamicCache()
+    with torch.no_grad():
+        same(changed[:, 0], twin(input_ids=PROMPT, past_key_values=cache).logits[:, -1])
+    caprese.remove(twin)
+    same(answer(model, PROMPT), before)
+    caprese.remove(model)
+
+
 def test_remove_undoes_fuse() -> None:
     model = tiny("llama")
     before = answer(model, PROMPT)

@@ -193,3 +193,49 @@ def test_a_shared_statistic_is_not_taken_apart_once_its_sequences_moved(tiny):
     cache.batch_select_indices(torch.tensor([0]))
     with pytest.raises(caprese.CapreseError, match="inside a prompt pass"):
         cache.crop(-2)
+
+
+def test_what_is_kept_does_not_grow_with_the_prompt() -> None:
+    """The way back holds the last tokens' activations, not the whole pass they came from."""
+    sizes = []
+    for length in (40, 400):
+        model = caprese.apply(tiny_llama(), caprese.Griffin(sparsity=0.5))
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(input_ids=torch.randint(2, 258, (1, length)), past_key_values=cache)
+        seen = cache.caprese_state.layer(0).tail
+        sizes.append(sum(t.untyped_storage().nbytes() for t in (seen.x, seen.a, seen.z, seen.mask)))
+    assert sizes[0] == sizes[1]
+
+
+def test_a_crop_to_the_first_prompt_after_many_passes() -> None:
+    """What is known there is kept however many passes follow; what is gone is said to be gone."""
+    model = caprese.apply(tiny_llama(), caprese.Griffin(sparsity=0.5), reselect_every=1)
+    ids = torch.randint(2, 258, (1, 120), generator=torch.Generator().manual_seed(0))
+
+    def grown(to: int) -> DynamicCache:
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(input_ids=ids[:, :8], past_key_values=cache)
+            for i in range(8, to):
+                model(input_ids=ids[:, i : i + 1], past_key_values=cache)
+        return cache
+
+    expected = grown(8).caprese_state.layer(0).statistics["griffin"]
+    cache = grown(120)
+    cache.crop(-112)
+    assert torch.equal(cache.caprese_state.layer(0).statistics["griffin"], expected)
+    with torch.no_grad():
+        model(input_ids=ids[:, 8:9], past_key_values=cache)
+    with pytest.raises(caprese.CapreseError, match=r"cropped to 20 tokens, and what was known .* is gone; crop to 8"):
+        grown(120).crop(-100)
+
+
+def test_many_candidates_may_be_rejected() -> None:
+    """Prompt lookup proposes 50 tokens at a time, and most are taken back."""
+    model = caprese.apply(tiny_llama(), caprese.Griffin(sparsity=0.5))
+    ids = torch.randint(2, 258, (1, 45), generator=torch.Generator().manual_seed(0)).repeat(1, 2)
+    how = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    out = model.generate(ids, prompt_lookup_num_tokens=50, **how)
+    with caprese.dense(model):
+        assert torch.equal(out, model.generate(ids, **how))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama
 from families import tiny as family
+from transformers import DynamicCache
 
 import caprese
 from caprese.adapters import attach_adapter, branch_parameters
@@ -14,6 +15,7 @@ from caprese.distill import make_batches
 from caprese.distill.batches import completion_hidden, lm_logits, prefill
 from caprese.efficient_methods import phases_of
 from caprese.errors import CapreseError
+from caprese.evaluation import parameter_counts, time_to_next_token
 
 
 def recovered(model: torch.nn.Module) -> torch.nn.Module:
@@ -89,3 +91,43 @@ def test_it_takes_a_positive_number(tiny):
     caprese.apply(tiny, caprese.Griffin())
     with pytest.raises(CapreseError, match="from 1"), caprese.reselection(tiny, -1):
         pass
+
+
+@pytest.mark.parametrize("between", ["dense", "without", "phases"])
+def test_passes_in_between_are_not_rewritten(between: str) -> None:
+    """Tokens decoded another way are no part of a block: reselection rewrites only what it noted, where it lies."""
+    model = caprese.apply(tiny_llama(), caprese.Griffin(sparsity=0.5), reselect_every=4)
+    ids = torch.randint(2, 258, (1, 20), generator=torch.Generator().manual_seed(0))
+    cache = DynamicCache()
+
+    def decode(first: int, count: int) -> None:
+        for i in range(first, first + count):
+            model(input_ids=ids[:, i : i + 1], past_key_values=cache)
+
+    with torch.no_grad():
+        model(input_ids=ids[:, :8], past_key_values=cache)
+        decode(8, 2)
+        if between == "phases":
+            with caprese.phases(model, [8]):
+                model(input_ids=ids[:, 10:15], past_key_values=cache)
+        else:
+            with caprese.dense(model) if between == "dense" else caprese.reselection(model, None):
+                decode(10, 5)
+        lower = cache.layers[0].keys.clone()  # of the first layer: they depend on token and place alone
+        decode(15, 5)
+        assert cache.get_seq_length() == 20
+        whole = DynamicCache()
+        with caprese.dense(model):
+            model(input_ids=ids, past_key_values=whole)
+    assert torch.equal(cache.layers[0].keys[:, :, :15], lower)
+    torch.testing.assert_close(cache.layers[0].keys, whole.layers[0].keys, atol=1e-5, rtol=1e-5)
+
+
+def test_time_counts_the_dense_passes() -> None:
+    model = caprese.apply(tiny_llama(), caprese.Griffin(sparsity=0.5))
+    alone = parameter_counts(model)
+    with caprese.reselection(model, 4):
+        counts = parameter_counts(model)
+        times = time_to_next_token(model, list(range(2, 10)), 4, ("dense", "efficient"))
+    assert counts["active_efficient"] == alone["active_efficient"] + round(alone["active_dense"] / 4)
+    assert set(times) == {"dense", "efficient"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -116,27 +117,27 @@ def attention_hooks(site: Site, wrapper: EfficientFFN) -> list[Callable[[], None
     if not methods:
         return undo
 
-    def before(number: int) -> Callable[..., Any]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            decodes = wrapper.phases.static and torch.compiler.is_compiling()
-            current = wrapper.phases.current
-            if not decodes and (
-                current is None or current.completion is None or not wrapper.phases.acts_on(wrapper.layer)
-            ):
-                return None
-            x = args[0]
-            for method in methods:
-                x = method.attention_input(x, number, getattr(wrapper, f"fixed_{method.name}", None))
-            if current is not None and current.prompt is not None:
-                assert current.completion is not None
-                x = torch.where(current.completion.unsqueeze(-1), x, args[0])
-            return (x, *args[1:])
-
-        return hook
-
     for number, linear in enumerate(site.attention_linears()):
-        undo.append(linear.register_forward_pre_hook(before(number)).remove)
+        undo.append(
+            linear.register_forward_pre_hook(functools.partial(_before_attention, wrapper, methods, number)).remove
+        )
     return undo
+
+
+def _before_attention(
+    wrapper: EfficientFFN, methods: list[Method], number: int, _: nn.Module, args: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    decodes = wrapper.phases.static and torch.compiler.is_compiling()
+    current = wrapper.phases.current
+    if not decodes and (current is None or current.completion is None or not wrapper.phases.acts_on(wrapper.layer)):
+        return None
+    x = args[0]
+    for method in methods:
+        x = method.attention_input(x, number, getattr(wrapper, f"fixed_{method.name}", None))
+    if current is not None and current.prompt is not None:
+        assert current.completion is not None
+        x = torch.where(current.completion.unsqueeze(-1), x, args[0])
+    return (x, *args[1:])
 
 
 def remove(model: nn.Module) -> nn.Module:

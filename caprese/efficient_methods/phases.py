@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from caprese.efficient_methods.base import Method
-from caprese.efficient_methods.state import State, keep_state, remember, rewind, state_of
+from caprese.efficient_methods.state import TAIL, State, keep_state, remember, rewind, state_of
 from caprese.errors import CapreseError
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class Pass:
     state: State
     shape: tuple[int, int]
     start: int = 0
+    tail: int = TAIL
+    """How many of the last tokens may be cropped away again."""
 
 
 class Phases:
@@ -74,44 +76,36 @@ class Phases:
             decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True).remove,
         ]
         # generate's chunked prefill may end in a chunk of one token, which alone looks like decoding
-        prefill = getattr(model, "_prefill", None)
-        if prefill is not None:
+        # bound methods, and no closures: a deep copy of the model then has its own
+        around = {
+            "_prefill": self._prefill,
+            "_get_candidate_generator": self._propose,
+            "get_compiled_call": self._compile,  # generate with a static cache compiles the decode step
+        }
+        for name, run in around.items():
+            if hasattr(model, name):
+                setattr(model, name, functools.partial(run, model, getattr(model, name)))
+                self.undo.append(functools.partial(delattr, model, name))
 
-            @functools.wraps(prefill)
-            def told(*args: Any, **kwargs: Any) -> Any:
-                assistant = not kwargs.get("is_first_iteration", True)  # goes on from tokens it generated
-                before, self.prefilling = self.prefilling, not assistant
-                try:
-                    return prefill(*args, **kwargs)
-                finally:
-                    self.prefilling = before
+    def _prefill(self, _: Any, prefill: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`generate`'s prompt is dense also where its last chunk is one token."""
+        assistant = not kwargs.get("is_first_iteration", True)  # goes on from tokens it generated
+        before, self.prefilling = self.prefilling, not assistant
+        try:
+            return prefill(*args, **kwargs)
+        finally:
+            self.prefilling = before
 
-            model._prefill = told
-            self.undo.append(lambda: delattr(model, "_prefill"))
-        # assisted decoding verifies what is proposed, and where nothing is, that pass too looks like decoding
-        propose = getattr(model, "_get_candidate_generator", None)
-        if propose is not None:
+    def _propose(self, _: Any, propose: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Assisted decoding verifies what is proposed; where nothing is, that pass too looks like decoding."""
+        proposer = propose(*args, **kwargs)
+        cache = kwargs.get("model_kwargs", {}).get("past_key_values")
+        if cache is not None:
+            setattr(cache, PROPOSER, weakref.ref(proposer))
+        return proposer
 
-            @functools.wraps(propose)
-            def proposing(*args: Any, **kwargs: Any) -> Any:
-                proposer = propose(*args, **kwargs)
-                cache = kwargs.get("model_kwargs", {}).get("past_key_values")
-                if cache is not None:
-                    setattr(cache, PROPOSER, weakref.ref(proposer))
-                return proposer
-
-            model._get_candidate_generator = proposing
-            self.undo.append(lambda: delattr(model, "_get_candidate_generator"))
-        # generate with a static cache compiles the decode step
-        compiled = getattr(model, "get_compiled_call", None)
-        if compiled is not None:
-
-            @functools.wraps(compiled)
-            def get_compiled_call(*args: Any, **kwargs: Any) -> Any:
-                return self._around(model, compiled(*args, **kwargs))
-
-            model.get_compiled_call = get_compiled_call
-            self.undo.append(lambda: delattr(model, "get_compiled_call"))
+    def _compile(self, model: Any, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self._around(model, compiled(*args, **kwargs))
 
     def detach(self) -> None:
         for undo in self.undo:
@@ -171,13 +165,14 @@ class Phases:
         if cache is not None:
             keep_state(cache, state)
         mask = kwargs.get("attention_mask")
+        proposer = getattr(cache, PROPOSER, lambda: None)()
         whole = torch.ones(batch, length, dtype=torch.bool, device=device)
         if self.prompt_lengths is not None:
             prompt, completion = self._split(mask, batch, past, length, device)
             if prompt is not None:
                 parts = [part for part in (prompt, completion) if part is not None]
                 _saw(state, torch.stack(parts).any(0), past)
-        elif past and length == 1 and not self.prefilling and getattr(cache, PROPOSER, lambda: None)() is None:
+        elif past and length == 1 and not self.prefilling and proposer is None:
             if self.reselect_every is not None and cache is not None:
                 self._note(decoder, cache, state, past, tokens, kwargs)
             prompt, completion = None, whole
@@ -185,7 +180,7 @@ class Phases:
             prompt, completion = _valid(mask, batch, past, length, device), None
             _saw(state, prompt, past)
         state.length, state.batch = past + length, batch
-        self.current = Pass(prompt, completion, state, (batch, length), past)
+        self.current = Pass(prompt, completion, state, (batch, length), past, max(TAIL, _proposed(proposer)))
 
     def _split(self, mask: Any, batch: int, past: int, length: int, device: torch.device) -> list[torch.Tensor | None]:
         """Prompt and completion tokens as `phases` was told."""
@@ -205,10 +200,12 @@ class Phases:
         """Take down one generated token; every `reselect_every` of them, send them through the dense model."""
         assert self.reselect_every is not None
         embedded = tokens.is_floating_point()
+        if state.pending and state.pending[-1][0] != past - 1:
+            state.pending, state.kept = [], {}  # something else ran in between: only what follows it can be rewritten
         if len(state.pending) >= self.reselect_every:
             count = len(state.pending)
-            inputs = torch.cat([t for t, _ in state.pending], 1)
-            positions = [p for _, p in state.pending if p is not None]
+            inputs = torch.cat([t for _, t, _ in state.pending], 1)
+            positions = [p for _, _, p in state.pending if p is not None]
             known = state.valid if state.valid is not None else inputs.new_ones(len(tokens), 0, dtype=torch.bool)
             gap = torch.ones(len(tokens), past - known.shape[1], dtype=torch.bool, device=tokens.device)
             again: dict[str, Any] = {"inputs_embeds" if embedded else "input_ids": inputs}
@@ -227,7 +224,7 @@ class Phases:
                 self.prefilling = before
         if not state.pending:
             state.kept = remember(cache)
-        state.pending.append((tokens, kwargs.get("position_ids")))
+        state.pending.append((past, tokens, kwargs.get("position_ids")))
 
     def _after(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.static and torch.compiler.is_compiling():
@@ -238,6 +235,12 @@ class Phases:
             keep_state(cache, current.state)
         if self.prompt_lengths is None:  # inside phases() it stays, so that gradient checkpointing can run it again
             self.current = None
+
+
+def _proposed(proposer: Any) -> int:
+    """Tokens (times sequences, of which there is one) that assisted decoding may take back after a pass."""
+    counts = [getattr(proposer, name, None) for name in ("num_output_tokens", "num_assistant_tokens")]
+    return 1 + max((int(count) for count in counts if count), default=0)
 
 
 def _saw(state: State, real: torch.Tensor, past: int) -> None:

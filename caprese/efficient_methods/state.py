@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ STATE = "caprese_state"
 # Tokens (times sequences) at the end of a pass whose activations are kept, so that a crop of a few tokens, as after
 # speculative verification, can be followed exactly.
 TAIL = 32
-# Passes to whose ends a cache can be cropped back.
-HISTORY = 256
+# Passes, beside the first, to whose ends a cache can be cropped back; each holds a copy of the statistics.
+HISTORY = 32
 Change = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -40,6 +40,10 @@ class Seen:
         cut = slice(begin, end)
         return Seen(self.start + begin, self.x[:, cut], self.a[:, cut], self.z[:, cut], self.mask[:, cut])
 
+    def own(self) -> Seen:
+        """A copy, which does not hold on to the rest of the pass."""
+        return Seen(self.start, self.x.clone(), self.a.clone(), self.z.clone(), self.mask.clone())
+
 
 @dataclass
 class LayerState:
@@ -51,17 +55,32 @@ class LayerState:
     #: (first token, end, statistics at the end) of the passes learned from
     history: list[tuple[int, int, dict[str, torch.Tensor]]] = field(default_factory=list)
     tail: Seen | None = None
+    #: end of the first pass
+    first_end: int = 0
+    #: where the passes lie whose ends are no longer known: (first token, end)
+    forgotten: tuple[int, int] | None = None
 
-    def learn(self, methods: list[Method], seen: Seen) -> None:
-        """Add a pass over prompt tokens."""
+    def learn(self, methods: list[Method], seen: Seen, tail: int = TAIL) -> None:
+        """Add a pass over prompt tokens, of which the last `tail` (over the batch) can be unlearned one by one."""
         tokens = seen.x.shape[1]
-        tail = max(0, tokens - max(1, TAIL // len(seen.x)))
+        if not self.history:
+            self.first_end = seen.start + tokens
+        tail = max(0, tokens - max(1, tail // len(seen.x)))
         for part in (seen.part(0, tail), seen.part(tail, tokens)):
             if part.x.shape[1]:
                 self._add(methods, part)
                 self.history.append((part.start, part.start + part.x.shape[1], dict(self.statistics)))
-                self.tail = part
-        del self.history[:-HISTORY]
+                self.tail = part.own()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop the oldest passes but the first, to which a conversation is most often cut back."""
+        first = sum(start < self.first_end for start, _, _ in self.history)
+        surplus = self.history[first:-HISTORY]
+        if surplus:
+            start = surplus[0][0] if self.forgotten is None else self.forgotten[0]
+            self.forgotten = (start, surplus[-1][1])
+            del self.history[first : first + len(surplus)]
 
     def _add(self, methods: list[Method], seen: Seen) -> None:
         self.choices, self.packed = {}, None
@@ -96,6 +115,15 @@ class LayerState:
             following -= 1
         if following == len(self.history) and (not following or self.history[-1][1] <= length):
             return  # only generated tokens went, which teach nothing
+        if self.forgotten is not None:
+            start, end = self.forgotten
+            if start < length < end:
+                raise CapreseError(
+                    f"the KV cache was cropped to {length} tokens, and what was known at passes {start}-{end} is gone; "
+                    f"crop to {start} or fewer tokens, or to {end} or more"
+                )
+            if length <= start:
+                self.forgotten = None
         kept = self.history[:following]
         split = kept.pop() if kept and kept[-1][1] > length else None
         if split is not None and (self.tail is None or self.tail.start != split[0]):
@@ -125,7 +153,7 @@ class LayerState:
             self.tail = Seen(t.start, change(t.x), change(t.a), change(t.z), change(t.mask))
 
     def fork(self) -> LayerState:
-        return LayerState(dict(self.statistics), dict(self.choices), self.packed, list(self.history), self.tail)
+        return replace(self, statistics=dict(self.statistics), choices=dict(self.choices), history=list(self.history))
 
 
 @dataclass
@@ -139,8 +167,8 @@ class State:
     batch: int = 0
     #: which tokens of the dense passes are real, [B, n]; every generated token is
     valid: torch.Tensor | None = None
-    #: inputs of the decoding passes since the last dense one, for reselection: (tokens or embeddings, positions)
-    pending: list[tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=list)
+    #: inputs of the decoding passes since the last dense one, for reselection: (place, tokens or embeddings, positions)
+    pending: list[tuple[int, torch.Tensor, torch.Tensor | None]] = field(default_factory=list)
     #: cache layers as they were when `pending` began, where they cannot be cropped
     kept: dict[int, Any] = field(default_factory=dict)
 
@@ -151,7 +179,7 @@ class State:
         """Follow a cache that became shorter."""
         for index, layer in self.layers.items():
             layer.crop(self.methods[index], length)
-        del self.pending[max(0, len(self.pending) - (self.length - length)) :]
+        self.pending = [entry for entry in self.pending if entry[0] < length]
         if self.valid is not None:
             self.valid = self.valid[:, :length]
         self.length = length
@@ -161,7 +189,9 @@ class State:
         for layer in self.layers.values():
             layer.change(change, self.batch)
         self.valid = None if self.valid is None else change(self.valid)
-        self.pending = [(change(t), p if p is None or len(p) != self.batch else change(p)) for t, p in self.pending]
+        self.pending = [
+            (at, change(t), p if p is None or len(p) != self.batch else change(p)) for at, t, p in self.pending
+        ]
         for layer in self.kept.values():
             layer.keys, layer.values = change(layer.keys), change(layer.values)
         self.batch = len(change(torch.zeros(self.batch)))

@@ -109,7 +109,7 @@ class EfficientFFN(nn.Module):
         with torch.no_grad():
             seen_a, seen_z = (a, z) if (rows := self.rows) is None else (a[..., rows], z[..., rows])
             seen = Seen(current.start, x.detach(), seen_a.detach(), seen_z.detach(), current.prompt)
-            state.learn(self.learners, seen)
+            state.learn(self.learners, seen, current.tail)
         return self.view.down(z)
 
     def choices(self, state: LayerState, batch: int) -> list[torch.Tensor | None]:
