@@ -301,36 +301,53 @@ def _prepare(
     state: Path,
     identity: str,
 ) -> tuple[tuple[Method, ...], dict[str, torch.Tensor] | None]:
-    """What the methods learn from samples: their calibration, and with sparsity auto how much each layer gets."""
+    """What the methods learn from samples: their calibration, and with sparsity auto how much each layer gets.
+
+    Every process goes on from what the main one wrote, which its own may miss by a rounding.
+    """
     if recipe.sparsity != "auto" and not needs_calibration(methods):
         return methods, None
     path = state / "methods.safetensors"
+    exists = path.exists()
+    PartialState().wait_for_everyone()  # all have looked before the first can write
     with _stage(state, "calibration", 2) as stage:
-        if path.exists():
-            tensors, facts = read_tensors(path, _AGAIN)
-            if facts["identity"] != identity:
-                raise CapreseError(f"{path} belongs to another recipe; delete it and run again")
-            return compose([make_method(f) for f in facts["methods"]]), tensors or None
-        rows = make_batches(samples["train"][: recipe.calibration_samples], recipe.layerwise.batch_size)
-        if recipe.sparsity == "auto":
-            one = methods[0]
-            assert isinstance(one, Sparse)
-            held_out = make_batches(samples["validation"], recipe.layerwise.batch_size)
-            sensitivity = Sensitivity(model, one, rows, held_out, recipe.end_to_end.cache_gigabytes)
-            with bar("2/4 sensitivity", len(LEVELS) * len(sensitivity.sites), "layers") as advance:
-                target = {"target_kl": recipe.target_kl, "target_active": recipe.target_active}
-                methods = (allocate_sparsity(sensitivity, advance=advance, **target),)
-        calibration: dict[str, torch.Tensor] = {}
-        if needs_calibration(methods):
-            learners = sum(m.learns == "samples" for m in methods)
-            with bar("2/4 calibration", learners * len(rows), "batches") as advance:
-                calibration = calibrate(model, methods, [batch.whole() for batch in rows], advance)
-        if PartialState().is_main_process:
-            chosen = [{"name": m.name, **m.model_dump(mode="json")} for m in methods]
-            write_tensors(path, calibration, {"identity": identity, "methods": chosen})
-        PartialState().wait_for_everyone()
+        if not exists:
+            _learn(model, methods, samples, recipe, path, identity)
+        tensors, facts = read_tensors(path, _AGAIN)
+        if facts["identity"] != identity:
+            raise CapreseError(f"{path} belongs to another recipe; delete it and run again")
+        methods = compose([make_method(f) for f in facts["methods"]])
         stage.update(note=describe_methods(methods))
-        return methods, calibration or None
+    return methods, tensors or None
+
+
+def _learn(
+    model: nn.Module,
+    methods: tuple[Method, ...],
+    samples: Mapping[str, list[Sample]],
+    recipe: Recipe,
+    path: Path,
+    identity: str,
+) -> None:
+    """Write what `_prepare` reads."""
+    rows = make_batches(samples["train"][: recipe.calibration_samples], recipe.layerwise.batch_size)
+    if recipe.sparsity == "auto":
+        one = methods[0]
+        assert isinstance(one, Sparse)
+        held_out = make_batches(samples["validation"], recipe.layerwise.batch_size)
+        sensitivity = Sensitivity(model, one, rows, held_out, recipe.end_to_end.cache_gigabytes)
+        with bar("2/4 sensitivity", len(LEVELS) * len(sensitivity.sites), "layers") as advance:
+            target = {"target_kl": recipe.target_kl, "target_active": recipe.target_active}
+            methods = (allocate_sparsity(sensitivity, advance=advance, **target),)
+    calibration: dict[str, torch.Tensor] = {}
+    if needs_calibration(methods):
+        learners = sum(m.learns == "samples" for m in methods)
+        with bar("2/4 calibration", learners * len(rows), "batches") as advance:
+            calibration = calibrate(model, methods, [batch.whole() for batch in rows], advance)
+    if PartialState().is_main_process:
+        chosen = [{"name": m.name, **m.model_dump(mode="json")} for m in methods]
+        write_tensors(path, calibration, {"identity": identity, "methods": chosen})
+    PartialState().wait_for_everyone()
 
 
 def _moments(

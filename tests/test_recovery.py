@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import caprese
 from caprese import recovery
-from caprese.data_gen import read_shard
+from caprese.data_gen import Sample, read_shard
 from caprese.models import Base
 from caprese.recipes import Recipe, resolve_recipe
 
@@ -206,7 +206,7 @@ def test_two_processes_do_the_work_of_one(command, unbroken, tmp_path):
     assert two["samples"] == one["samples"]
 
 
-# Two processes that disagree wherever they can: rank 1 looks late, fits other branches and finds others best.
+# Two processes that disagree wherever they can: rank 1 looks late, calibrates and measures otherwise, fits other branches and finds others best.
 DIVIDED = textwrap.dedent(
     """
     import hashlib, json, os, sys, time
@@ -219,6 +219,7 @@ DIVIDED = textwrap.dedent(
     from caprese.evaluation import report
 
     rank, notes = int(os.environ["RANK"]), {}
+    prepare, calibrate = recovery._prepare, recovery.calibrate
     layerwise, end_to_end, kl, fit, timed = (
         recovery._layerwise, recovery._end_to_end, HeldOut.kl, recovery.fit_adam, report.time_to_next_token
     )
@@ -226,6 +227,12 @@ DIVIDED = textwrap.dedent(
     def digest(model):
         parts = [value.numpy().tobytes() for _, value in sorted(get_branches(model).items())]
         return hashlib.sha256(b"".join(parts)).hexdigest()
+
+    def prepared(*args):
+        time.sleep(2 * rank)
+        methods, calibration = prepare(*args)
+        notes.update(methods=str(methods), calibration={k: float(v) for k, v in calibration.items()})
+        return methods, calibration
 
     def late(*args):
         time.sleep(2 * rank)
@@ -242,6 +249,8 @@ DIVIDED = textwrap.dedent(
         notes.update(timed=True)
         return timed(*args)
 
+    recovery._prepare = prepared
+    recovery.calibrate = lambda *args: {k: v * (1 + 0.01 * rank) for k, v in calibrate(*args).items()}
     recovery._layerwise, recovery._end_to_end, report.time_to_next_token = late, after, latency
     recovery.fit_adam = lambda model, batches, config, seed, advance: fit(model, batches, config, seed + rank, advance)
     HeldOut.kl = lambda self: kl(self) + (rank and 0.1 * time.monotonic() % 1)
@@ -261,6 +270,7 @@ def test_processes_go_on_from_the_first_ones_branches(command, tmp_path):
     (out / ".state" / "identity.json").write_text('{"identity": "other"}')
     recipe = yaml.safe_load(Path(command[2]).read_text()) | {"evaluation": {"latency_tokens": 3, "batch_size": 4}}
     recipe["layerwise"] |= {"how": "adam", "epochs": 2}
+    recipe |= {"method": "cats", "threshold": "calibrated", "sparsity": "auto", "target_active": 0.9}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29573", str(script)]
     flags = ["recover", "--recipe", str(tmp_path / "recipe.yaml"), "--overwrite", "--json", "--output", str(out)]
@@ -276,6 +286,23 @@ def test_processes_go_on_from_the_first_ones_branches(command, tmp_path):
     assert first.pop("timed") and "timed" not in second
     assert first == second
     assert json.loads((out / "report.json").read_text())["latency"]["dense"]["ttnt_ms"] > 0
+
+
+@pytest.mark.parametrize("sparsity", ["auto", 0.5])
+def test_what_was_learned_is_read_back(small_recipe, tmp_path, monkeypatch, sparsity):
+    target = {"target_active": 0.9} if sparsity == "auto" else {}
+    recipe = small_recipe.model_copy(update={"method": "static", "sparsity": sparsity, **target})
+    generator = torch.Generator().manual_seed(3)
+    rows = [Sample(torch.randint(2, 258, (20,), generator=generator).tolist(), 8, "", "") for _ in range(8)]
+    arguments = tiny_llama(), recipe.make_methods(), {"train": rows, "validation": rows[:4]}, recipe, tmp_path, "id"
+    methods, calibration = recovery._prepare(*arguments)
+    monkeypatch.setattr(recovery, "_learn", None)
+    again, known = recovery._prepare(*arguments)
+    assert again == methods and known.keys() == calibration.keys() and len(known) == len(methods[0].by_layer(3))
+    assert all(torch.equal(known[name], choice) for name, choice in calibration.items())
+    assert [s["note"] for s in json.loads((tmp_path / "stages.json").read_text())] == [str(methods[0])]
+    with pytest.raises(caprese.CapreseError, match="belongs to another recipe"):
+        recovery._prepare(*arguments[:-1], "other")
 
 
 def test_a_stage_takes_as_long_as_all_its_attempts(tmp_path, monkeypatch):
