@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama
+from families import tiny as family
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +29,7 @@ from caprese.distill.layerwise import Moments
 from caprese.distill.losses import hidden_kl, hidden_mse, kl_divergence
 from caprese.distill.sequential import fit_sequential
 from caprese.efficient_methods import Cats, Griffin, applied_ffns
+from caprese.efficient_methods.state import state_of
 from caprese.evaluation import fidelity, layer_errors
 
 METHODS = {"griffin": Griffin, "cats": Cats}
@@ -251,6 +253,17 @@ def test_end_to_end_that_does_not_help_is_not_kept(tmp_path):
     config = EndToEnd(epochs=1, learning_rate=30.0, batch_size=8, clip=1e6)
     best, _, _ = train(adapted, make_batches(SAMPLES, 8), held, config, 0, tmp_path / "s", "id", held.kl())
     assert all(torch.equal(before[n], v) for n, v in get_branches(adapted).items()) and best == held.kl()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_the_memory_of_what_comes_before_a_completion(kind):
+    model = caprese.apply(family(kind), caprese.Griffin(sparsity=0.5), reselect_every=3)
+    (batch,) = make_batches([Sample(list(range(2, 22)), 6, "", "")], 1)
+    context = prefill(model, batch)
+    tensors = [t for _, _, cache in context.blocks for layer in cache.layers for t in (layer.keys, layer.values)]
+    own = {t.data_ptr(): t.nbytes for t in sorted(tensors, key=lambda t: t.nbytes)}
+    states = sum(state_of(cache).nbytes for _, _, cache in context.blocks)
+    assert len(context.blocks) == 5 and context.nbytes == sum(own.values()) + states
 
 
 def test_branches_of_unequal_rank_with_bias(tmp_path):

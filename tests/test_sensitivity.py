@@ -66,6 +66,13 @@ def test_the_kl_measured_with_all_layers_is_within_the_target():
         allocate_sparsity(sensitivity(Griffin()), target_kl=1e-9)
 
 
+@pytest.mark.parametrize("target", [{"target_active": 0.9}, {"target_kl": 0.1}])
+def test_a_method_that_saves_nothing_is_refused(target, monkeypatch):
+    monkeypatch.setattr(Cats, "reads", lambda self, reads: reads)
+    with pytest.raises(CapreseError, match="cats saves no weights"):
+        allocate_sparsity(sensitivity(Cats()), **target)
+
+
 @pytest.mark.parametrize("target", [{"target_active": 0.85}, {"target_kl": 0.1}])
 def test_recover_with_sparsity_auto(small_recipe, target):
     recipe = small_recipe.model_copy(update={"sparsity": "auto", "model": "tiny", **target})

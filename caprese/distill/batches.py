@@ -92,7 +92,9 @@ class Context:
 
     @property
     def nbytes(self) -> int:
-        layers: list[Any] = self.blocks[-1][2].layers
+        # the others share the longest cache's tensors, but for sliding windows; see `prefill`
+        each: list[list[Any]] = [cache.layers for _, _, cache in self.blocks]
+        layers = each[-1] + [layer for before in each[:-1] for layer in before if layer.is_sliding]
         states = [state for _, _, cache in self.blocks if (state := state_of(cache)) is not None]
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) + sum(s.nbytes for s in states)
 

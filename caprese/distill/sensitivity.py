@@ -109,9 +109,13 @@ def allocate_sparsity(
         target_active: the fraction of the dense model's active parameters that may still be read.
 
     Raises:
-        CapreseError: the target cannot be reached.
+        CapreseError: the target cannot be reached, or the method saves nothing.
     """
     steps = sensitivity.steps(advance)
+    if not steps:
+        raise CapreseError(
+            f"{sensitivity.method.name} saves no weights on these layers: nothing to allocate; give --sparsity a number"
+        )
     if target_active is not None:
         dense = active_parameters(sensitivity.model)
         left, count = float(dense), 0
