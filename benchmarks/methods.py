@@ -52,11 +52,12 @@ class LoraFFN(nn.Module):
         self.inner = inner
         self.act, self.gated, self.fused = inner.act, True, False
         self.hidden_size, self.width, self.device = inner.hidden_size, inner.width, torch.device("cpu")
+        self.recovery = nn.Module()  # by this name `train` takes it for the branch
         d, f = inner.hidden_size, inner.width
         for name, fan_in, fan_out in (("gate", d, f), ("up", d, f), ("down", f, d)):
             a = nn.Parameter(torch.randn(rank, fan_in) / fan_in**0.5)
-            self.register_parameter(f"lora_A_{name}", a)
-            self.register_parameter(f"lora_B_{name}", nn.Parameter(torch.zeros(fan_out, rank)))
+            self.recovery.register_parameter(f"lora_A_{name}", a)
+            self.recovery.register_parameter(f"lora_B_{name}", nn.Parameter(torch.zeros(fan_out, rank)))
 
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         packed = getattr(self.inner, f"{name}_proj", None)  # a quantised FFN has modules, the others weights
@@ -65,7 +66,8 @@ class LoraFFN(nn.Module):
         else:
             weights = self.inner.weights()
             y = F.linear(x, getattr(weights, name), getattr(weights, f"{name}_bias"))
-        return y + F.linear(F.linear(x, getattr(self, f"lora_A_{name}")), getattr(self, f"lora_B_{name}"))
+        a, b = (getattr(self.recovery, f"lora_{part}_{name}") for part in "AB")
+        return y + F.linear(F.linear(x, a), b)
 
     def neurons(self, x: torch.Tensor, x_up: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         a = self.act(self._linear("gate", x))

@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 from conftest import tiny_llama
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from test_phases import prompts, recovered
 
 import caprese
-from caprese.adapters import attach_adapter, fingerprint, get_branches
+from caprese.adapters import attach_adapter, branch_parameters, fingerprint, get_branches
 from caprese.efficient_methods import RecoverySlot, applied_ffns
 
 
@@ -62,6 +62,24 @@ def test_a_wrong_base_is_refused(saved):
         caprese.load(tuned, path)
 
 
+def test_an_applied_model_takes_only_the_calibration_it_has(tmp_path):
+    method = caprese.Static(sparsity=0.5)
+    ids = torch.randint(2, 258, (2, 2, 24), generator=torch.Generator().manual_seed(1))
+    one, other = (caprese.calibrate(tiny_llama(), method, [caprese.Tokens(each, [3, 3])]) for each in ids)
+    caprese.save(recovered(caprese.apply(tiny_llama(), method, calibration=one)), tmp_path)
+    caprese.load(caprese.apply(tiny_llama(), method, calibration=one), tmp_path)
+    model = caprese.apply(tiny_llama(), method, calibration=other)
+    with pytest.raises(caprese.CapreseError, match=r"with another calibration; caprese\.remove"):
+        caprese.load(model, tmp_path)
+
+
+def test_reselection_is_checked_wherever_the_model_is(saved):
+    _, path = saved
+    for model in (tiny_llama(), caprese.apply(tiny_llama(), caprese.Griffin(sparsity=0.5))):
+        with pytest.raises(caprese.CapreseError, match="reselect_every 0: use a number of tokens from 1"):
+            caprese.load(model, path, reselect_every=0)
+
+
 def test_the_fingerprint_is_of_weights_not_of_types_or_wrappers():
     base = fingerprint(tiny_llama())
     assert fingerprint(recovered(caprese.apply(tiny_llama(), caprese.Griffin()))) == base
@@ -81,6 +99,14 @@ def test_a_fresh_adapter_changes_nothing(tiny):
     ids = prompts(7)[0]
     before = greedy(tiny, ids)
     assert torch.equal(greedy(attach_adapter(tiny, 4), ids), before)
+
+
+def test_another_lora_is_no_branch(tiny):
+    caprese.apply(tiny, caprese.Griffin())
+    adapted = attach_adapter(tiny, 4)
+    known = get_branches(adapted)
+    other = PeftModel(adapted.base_model.model, LoraConfig(target_modules=["q_proj"], r=2), "other")
+    assert get_branches(other).keys() == known.keys() and len(branch_parameters(other)) == len(known) == 6
 
 
 def test_disable_several_and_switch(saved):

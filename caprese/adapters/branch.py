@@ -14,6 +14,8 @@ from caprese.errors import CapreseError
 from caprese.models import base_of, unwrap
 
 ADAPTER = "default"
+# in the names of the branches' parameters, and of no other LoRA's
+_BRANCH = ".recovery.lora_"
 
 
 def attach_adapter(model: nn.Module, ranks: int | Sequence[int], bias: bool = False) -> PeftModel:
@@ -67,13 +69,13 @@ def empty_slots(model: nn.Module) -> None:
 
 def branch_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of the recovery branches, in layer order."""
-    return [p for n, p in unwrap(model).named_parameters() if ".lora_" in n]
+    return [p for n, p in unwrap(model).named_parameters() if _BRANCH in n]
 
 
 def get_branches(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of the branch weights by name, on the CPU."""
     named = unwrap(model).named_parameters()
-    return {n: p.detach().cpu().clone() for n, p in named if ".lora_" in n}
+    return {n: p.detach().cpu().clone() for n, p in named if _BRANCH in n}
 
 
 def set_branches(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:

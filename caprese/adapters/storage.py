@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +22,11 @@ from caprese import __version__
 from caprese.adapters.branch import empty_slots
 from caprese.adapters.fingerprint import fingerprint
 from caprese.efficient_methods import (
+    EfficientFFN,
     Method,
     applied_ffns,
     apply,
+    check_reselect,
     compose,
     known_methods,
     make_method,
@@ -97,12 +100,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             raise CapreseError(f"adapter weight {name} holds NaN or infinity; not saved. Lower the learning rate")
     check_writable(target)
     phases = phases_of(model)
-    calibration = {
-        f"{m.name}.{w.layer}": getattr(w, f"fixed_{m.name}").detach().cpu().contiguous()
-        for w in ffns.values()
-        for m in w.methods
-        if m.learns == "samples"
-    }
+    calibration = _calibration(ffns)
     base = base_of(model)
     id_ = public_id(base.model_id)
     for config in model.peft_config.values():
@@ -132,6 +130,16 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
                 os.replace(scratch / file, target / file)
     except (OSError, SafetensorError) as error:
         raise unwritable(target, error) from error
+
+
+def _calibration(ffns: Mapping[str, EfficientFFN]) -> dict[str, torch.Tensor]:
+    """What `apply` was given."""
+    return {
+        f"{m.name}.{w.layer}": getattr(w, f"fixed_{m.name}").detach().cpu().contiguous()
+        for w in ffns.values()
+        for m in w.methods
+        if m.learns == "samples"
+    }
 
 
 def public_id(model_id: str) -> str:
@@ -213,17 +221,23 @@ def load(
     weights = _file(str(adapter), WEIGHTS, revision)
     _check_tensors(weights, adapter, sidecar.weights_sha256)
     methods = sidecar.make_methods()
-    calibration: dict[str, torch.Tensor] | None = None
+    calibration: dict[str, torch.Tensor] = {}
     if sidecar.calibration_sha256 is not None:
         path = _file(str(adapter), CALIBRATION, revision)
         calibration = _check_tensors(path, adapter, sidecar.calibration_sha256)
     if isinstance(base, str):
         base, _ = load_base(base, dtype=dtype, device=device)
     check_base(base, sidecar.base)
-    every = sidecar.reselect_every if reselect_every == "saved" else reselect_every
+    every = check_reselect(sidecar.reselect_every if reselect_every == "saved" else reselect_every)
     applied = applied_ffns(base)
     if applied and phases_of(base).methods != methods:
         raise CapreseError("another method is applied to this model; caprese.remove(model) first")
+    known = _calibration(applied)
+    if applied and not (
+        known.keys() == calibration.keys()
+        and all(torch.equal(choice, calibration[name].to(choice.dtype)) for name, choice in known.items())
+    ):
+        raise CapreseError("this method is applied with another calibration; caprese.remove(model) first")
     if applied:
         phases_of(base).reselect_every = every
     else:

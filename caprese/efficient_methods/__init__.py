@@ -4,7 +4,16 @@ To add a method: a file like `griffin.py`, and its class in `METHODS`; or a pack
 """
 
 from caprese.efficient_methods.apply import Calibration, applied_ffns, apply, methods_by_layer, remove, weights_saved
-from caprese.efficient_methods.base import FromPrompt, Layers, Method, Reads, Sparse, Sparsity, check_sparsity
+from caprese.efficient_methods.base import (
+    FromPrompt,
+    Layers,
+    Method,
+    Reads,
+    Sparse,
+    Sparsity,
+    check_reselect,
+    check_sparsity,
+)
 from caprese.efficient_methods.calibrate import Tokens, calibrate, needs_calibration
 from caprese.efficient_methods.cats import Cats
 from caprese.efficient_methods.compose import (
@@ -48,6 +57,7 @@ __all__ = [
     "applied_ffns",
     "apply",
     "calibrate",
+    "check_reselect",
     "check_sparsity",
     "compose",
     "dense",

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from caprese.efficient_methods.base import Method, Reads
+from caprese.efficient_methods.base import Method, Reads, check_reselect
 from caprese.efficient_methods.compose import compose
 from caprese.efficient_methods.phases import Phases
 from caprese.efficient_methods.wrapper import EfficientFFN, RecoverySlot
@@ -50,15 +50,13 @@ def apply(
     """
     if applied_ffns(model):
         raise CapreseError("a method is already applied to this model; caprese.remove(model) first")
-    if reselect_every is not None and reselect_every < 1:
-        raise CapreseError(f"reselect_every {reselect_every}: use a number of tokens from 1, or none")
     chosen = compose(methods)
     sites = find_ffns(model)
     layers = methods_by_layer(chosen, len(sites))
     facts = {i: _fixed(own, i, sites[i], calibration) for i, own in layers.items()}
     learners = {i: [m for m in own if m.learns == "prompt"] for i, own in layers.items()}
     phases = Phases(chosen, learners)
-    phases.reselect_every = reselect_every
+    phases.reselect_every = check_reselect(reselect_every)
     try:
         for i, own in layers.items():
             wrapper = EfficientFFN(sites[i], own, facts[i], phases)
@@ -104,8 +102,11 @@ def _fixed(methods: list[Method], layer: int, site: Site, calibration: Calibrati
                 f"{method.name} chooses from samples and has none for layer {layer}: "
                 "caprese.apply(model, methods, calibration=caprese.calibrate(model, methods, rows))"
             )
-        if "width" in method.acts_on and int(choice.max()) >= site.ffn.width:
-            raise CapreseError(f"this calibration of {method.name} was made for another model; calibrate again")
+        if not method.fits(choice, site.ffn.width, len(site.attention_linears())):
+            raise CapreseError(
+                f"this calibration of {method.name} was made for another model or with other settings; calibrate again "
+                "with these: caprese.calibrate(model, methods, rows)"
+            )
         fixed[method.name] = choice.to(site.ffn.device)
     return fixed
 

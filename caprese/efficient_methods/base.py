@@ -34,6 +34,17 @@ def check_sparsity(value: Any) -> float | list[float]:
     return [float(number) for number in each] if isinstance(value, list) else float(value)
 
 
+def check_reselect(every: int | None) -> int | None:
+    """`every` itself, if generated tokens can be counted by it.
+
+    Raises:
+        CapreseError: below 1.
+    """
+    if every is not None and every < 1:
+        raise CapreseError(f"reselect_every {every}: use a number of tokens from 1, or none")
+    return every
+
+
 Sparsity = Annotated[float | list[float], PlainValidator(check_sparsity)]
 
 
@@ -135,6 +146,11 @@ class Method(BaseModel):
     def fit(self, statistic: torch.Tensor, ffn: FFN | PackedFFN, block: Block) -> torch.Tensor:
         """`choose`, for methods that learn from samples and want to see what a choice does to the layer's output."""
         return self.choose(statistic, ffn)
+
+    def fits(self, choice: torch.Tensor, width: int, attention: int) -> bool:
+        """Whether a choice from samples can have been made with these settings, in an FFN of `width` neurons beside
+        `attention` linear layers."""
+        return "width" not in self.acts_on or int(choice.max()) < width
 
     def transform(self, ffn: FFN | PackedFFN, choice: torch.Tensor | None) -> FFN | PackedFFN:
         """The FFN that generated tokens go through in place of `ffn`; called once, by `apply`."""

@@ -37,6 +37,9 @@ class Cats(FromPrompt):
         """tau, [B, 1, 1]; 0 keeps everything when nothing need go."""
         return quantile(statistic, self.level)[:, None, None]
 
+    def fits(self, choice: torch.Tensor, width: int, attention: int) -> bool:
+        return choice.shape == (1, 1, 1)
+
     def keep(self, a: torch.Tensor, z: torch.Tensor, choice: torch.Tensor | None) -> torch.Tensor | None:
         assert choice is not None
         return a.abs() >= choice

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from caprese.efficient_methods.base import Method
+from caprese.efficient_methods.base import Method, check_reselect
 from caprese.efficient_methods.state import TAIL, State, keep_state, remember, rewind, state_of
 from caprese.errors import CapreseError
 
@@ -328,9 +328,7 @@ def reselection(model: nn.Module, every: int | None) -> Iterator[None]:
         CapreseError: no method applied, or `every` below 1.
     """
     shared = phases_of(model)
-    if every is not None and every < 1:
-        raise CapreseError(f"reselect_every {every}: use a number of tokens from 1, or none")
-    before, shared.reselect_every = shared.reselect_every, every
+    before, shared.reselect_every = shared.reselect_every, check_reselect(every)
     try:
         yield
     finally:

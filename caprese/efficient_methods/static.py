@@ -37,6 +37,9 @@ class Static(Sparse):
         top = scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.kept(ffn.width)]
         return top.sort(dim=-1).values
 
+    def fits(self, choice: torch.Tensor, width: int, attention: int) -> bool:
+        return choice.shape == (1, self.kept(width)) and super().fits(choice, width, attention)
+
     def transform(self, ffn: FFN | PackedFFN, choice: torch.Tensor | None) -> FFN | PackedFFN:
         assert choice is not None
         return PackedFFN(ffn, choice[0].to(ffn.device))
