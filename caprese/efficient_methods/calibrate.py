@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,26 +16,39 @@ from caprese.efficient_methods.phases import Pass, Phases
 from caprese.efficient_methods.state import State
 from caprese.efficient_methods.wrapper import EfficientFFN
 from caprese.errors import CapreseError
-from caprese.models import FFN, Site, find_ffns, unwrap
+from caprese.models import Site, find_ffns, unwrap
 
 # Tokens on which a method may look at a layer's output again and again.
 BLOCK_TOKENS = 512
 
 
-class Tokens(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Tokens:
     """Sequences on whose completions a method is calibrated: ids and mask [B, T], prompt lengths [B].
 
     Pads do not count in the lengths. No mask: no padding.
+
+    Raises:
+        CapreseError: other shapes.
     """
 
     ids: torch.Tensor
-    prompt_lengths: torch.Tensor
+    prompt_lengths: torch.Tensor | Sequence[int]
     mask: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        shape, lengths = tuple(self.ids.shape), tuple(torch.as_tensor(self.prompt_lengths).shape)
+        mask = shape if self.mask is None else tuple(self.mask.shape)
+        if len(shape) != 2 or lengths != shape[:1] or mask != shape:
+            raise CapreseError(
+                "Tokens takes ids [B, T], a prompt length for each of the B sequences, and a mask [B, T]; given "
+                f"{shape}, {lengths} and {mask}"
+            )
 
     def completion(self) -> torch.Tensor:
         """Which tokens are completion, bool [B, T]."""
         mask = self.valid()
-        return mask & (mask.cumsum(-1) > self.prompt_lengths.to(mask.device)[:, None])
+        return mask & (mask.cumsum(-1) > torch.as_tensor(self.prompt_lengths, device=mask.device)[:, None])
 
     def valid(self) -> torch.Tensor:
         return torch.ones_like(self.ids, dtype=torch.bool) if self.mask is None else self.mask.bool()
@@ -62,18 +75,25 @@ def calibrate(
         model: dense.
 
     Raises:
-        CapreseError: an unsupported model, methods that do not compose, or rows without a completion token.
+        CapreseError: an unsupported model, methods that do not compose, or rows that are no Tokens or without a
+            completion token.
     """
     chosen = compose(methods)
     sites = find_ffns(model)
     layers = methods_by_layer(chosen, len(sites))
     batches = list(rows)
+    if not all(isinstance(batch, Tokens) for batch in batches):
+        raise CapreseError("calibrate takes a list of caprese.Tokens(ids, prompt_lengths)")
+    useful = [batch for batch in batches if batch.completion().any()]
     result: dict[str, torch.Tensor] = {}
     learners = [m for m in chosen if m.learns == "samples"]
     for method in learners:
+        if not useful:
+            raise CapreseError(f"{method.name} has no completion token to learn from; give samples with completions")
         sums: dict[int, torch.Tensor] = {}
         wanted = {i: own for i, own in layers.items() if any(m.name == method.name for m in own)}
         fits = type(method).fit is not Method.fit
+        middle = useful[len(useful) // 2]  # batches often come sorted: neither the shortest nor the longest
         capture: _Capture | None = None
         for batch in batches:
             with _Capture(model, [sites[i] for i in wanted], "attention" in method.acts_on) as seen:
@@ -81,25 +101,26 @@ def calibrate(
             mask = batch.completion().to(unwrap(model).device)
             for i, own in wanted.items():
                 x = seen.ffn[i].view(*mask.shape, -1)
-                ffn, select = _narrowed(sites[i].ffn, own, i, result)
+                narrowing = _narrowing(own, i, result)
+                left = slice(None) if narrowing is None else narrowing[1][0]
                 a, z = sites[i].ffn.neurons(x)
                 one = next(m for m in own if m.name == method.name)
-                new = one.statistic(x, select(a), select(z), mask)
+                new = one.statistic(x, a[..., left], z[..., left], mask)
                 if "attention" in method.acts_on:
                     new = torch.cat([new, one.attention_statistic(seen.attention[i], mask)], -1)
                 new = new.sum(0, keepdim=True)
                 sums[i] = sums[i] + new if i in sums else new
-            capture = capture or (seen if fits else None)
+            if fits and batch is middle:
+                capture = seen
             if advance is not None:
                 advance(1)
-        if not sums or not any(bool(batch.completion().any()) for batch in batches):
-            raise CapreseError(f"{method.name} has no completion token to learn from; give samples with completions")
         for i, own in wanted.items():
             one = next(m for m in own if m.name == method.name)
-            ffn, _ = _narrowed(sites[i].ffn, own, i, result)
+            narrowing = _narrowing(own, i, result)
+            ffn = sites[i].ffn if narrowing is None else narrowing[0].transform(sites[i].ffn, narrowing[1])
             if fits:
                 assert capture is not None
-                block = _OnBlock(sites[i], one, capture, batches[0].completion().to(sums[i].device))
+                block = _OnBlock(sites[i], one, capture, middle.completion().to(sums[i].device))
                 result[f"{method.name}.{i}"] = one.fit(sums[i], ffn, block)
                 block.close()
             else:
@@ -118,17 +139,13 @@ def _run(model: nn.Module, batch: Tokens) -> None:
     )
 
 
-def _narrowed(ffn: FFN, own: list[Method], layer: int, known: dict[str, torch.Tensor]) -> tuple[Any, Any]:
-    """The FFN that fixed choices so far leave, and the same selection from its neurons."""
+def _narrowing(own: list[Method], layer: int, known: dict[str, torch.Tensor]) -> tuple[Method, torch.Tensor] | None:
+    """The method that narrows an FFN before others choose in it, and its choice."""
     for method in own:
         choice = known.get(f"{method.name}.{layer}")
         if "width" in method.acts_on and choice is not None:
-            return method.transform(ffn, choice), functools.partial(_select, choice[0])
-    return ffn, lambda t: t
-
-
-def _select(index: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    return t[..., index]
+            return method, choice
+    return None
 
 
 class _Capture:

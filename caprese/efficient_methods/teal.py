@@ -12,6 +12,7 @@ from caprese.efficient_methods.sketch import BINS, counts, quantile
 from caprese.kernels import PackedFFN
 from caprese.models import FFN
 
+# how far greedy raises one linear layer, unless more is asked of all
 _MOST = 0.95
 
 
@@ -77,17 +78,17 @@ class Teal(Sparse):
         one = ffn.width * ffn.hidden_size
         sizes = [block.sizes[p[0] - 3] if p[0] >= 3 else len(p) * one if ffn.gated else one for p in linears]
         levels = [0.0] * len(sizes)
-        left = self.level * sum(sizes)
+        left, most = self.level * sum(sizes), max(_MOST, self.level)
         now = 0.0
         # lazy greedy: errors grow with sparsity, so a price that was too high stays so; look again at the cheapest only
         prices = [0.0] * len(sizes)
         fresh = [False] * len(sizes)
         while left > 1e-9 * sum(sizes):
-            open_ = [i for i, level in enumerate(levels) if level < _MOST]
+            open_ = [i for i, level in enumerate(levels) if level < most]
             if not open_:
                 break
             i = min(open_, key=prices.__getitem__)
-            more = min(self.step, _MOST - levels[i], left / sizes[i])
+            more = min(self.step, most - levels[i], left / sizes[i])
             trial = [level + more * (j == i) for j, level in enumerate(levels)]
             if not fresh[i]:
                 error = block.error(self._thresholds(statistic, linears, trial))
@@ -97,6 +98,9 @@ class Teal(Sparse):
             levels, left = trial, left - more * sizes[i]
             fresh = [False] * len(sizes)
         return self._thresholds(statistic, linears, levels)
+
+    def fits(self, choice: torch.Tensor, width: int, attention: int) -> bool:
+        return choice.shape == (1, 3 + (attention if "attention" in self.acts_on else 0))
 
     def inputs(
         self, x: torch.Tensor, x_up: torch.Tensor, choice: torch.Tensor | None
