@@ -297,6 +297,9 @@ simple("methods_setting", lambda d: d.recover("--method", "cats:speed=2"), "no s
 simple("methods_nothing", lambda d: d.recover("--method", "none+cats"), "takes nothing away", "leave it out")
 simple("threshold_elsewhere", lambda d: d.recover("--threshold", "calibrated"), "no setting of griffin")
 simple("threshold_unknown", lambda d: d.recover("--threshold", "guess"), "threshold:", "'calibrated'")
+simple("sparsity_of_none", lambda d: d.recover("--method", "nf4", "--sparsity", 0.9), "no setting of nf4", "leave it")
+simple("sparsity_said", lambda d: d.recover("--method", "griffin:0.5", "--sparsity", 0.9), "said there already")
+simple("sparsity_twice", lambda d: d.recover("--method", "griffin:0.5:0.7"), "sparsity is said twice", "leave one out")
 simple("auto_without_target", lambda d: d.recover("--sparsity", "auto"), "needs one of --target-kl and --target-active")
 simple("target_without_auto", lambda d: d.recover("--target-kl", 0.1), "go with --sparsity auto")
 simple("target_out_of_reach", lambda d: d.recover("--sparsity", "auto", "--target-active", 0.01, "--overwrite"),
@@ -711,6 +714,32 @@ def test_apply_twice(tiny: torch.nn.Module):
     caprese.apply(tiny, caprese.Griffin())
     with pytest.raises(CapreseError, match=r"already applied.*caprese\.remove"):
         caprese.apply(tiny, caprese.Cats())
+
+
+IDS = torch.ones(2, 5, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: caprese.apply(model, "griffin"), r"'griffin' is no method; give one such as caprese\.Griffin"),
+        (lambda model: caprese.apply(model, caprese.Griffin), "is no method"),
+        (lambda model: caprese.apply(model, [caprese.Griffin(), None]), "None is no method"),
+        (lambda model: caprese.calibrate(model, caprese.Static(), [IDS]), r"takes a list of caprese\.Tokens"),
+        (lambda model: caprese.Tokens(IDS, torch.tensor([1])), "a prompt length for each of the B sequences"),
+        (lambda model: caprese.Tokens(IDS, [1, 2, 3]), r"given \(2, 5\), \(3,\)"),
+        (lambda model: caprese.Tokens(IDS[0], [1, 2, 3, 4, 5]), r"ids \[B, T\]"),
+        (lambda model: caprese.Tokens(IDS, [1, 1], IDS[:, 1:]), r"a mask \[B, T\]"),
+    ],
+)
+def test_refused_in_python(tiny: torch.nn.Module, call: Callable[[torch.nn.Module], object], message: str):
+    with pytest.raises(CapreseError, match=message):
+        call(tiny)
+
+
+def test_prompt_lengths_as_a_list():
+    as_tensor = caprese.Tokens(IDS, torch.tensor([1, 4]))
+    assert caprese.Tokens(IDS, [1, 4]).completion().equal(as_tensor.completion())
 
 
 def test_remove_without_apply(tiny: torch.nn.Module):

@@ -33,7 +33,7 @@ from caprese.efficient_methods import (
     refusal,
 )
 from caprese.errors import CapreseError
-from caprese.recipes import Recipe
+from caprese.recipes import Recipe, resolve_recipe
 
 DOCS = Path(__file__).parent.parent / "docs" / "methods.md"
 
@@ -67,6 +67,9 @@ def test_a_method_reads_back_from_its_own_words(method):
         ("griffin:1.5", "less than 1"),
         ("nf4:0.5", "no setting 'sparsity'"),
         ("griffin+griffin", "do not compose"),
+        ("griffin:0.5:0.7", "sparsity is said twice"),
+        ("griffin:0.5:sparsity=0.3", "sparsity is said twice"),
+        ("teal:name=cats", "name is said twice"),
     ],
 )
 def test_a_bad_line_is_refused(text, message):
@@ -85,6 +88,27 @@ def test_settings_of_the_recipe_go_to_the_methods_that_have_them():
         Recipe(sparsity="auto", target_kl=0.1, method="nf4").make_methods()
     with pytest.raises(CapreseError, match="go with --sparsity auto"):
         Recipe(target_active=0.5).make_methods()
+
+
+@pytest.mark.parametrize(
+    ("method", "sparsity"), [("nf4", 0.9), ("griffin:0.5", 0.9), ("griffin:0.5", "auto"), ("static:0.3+cats:0.5", 0.5)]
+)
+def test_a_sparsity_that_no_method_takes_is_refused(method, sparsity):
+    target = {"target_kl": 0.1} if sparsity == "auto" else {}
+    with pytest.raises(CapreseError, match="--sparsity is no setting of .*, or said there already"):
+        Recipe(method=method, sparsity=sparsity, **target).make_methods()
+
+
+def test_another_method_leaves_the_settings_of_the_recipes_own(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("method: cats\nsparsity: 0.7\nthreshold: calibrated\n")
+    for method, words in {"griffin": "griffin:0.7", "griffin:0.4": "griffin:0.4", "nf4": "nf4"}.items():
+        recipe = resolve_recipe(str(file), method=method)
+        assert [str(m) for m in recipe.make_methods()] == [words]
+        (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+        assert resolve_recipe(str(tmp_path / "again.yaml")).make_methods() == recipe.make_methods()
+    with pytest.raises(CapreseError, match="--sparsity is no setting of nf4"):
+        resolve_recipe(str(file), method="nf4", sparsity=0.9).make_methods()
 
 
 def test_what_goes_together_and_what_does_not():
@@ -135,6 +159,50 @@ def test_calibration_is_asked_for_and_must_fit():
     assert not applied_ffns(narrow)
     with pytest.raises(CapreseError, match="no completion token"):
         calibrate(tiny_llama(), Static(), [Tokens(torch.ones(1, 3, dtype=torch.long), torch.tensor([3]))])
+
+
+@pytest.mark.parametrize(
+    ("made", "applied"),
+    [
+        (Static(sparsity=0.1), Static(sparsity=0.5)),
+        (Teal(where="ffn"), Teal()),
+        (Teal(), Teal(where="ffn")),
+    ],
+)
+def test_a_calibration_with_other_settings_is_refused(made, applied):
+    model = tiny_llama()
+    with pytest.raises(CapreseError, match=r"(static|teal) was made .* with other settings; calibrate again"):
+        caprese.apply(model, applied, calibration=calibrate(model, made, rows()))
+    assert not applied_ffns(model)
+
+
+def test_the_neurons_that_static_leaves_are_looked_up_not_copied(monkeypatch):
+    model, methods = tiny_llama(), [Static(sparsity=0.5), Cats(threshold="calibrated")]
+    built = []
+    transform = Static.transform
+    monkeypatch.setattr(Static, "transform", lambda *args: built.append(1) or transform(*args))
+    once = calibrate(model, methods, rows())
+    count = len(built)
+    again = calibrate(model, methods, rows() * 4)
+    assert len(built) == 2 * count == 6
+    assert once.keys() == again.keys() and torch.equal(once["static.0"], again["static.0"])
+
+
+def test_greedy_teal_above_its_cap():
+    ids = torch.randint(2, 258, (4, 40), generator=torch.Generator().manual_seed(1))
+    calibration = calibrate(tiny_llama(), Teal(sparsity=0.98), [Tokens(ids, [1, 1, 1, 1])])
+    uniform = calibrate(tiny_llama(), Teal(sparsity=0.98, greedy=False), [Tokens(ids, [1, 1, 1, 1])])
+    assert all(torch.allclose(calibration[name], choice, rtol=1e-3) for name, choice in uniform.items())
+
+
+def test_greedy_teal_looks_at_the_batch_in_the_middle():
+    model, (one,) = tiny_llama(), rows()
+    short, long = Tokens(one.ids[:1, :4], [3]), Tokens(one.ids, [1, 2, 3, 4])
+    seen = calibrate(model, Teal(), [short, one, long])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Teal, "fit", lambda self, statistic, ffn, block: block.completion)
+        assert calibrate(model, Teal(), [short, one, long])["teal.0"].equal(one.completion())
+    assert seen["teal.0"].shape == (1, 7)
 
 
 def test_a_sparsity_for_each_layer():

@@ -86,7 +86,7 @@ def parse_methods(text: str) -> list[dict[str, Any]]:
     """ "static:0.3+cats:0.5:threshold=calibrated" -> [{"name": "static", "sparsity": 0.3}, ...].
 
     Raises:
-        CapreseError: not of that form.
+        CapreseError: not of that form, or a setting twice.
     """
     parsed = []
     for part in text.split("+"):
@@ -94,8 +94,11 @@ def parse_methods(text: str) -> list[dict[str, Any]]:
         facts: dict[str, Any] = {"name": name}
         for setting in settings:
             key, equals, value = setting.partition("=")
+            key, value = (key.strip(), value) if equals else ("sparsity", key)
+            if key in facts:
+                raise CapreseError(f"method {text!r}: {key} is said twice; leave one out")
             try:
-                facts[key.strip() if equals else "sparsity"] = yaml.safe_load(value if equals else key)
+                facts[key] = yaml.safe_load(value)
             except yaml.YAMLError:
                 name = ""
         if not name:
@@ -122,11 +125,13 @@ def compose(methods: Method | Sequence[Method]) -> tuple[Method, ...]:
     """Methods in the order in which they act.
 
     Raises:
-        CapreseError: there are none, or two do not go together; with the reason.
+        CapreseError: there are none, one is no method, or two do not go together; with the reason.
     """
-    chosen = [methods] if isinstance(methods, Method) else list(methods)
+    chosen: list[Any] = list(methods) if isinstance(methods, list | tuple) else [methods]
     if not chosen:
         raise CapreseError(f"no efficient method was given; one of {', '.join(known_methods())}")
+    if wrong := [one for one in chosen if not isinstance(one, Method)]:
+        raise CapreseError(f"{wrong[0]!r} is no method; give one such as caprese.Griffin(sparsity=0.5), or a list")
     for i, one in enumerate(chosen):
         for other in chosen[i + 1 :]:
             if reason := refusal(one, other):

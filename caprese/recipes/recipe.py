@@ -28,7 +28,12 @@ DIRECTORY = Path(__file__).parent
 
 
 def _sparsity_or_auto(value: Any) -> Any:
-    return value if value == "auto" else check_sparsity(value)
+    return value if value is None or value == "auto" else check_sparsity(value)
+
+
+def _leaves_open(method: str, setting: str) -> bool:
+    """Whether any of the methods has a setting and does not say it itself."""
+    return any(setting in find_method(f["name"]).model_fields.keys() - f.keys() for f in parse_methods(method))
 
 
 class Recipe(BaseModel):
@@ -47,9 +52,9 @@ class Recipe(BaseModel):
     method: str = "griffin"
     """What is taken away: a method (caprese methods lists them), with settings if wanted, or several joined by +:
     cats:0.7:threshold=calibrated, static:0.3+cats:0.5."""
-    sparsity: Annotated[float | list[float] | Literal["auto"], PlainValidator(_sparsity_or_auto)] = 0.5
+    sparsity: Annotated[float | list[float] | Literal["auto"] | None, PlainValidator(_sparsity_or_auto)] = None
     """Fraction removed, of the methods that name none of their own: one number, a list with one for each layer, or
-    auto: as much, layer by layer, as target_kl or target_active asks for."""
+    auto: as much, layer by layer, as target_kl or target_active asks for. null: the method's default, 0.5."""
     layers: Layers = "all"
     """all, first-half, or a list of layer numbers."""
     target_kl: Annotated[float, Field(gt=0)] | None = None
@@ -83,23 +88,20 @@ class Recipe(BaseModel):
         """The efficient methods, configured; with sparsity auto, at the default one.
 
         Raises:
-            CapreseError: unknown method or setting, or methods that do not compose.
+            CapreseError: unknown method or setting, a setting no method takes, or methods that do not compose.
         """
-        wanted: dict[str, Any] = {"threshold": self.threshold, "shared_choice": self.shared_choice}
-        wanted["sparsity"] = None if self.sparsity == "auto" else self.sparsity
-        wanted = {key: value for key, value in wanted.items() if value is not None}
-        taken: set[str] = set()
+        wanted = {key: value for key in _SETTINGS if (value := getattr(self, key)) is not None}
         methods = []
         for facts in parse_methods(self.method):
             fields = find_method(facts["name"]).model_fields
-            for key in wanted.keys() & fields.keys():
-                taken.add(key)
-                facts.setdefault(key, wanted[key])
-            methods.append(make_method({"layers": self.layers, **facts}))
-        for key in ("threshold", "shared_choice"):
-            if key in wanted and key not in taken:
-                raise CapreseError(f"--{key.replace('_', '-')} is no setting of {self.method}")
+            own = {key: value for key, value in wanted.items() if key in fields and value != "auto"}
+            methods.append(make_method({"layers": self.layers, **own, **facts}))
         self._check_auto(methods)
+        for key in wanted:
+            if not _leaves_open(self.method, key):
+                raise CapreseError(
+                    f"--{key.replace('_', '-')} is no setting of {self.method}, or said there already; leave it out"
+                )
         return compose(methods)
 
     def _check_auto(self, methods: list[Method]) -> None:
@@ -115,6 +117,10 @@ class Recipe(BaseModel):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+#: settings of methods that a recipe, or a flag, gives to all that leave them open
+_SETTINGS = ("sparsity", "threshold", "shared_choice")
 
 
 def names() -> list[str]:
@@ -170,6 +176,8 @@ def read_yaml(name: str) -> tuple[dict[str, Any], str]:
 def resolve_recipe(recipe: str | None = None, model: str | None = None, **overrides: Any) -> Recipe:
     """A recipe by name or file, or the one shipped for `model`, or the defaults; `overrides` on top.
 
+    Settings of the recipe's method that another one given in its place does not take go with it.
+
     Raises:
         CapreseError: unknown recipe, bad YAML, or a value that does not fit; the line names the key.
     """
@@ -181,6 +189,8 @@ def resolve_recipe(recipe: str | None = None, model: str | None = None, **overri
         raw, source = read_yaml(model)
     if model is not None:
         overrides["model"] = model
+    if isinstance(method := overrides.get("method"), str):
+        raw = {key: value for key, value in raw.items() if key not in _SETTINGS or _leaves_open(method, key)}
     try:
         return Recipe.model_validate(merge(raw, overrides))
     except ValidationError as error:
