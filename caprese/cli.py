@@ -394,7 +394,9 @@ def bench(
         str | None, typer.Option(help="A known shape, such as llama-3.2-1b, with random weights: no download.")
     ] = None,
     method: Annotated[str, typer.Option(help="NAME[:SPARSITY][:key=value], or several joined by +.")] = "griffin",
-    sparsity: Annotated[float, typer.Option(help="Fraction removed, where --method does not say.")] = 0.5,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Fraction removed, where --method does not say; 0.5 if neither does.")
+    ] = None,
     layers: Annotated[str, typer.Option(help="all, first-half, or numbers like 0,1,4-7.")] = "all",
     rank: Annotated[int, typer.Option(help="Rank of each branch.")] = 256,
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 128,
@@ -418,13 +420,14 @@ def bench(
 
     import torch
 
-    from caprese.efficient_methods import compose, describe_methods, make_method, parse_methods
+    from caprese.efficient_methods import describe_methods
     from caprese.evaluation.bench import ROWS, bench_plan, describe_bench, plot_bench
     from caprese.evaluation.bench import bench as measure
     from caprese.files import check_writable, write_json
     from caprese.models import load_base, load_config, random_model, shape_config
     from caprese.models.loading import pick_device, pick_dtype
     from caprese.progress import say
+    from caprese.recipes import resolve_recipe
 
     _quiet(as_json)
     name = model or random_weights
@@ -434,8 +437,7 @@ def bench(
         batches = [int(part) for part in batch.split(",")]
     except ValueError:
         raise CapreseError(f"--batch {batch!r}: use a number, or several like 1,2,4") from None
-    facts = [{"sparsity": sparsity, "layers": _layers(layers), **each} for each in parse_methods(method)]
-    methods = compose([make_method(_known_settings(each)) for each in facts])
+    methods = resolve_recipe(method=method, sparsity=sparsity, layers=_layers(layers)).make_methods()
     chosen = rows.split(",") if rows else [r for r in ROWS if compiled or not r.endswith("compiled")]
     if dry_run:
         config = shape_config(random_weights) if random_weights else load_config(name, revision)
@@ -473,14 +475,6 @@ def bench(
 
     for part in describe_bench(result):
         Console().print(part)
-
-
-def _known_settings(facts: dict[str, Any]) -> dict[str, Any]:
-    """Without the sparsity where a method has none."""
-    from caprese.efficient_methods import find_method
-
-    fields = find_method(str(facts["name"])).model_fields
-    return {key: value for key, value in facts.items() if key == "name" or key in fields or key != "sparsity"}
 
 
 @app.command("methods")

@@ -133,6 +133,7 @@ def test_dry_run_needs_no_weights() -> None:
         (["--random-weights", "smollm2-135m", "--new-tokens", "0"], "start at 1"),
         (["--random-weights", "smollm2-135m", "--prompt-tokens", "131072"], "do not fit this model's context"),
         (["--random-weights", "smollm2-135m", "--sparsity", "1.5"], "sparsity"),
+        (["--random-weights", "smollm2-135m", "--method", "nf4", "--sparsity", "0.9"], "no setting of nf4"),
         (["--random-weights", "smollm2-135m", "--rank", "577", "--rows", "dense,fused"], "rank 577"),
         (["--random-weights", "smollm2-135m", "--form", "best"], "no form 'best'"),
     ],

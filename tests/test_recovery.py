@@ -206,7 +206,8 @@ def test_two_processes_do_the_work_of_one(command, unbroken, tmp_path):
     assert two["samples"] == one["samples"]
 
 
-# Two processes that disagree wherever they can: rank 1 looks late, calibrates and measures otherwise, fits other branches and finds others best.
+# Two processes that disagree wherever they can: rank 1 looks late, calibrates otherwise, fits other branches and finds
+# others best.
 DIVIDED = textwrap.dedent(
     """
     import hashlib, json, os, sys, time
