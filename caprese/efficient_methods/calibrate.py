@@ -73,6 +73,7 @@ def calibrate(
 
     Args:
         model: dense.
+        rows: statistics are of all; what looks at a layer's output again and again (greedy TEAL) looks at the first.
 
     Raises:
         CapreseError: an unsupported model, methods that do not compose, or rows that are no Tokens or without a
@@ -93,7 +94,6 @@ def calibrate(
         sums: dict[int, torch.Tensor] = {}
         wanted = {i: own for i, own in layers.items() if any(m.name == method.name for m in own)}
         fits = type(method).fit is not Method.fit
-        middle = useful[len(useful) // 2]  # batches often come sorted: neither the shortest nor the longest
         capture: _Capture | None = None
         for batch in batches:
             with _Capture(model, [sites[i] for i in wanted], "attention" in method.acts_on) as seen:
@@ -110,7 +110,7 @@ def calibrate(
                     new = torch.cat([new, one.attention_statistic(seen.attention[i], mask)], -1)
                 new = new.sum(0, keepdim=True)
                 sums[i] = sums[i] + new if i in sums else new
-            if fits and batch is middle:
+            if fits and batch is useful[0]:
                 capture = seen
             if advance is not None:
                 advance(1)
@@ -120,7 +120,7 @@ def calibrate(
             ffn = sites[i].ffn if narrowing is None else narrowing[0].transform(sites[i].ffn, narrowing[1])
             if fits:
                 assert capture is not None
-                block = _OnBlock(sites[i], one, capture, middle.completion().to(sums[i].device))
+                block = _OnBlock(sites[i], one, capture, useful[0].completion().to(sums[i].device))
                 result[f"{method.name}.{i}"] = one.fit(sums[i], ffn, block)
                 block.close()
             else:
