@@ -118,6 +118,7 @@ KILLED = textwrap.dedent(
     from pathlib import Path
     import torch
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children inherit that it is ignored
     from caprese import files, progress
     progress.quiet = True
     name, count, how = sys.argv[1], int(sys.argv[2]), getattr(signal, sys.argv[3])

@@ -99,7 +99,8 @@ def choices_of(methods: list, model: PreTrainedModel, seed: int) -> dict[str, to
             elif isinstance(method, Cats):
                 value = torch.rand(1, 1, 1, generator=generator)
             else:
-                value = torch.rand(1, 3 + len(reference.attention_linears(model, layer)), generator=generator)
+                linears = 0 if method.where == "ffn" else len(reference.attention_linears(model, layer))
+                value = torch.rand(1, 3 + linears, generator=generator)
                 if reference.neurons(model, layer).gate is None or model.config.model_type == "phi3":
                     value[0, 0] = value[0, 1]  # one input
             chosen[f"{method.name}.{i}"] = value
