@@ -43,8 +43,11 @@ ROWS = ("dense", "dense_compiled", "efficient", "efficient_lora", "recovered", "
 
 
 class _LoraStep(Packed):
-    """What equal-size LoRA on gate, up and down costs a decode step (arXiv 2505.07861, table 6): unmerged, since the
-    chosen rows change with every prompt; otherwise as packed as the branch."""
+    """What equal-size LoRA on gate, up and down costs a decode step (arXiv 2505.07861's comparison).
+
+    Each linear layer's own product and its two, scaled and added, as PEFT runs LoRA; unmerged, since the chosen rows
+    change with every prompt. They are gathered as for the branch.
+    """
 
     def __init__(self, wrapper: EfficientFFN, rank: int) -> None:
         super().__init__(wrapper)
@@ -59,20 +62,25 @@ class _LoraStep(Packed):
             self.register_buffer(f"{name}_A", like.new_empty(self.rank, fan_in).normal_(), persistent=False)
             self.register_buffer(f"{name}_B", like.new_empty(fan_out, self.rank).normal_(), persistent=False)
 
-    def _lora(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(F.linear(x, getattr(self, f"{name}_A")), getattr(self, f"{name}_B"))
+    def _linear(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        lora = F.linear(F.linear(x, getattr(self, f"{name}_A")), getattr(self, f"{name}_B"))
+        return F.linear(x, weight, bias) + lora * 1.0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = F.linear(x, self.first, self.first_bias)  # type: ignore[arg-type]
+        first: Any = self.first
+        bias: Any = self.first_bias
+        second: Any = self.second
+        second_bias: Any = self.second_bias
+        k = self.width
+        z = self._linear("up", x, first[-k:], None if bias is None else bias[-k:])
         if self.wrapper[0].view.gated:
-            gate, up = h.chunk(2, -1)
-            z = self.act(gate + self._lora("gate", x)) * (up + self._lora("up", x))
+            z = self.act(self._linear("gate", x, first[:k], None if bias is None else bias[:k])) * z
         else:
-            z = self.act(h + self._lora("up", x))
+            z = self.act(z)
         mask: Any = self.mask
         if mask is not None:
             z = z * mask
-        return F.linear(z, self.second, self.second_bias) + self._lora("down", z)  # type: ignore[arg-type]
+        return self._linear("down", z, second, second_bias)
 
 
 @dataclass

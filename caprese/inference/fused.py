@@ -176,7 +176,12 @@ def _rows(choices: list[tuple[Method, torch.Tensor | None]]) -> torch.Tensor | N
 
 
 def _take(out: torch.Tensor, weight: torch.Tensor, index: torch.Tensor | None, dim: int) -> None:
-    out.copy_(weight if index is None else weight.index_select(dim, index))
+    if index is None:
+        out.copy_(weight)
+    elif dim == 0:
+        torch.index_select(weight.detach(), 0, index, out=out)
+    else:  # on a CPU a third faster than index_select
+        out.copy_(weight.gather(1, index.expand(len(weight), -1)))
 
 
 class InPlace(Step):
