@@ -372,3 +372,83 @@ def test_same_text_on_smollm2() -> None:
         after = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)
         caprese.unfuse(model)
         assert torch.equal(after, before)
+
+
+def test_follows_the_adapter_within_a_generation() -> None:
+    """Bias and weights that change between two tokens."""
+    model = recovered("llama", "griffin:0.5")
+
+    def talk() -> list[torch.Tensor]:
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(input_ids=PROMPT, past_key_values=cache)
+            seen = [model(input_ids=torch.tensor([[7]]), past_key_values=cache).logits]
+            for wrapper in applied_ffns(model).values():
+                wrapper.recovery.lora_B["default"].bias.add_(1)
+            seen.append(model(input_ids=torch.tensor([[7]]), past_key_values=cache).logits)
+            for wrapper in applied_ffns(model).values():
+                wrapper.recovery.lora_B["default"].bias.sub_(1)
+                layer = wrapper.recovery.lora_B["default"]
+                layer.weight.data = layer.weight.data * 3
+            seen.append(model(input_ids=torch.tensor([[7]]), past_key_values=cache).logits)
+            for wrapper in applied_ffns(model).values():
+                layer = wrapper.recovery.lora_B["default"]
+                layer.weight.data = layer.weight.data / 3
+        return seen
+
+    before = talk()
+    caprese.fuse(model)
+    for a, b in zip(talk(), before, strict=True):
+        same(a, b)
+
+
+def test_thresholds_keep_their_precision() -> None:
+    """bfloat16: a neuron at the threshold is kept fused as it is unfused."""
+    model = caprese.apply(tiny("llama", torch.bfloat16), caprese.Cats(sparsity=0.5))
+    for seed in range(6):
+        ids = torch.randint(2, 258, (1, 9), generator=torch.Generator().manual_seed(seed))
+        before = answer(model, ids, max_new_tokens=2)
+        caprese.fuse(model)
+        assert torch.equal(answer(model, ids, max_new_tokens=2), before)
+        caprese.unfuse(model)
+
+
+def test_a_cache_that_is_reset_starts_afresh() -> None:
+    torch._dynamo.reset()
+    model = recovered("llama", "griffin:0.5", adapter=False)
+    caprese.fuse(model)
+    cache = StaticCache(model.config, max_cache_len=32)
+    step = model.get_compiled_call(COMPILE)
+    token = torch.tensor([[7]])
+    with torch.no_grad():
+        model(input_ids=PROMPT, past_key_values=cache)
+        step(input_ids=token, past_key_values=cache)
+        cache.reset()
+        step(input_ids=token, past_key_values=cache)  # a prompt of one token
+        again = step(input_ids=token, past_key_values=cache).logits
+        other = StaticCache(model.config, max_cache_len=32)
+        model(input_ids=token, past_key_values=other)
+        expected = model(input_ids=token, past_key_values=other).logits
+    same(again, expected)
+
+
+def test_dense_steps_between_compiled_ones() -> None:
+    torch._dynamo.reset()
+    model = recovered("llama", "griffin:0.5", adapter=False)
+    caprese.fuse(model)
+    token = torch.tensor([[7]])
+
+    def talk(compiled: bool) -> list[torch.Tensor]:
+        cache = StaticCache(model.config, max_cache_len=32)
+        step = model.get_compiled_call(COMPILE) if compiled else model
+        with torch.no_grad():
+            model(input_ids=PROMPT, past_key_values=cache)
+            step(input_ids=token, past_key_values=cache)
+            with caprese.dense(model):
+                for _ in range(3):
+                    model(input_ids=token, past_key_values=cache)
+            with caprese.reselection(model, 2):
+                return [step(input_ids=token, past_key_values=cache).logits.clone() for _ in range(5)]
+
+    for a, b in zip(talk(True), talk(False), strict=True):
+        same(a, b)

@@ -118,17 +118,20 @@ class Phases:
         decoder = model.get_decoder()
 
         def run(**kwargs: Any) -> Any:
-            if self.dense:
-                return compiled(**kwargs)
             cache = kwargs.get("past_key_values")
             state = state_of(cache)
             tokens = kwargs.get("input_ids")
             tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+            if self.dense:
+                if state is not None and tokens is not None:
+                    state.length += tokens.shape[1]
+                return compiled(**kwargs)
             decodes = state is not None and tokens is not None and tokens.shape[1] == 1 and not self.prefilling
-            if not decodes or not all(w.fused is not None and w.can_decode_fused for w in wrappers):
+            told = self.prompt_lengths is not None or getattr(cache, PROPOSER, lambda: None)() is not None
+            if told or not decodes or not all(w.fused is not None and w.can_decode_fused for w in wrappers):
                 return model(**kwargs)
             assert state is not None
-            # a static cache is never shortened behind our back, so its length need not be fetched from the device
+            # `State.length` follows the cache, so that its own need not be fetched from the device
             self._before(decoder, (), kwargs, past=state.length)
             self.current = None
             for wrapper in wrappers:
@@ -147,14 +150,20 @@ class Phases:
         if self.static and torch.compiler.is_compiling():
             return
         self.current = None
-        if self.dense:
+        cache = kwargs.get("past_key_values")
+        if self.dense and (torch.compiler.is_compiling() or state_of(cache) is None):
             return
         tokens = args[0] if args else kwargs.get("input_ids")
         if tokens is None:
             tokens = kwargs["inputs_embeds"]
         batch, length = tokens.shape[:2]
         device = tokens.device
-        cache = kwargs.get("past_key_values")
+        if self.dense:
+            known = state_of(cache)
+            assert cache is not None and known is not None
+            if (there := int(cache.get_seq_length())) >= known.length:
+                known.length = there + length
+            return
         if past is None:
             past = int(cache.get_seq_length()) if cache is not None else 0
         state = state_of(cache) if past else None

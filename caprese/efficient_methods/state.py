@@ -232,6 +232,10 @@ class _Following:
         if state is not None and state.length > (length := int(self.get_seq_length())):  # type: ignore[attr-defined]
             state.crop(length)
 
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        setattr(self, STATE, None)
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
         self._follow(lambda t: t.index_select(0, beam_idx.to(t.device)))

@@ -34,7 +34,7 @@ from caprese.errors import CapreseError
 from caprese.evaluation.latency import TURN
 from caprese.evaluation.report import environment
 from caprese.inference import Form, fuse
-from caprese.inference.fused import Packed
+from caprese.inference.fused import Indexed, Packed
 from caprese.kernels import triton_runs
 from caprese.models import active_parameters, count_parameters, find_ffns, unwrap
 from caprese.progress import bar
@@ -172,8 +172,9 @@ class Bench:
             if self.apart is None:  # the indexed form stores them in another order, which is not to slow dense
                 self.apart = _twin(model)
                 for site in find_ffns(self.apart):
-                    down = site.ffn.part("down")
-                    down.weight = nn.Parameter(down.weight.detach().clone(), requires_grad=False)
+                    for part in {site.family.gate or site.family.up, site.family.up, site.family.down}:
+                        linear = getattr(site.ffn.module, part)
+                        linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
             model = _twin(self.apart)
         if not name.startswith("dense"):
             model = apply(model, self.methods, calibration=self.calibration)
@@ -185,6 +186,9 @@ class Bench:
                 model = model.eval()
             if name in ("efficient", "fused", "fused_compiled"):
                 fuse(model, self.form)
+                if self.form == "auto":  # the same for every row
+                    steps = [w.fused for w in applied_ffns(model).values()]
+                    self.form = "indexed" if any(isinstance(step, Indexed) for step in steps) else "packed"
             if name == "efficient_lora":
                 for wrapper in applied_ffns(model).values():
                     wrapper.fused = _LoraStep(wrapper, self._lora_rank(wrapper))
@@ -312,6 +316,9 @@ def _held(contender: Contender) -> int:
     tensors = [*contender.model.parameters(), *contender.model.buffers()]
     for layer in contender.cache.layers:
         tensors += [t for t in (layer.keys, layer.values) if t is not None]
+    state = getattr(contender.cache, "caprese_state", None)
+    for known in state.layers.values() if state is not None else ():
+        tensors += known.packed.buffers() if known.packed is not None else ()
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
@@ -321,6 +328,8 @@ def weights_read(model: nn.Module, methods: Sequence[Method], rank: int, row: st
 
     Where sequences choose for themselves, what none of them needs, as if their choices were independent.
     """
+    if batch < 1 or rank < 1:
+        raise CapreseError("--batch takes numbers from 1, such as 1,2,4,8,16, and --rank one from 1")
     dense = active_parameters(model)
     if row.startswith("dense"):
         return dense

@@ -45,13 +45,15 @@ def branch_of(recovery: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor |
     return left, right, sum(biases[1:], biases[0]) if biases else None
 
 
-def _version(recovery: Any) -> tuple[Any, ...]:
-    """Changes whenever `branch_of` would."""
+def _version(recovery: Any) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
+    """What changes whenever `branch_of` would, and the tensors it names, to be held so that their ids stay theirs."""
     names = getattr(recovery, "active_adapters", None)
     if names is None or recovery.disable_adapters:
-        return ()
-    weights = [m[n].weight for n in names for m in (recovery.lora_A, recovery.lora_B) if n in m]
-    return (tuple(names), *(recovery.scaling.get(n) for n in names), *((id(w), w._version) for w in weights))
+        return (), []
+    layers = [m[n] for n in names for m in (recovery.lora_A, recovery.lora_B) if n in m]
+    tensors = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+    facts = ((id(p), p.data_ptr(), p._version) for p in tensors)
+    return (tuple(names), *(recovery.scaling.get(n) for n in names), *facts), tensors
 
 
 @functools.cache
@@ -91,6 +93,7 @@ class Step(nn.Module):
         self.act = wrapper.start.act
         self.source: Any = None  # the choices these tensors were filled from
         self.version: Any = None
+        self.tensors: list[torch.Tensor] = []
 
     def follow(self, state: LayerState, batch: int) -> None:
         """Take over the choice of the cache that decodes now, and the adapter as it is now; cheap if nothing changed.
@@ -99,13 +102,13 @@ class Step(nn.Module):
             CapreseError: see `LayerState.chosen`.
         """
         (wrapper,) = self.wrapper
-        version = _version(wrapper.recovery)
+        version, tensors = _version(wrapper.recovery)
         if self.source is state.choices and self.version == version:
             return
         with torch.no_grad():
             choices = wrapper.choices(state, batch)
             self._fill(list(zip(wrapper.methods, choices, strict=True)), branch_of(wrapper.recovery))
-        self.source, self.version = state.choices, version
+        self.source, self.version, self.tensors = state.choices, version, tensors
 
     def _fill(self, choices: list[tuple[Method, torch.Tensor | None]], branch: Any) -> None:
         raise NotImplementedError
@@ -113,7 +116,7 @@ class Step(nn.Module):
     def _hold(self, name: str, value: torch.Tensor | None) -> None:
         """Keep a tensor where the last one of its kind was, if it fits there."""
         like = self.wrapper[0].view.part("down").weight
-        if value is not None and value.is_floating_point():
+        if value is not None and value.is_floating_point() and not name.startswith(("choice", "threshold")):
             value = value.to(like.dtype if like.is_floating_point() else value.dtype)
         held = getattr(self, name, None)
         if held is not None and value is not None and held.shape == value.shape and held.dtype == value.dtype:
@@ -390,7 +393,10 @@ def faster_form(wrapper: EfficientFFN) -> Form:
     like = wrapper.view.part("down").weight
     x = torch.randn(1, 1, wrapper.view.hidden_size, dtype=like.dtype, device=like.device)
     times: dict[Form, float] = {}
-    seen = Seen(0, x, *wrapper.view.neurons(x), torch.ones(1, 1, dtype=torch.bool, device=x.device))
+    a, z = wrapper.view.neurons(x)
+    if wrapper.rows is not None:
+        a, z = a[..., wrapper.rows], z[..., wrapper.rows]
+    seen = Seen(0, x, a, z, torch.ones(1, 1, dtype=torch.bool, device=x.device))
     for name, make in forms.items():
         state = LayerState()
         state.learn(wrapper.learners, seen)
