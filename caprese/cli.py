@@ -398,7 +398,7 @@ def bench(
         float | None, typer.Option(help="Fraction removed, where --method does not say; 0.5 if neither does.")
     ] = None,
     layers: Annotated[str, typer.Option(help="all, first-half, or numbers like 0,1,4-7.")] = "all",
-    rank: Annotated[int, typer.Option(help="Rank of each branch.")] = 256,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of each branch.")] = 256,
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens timed in each row.")] = 64,
     batch: Annotated[str, typer.Option(help="Sequences decoded together; several, 1,2,4,8,16, for a sweep.")] = "1",
@@ -421,8 +421,8 @@ def bench(
     import torch
 
     from caprese.efficient_methods import describe_methods
-    from caprese.evaluation.bench import ROWS, bench_plan, describe_bench, plot_bench
     from caprese.evaluation.bench import bench as measure
+    from caprese.evaluation.bench import bench_plan, describe_bench, plot_bench
     from caprese.files import check_writable, write_json
     from caprese.models import load_base, load_config, random_model, shape_config
     from caprese.models.loading import pick_device, pick_dtype
@@ -438,7 +438,6 @@ def bench(
     except ValueError:
         raise CapreseError(f"--batch {batch!r}: use a number, or several like 1,2,4") from None
     methods = resolve_recipe(method=method, sparsity=sparsity, layers=_layers(layers)).make_methods()
-    chosen = rows.split(",") if rows else [r for r in ROWS if compiled or not r.endswith("compiled")]
     if dry_run:
         config = shape_config(random_weights) if random_weights else load_config(name, revision)
         figures = bench_plan(config, methods, rank, pick_dtype(dtype, pick_device(device)) or torch.bfloat16, batches)
@@ -461,7 +460,8 @@ def bench(
         rank=rank,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
-        rows=chosen,
+        rows=rows.split(",") if rows else None,
+        compiled=compiled,
         form=form,
     )
     result = {"command": shlex.join(["caprese", *sys.argv[1:]]), "shape": name, **result}

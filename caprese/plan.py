@@ -39,8 +39,10 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     Raises:
         CapreseError: what `recover` would refuse about model, method, rank, device or type.
     """
+    device = pick_device(recipe.device)
+    dtype = pick_dtype(recipe.dtype, device) or torch.bfloat16
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     sites = find_ffns(model)
     hidden = sites[0].ffn.hidden_size
     methods = recipe.make_methods()
@@ -65,8 +67,6 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     s = recipe.samples
     rows = s.train + s.validation + s.test
     completion, prompt = rows * s.max_new_tokens, rows * _PROMPT_TOKENS
-    device = pick_device(recipe.device)
-    dtype = pick_dtype(recipe.dtype, device) or torch.bfloat16
     rate = 0.5 * _flops_per_second(torch.device(device), dtype)
     forward = 2 * dense / rate
     adam = 0 if recipe.layerwise.cache_activations else recipe.layerwise.epochs - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,9 +76,32 @@ def test_larger_batches_read_more() -> None:
     assert result["batches"][0]["floor_ratio"] < result["batches"][1]["floor_ratio"]
 
 
-def test_methods_without_rows() -> None:
-    result = bench(tiny("llama"), [Nf4()], rank=4, prompt_tokens=8, new_tokens=3, rows=["dense", "recovered", "fused"])
-    assert [row["name"] for row in result["rows"]] == ["dense", "recovered", "fused"]
+def test_packed_weights() -> None:
+    """No LoRA on them, and their floor counts the model's own width of a weight."""
+    how: dict[str, Any] = {"rank": 4, "prompt_tokens": 8, "new_tokens": 3}
+    result = bench(tiny("llama"), [Nf4()], compiled=False, **how)
+    assert [row["name"] for row in result["rows"]] == ["dense", "efficient", "recovered", "fused"]
+    with pytest.raises(caprese.CapreseError, match="nf4 has no row efficient_lora"):
+        bench(tiny("llama"), [Nf4()], rows=["dense", "efficient_lora"], **how)
+    ffn = 2 * 3 * 32 * 96
+    for dtype, bits in ((torch.float32, 32), (torch.bfloat16, 16)):
+        model = tiny("llama", dtype)
+        saved = weights_read(model, [Nf4()], 4, "dense") - weights_read(model, [Nf4()], 4, "efficient")
+        assert saved == pytest.approx(ffn * (1 - 4.5 / bits), abs=2)
+
+
+def test_lora_reads_chosen_rows() -> None:
+    model = tiny("llama")
+    bare, lora = (weights_read(model, [Griffin(sparsity=0.5)], 6, row) for row in ("efficient", "efficient_lora"))
+    rank = round(2 * 32 * 6 / (3 * (32 + 96)))
+    assert lora - bare == 2 * 3 * rank * (32 + 48)
+
+
+def test_a_step_that_does_not_compile_whole() -> None:
+    torch._dynamo.reset()
+    rows = ["dense", "dense_compiled"]
+    with pytest.raises(caprese.CapreseError, match="OPTForCausalLM does not compile whole .*--no-compile"):
+        bench(tiny("opt"), [Griffin(sparsity=0.5)], rank=4, prompt_tokens=8, new_tokens=3, rows=rows)
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "gemma-2-2b", "deepseek-r1-distill-qwen-1.5b"])

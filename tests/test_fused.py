@@ -297,13 +297,24 @@ COMPILE = CompileConfig(fullgraph=True, mode="default")
 COMPILE._compile_all_devices = True
 
 
-@pytest.mark.parametrize("spec", ["griffin:0.5", "cats:0.5", "static:0.3", "griffin:0.5+teal:0.4:where=attention"])
-def test_compiled_decode_without_breaks_or_recompilation(spec: str) -> None:
+@pytest.mark.parametrize(
+    ("spec", "prompt"),
+    [
+        ("griffin:0.5", PROMPT),
+        ("cats:0.5", PROMPT),
+        ("static:0.3", PROMPT),
+        ("griffin:0.5+teal:0.4:where=attention", PROMPT),
+        ("griffin:0.5", PADDED),
+        ("griffin:0.8", PADDED),  # a union of three that is less than all
+        ("griffin:0.5:shared_choice=true", PADDED),
+    ],
+)
+def test_compiled_decode_without_breaks_or_recompilation(spec: str, prompt: torch.Tensor) -> None:
     """generate with a static cache compiles the decode step once; new prompts, and so new choices, reuse it."""
     torch._dynamo.reset()
     model = recovered("llama", spec)
     how = {"cache_implementation": "static", "max_new_tokens": 6}
-    prompts = [PROMPT, PROMPT.flip(1), PROMPT.roll(3, 1)]
+    prompts = [prompt, prompt.flip(1), prompt.roll(3, 1), (prompt * 3 + 1) % 256 + 2]
     before = [answer(model, ids, **how) for ids in prompts]
     caprese.fuse(model)
     counters = torch._dynamo.utils.counters

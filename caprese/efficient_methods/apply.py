@@ -77,7 +77,7 @@ def methods_by_layer(methods: Sequence[Method], count: int) -> dict[int, list[Me
 
 
 def weights_saved(site: Site, methods: Sequence[Method]) -> int:
-    """How many weights of one layer `methods` spare a generated token, on average; in 16-bit weights.
+    """How many weights of one layer `methods` spare a generated token, on average; in weights of the model's type.
 
     Methods that choose by token are taken as independent of one another.
     """
@@ -87,7 +87,9 @@ def weights_saved(site: Site, methods: Sequence[Method]) -> int:
     for method in methods:
         reads, density = method.reads(reads), density * method.attention_density
     attention: list[Any] = site.attention_linears() if density < 1 else []
-    return before.total - reads.total + round((1 - density) * sum(linear.weight.numel() for linear in attention))
+    packed = any("weights" in method.acts_on for method in methods)  # `Reads` are of 16 bit, whatever the model's are
+    left = reads.total * 2 / site.ffn.part("up").weight.dtype.itemsize if packed else reads.total
+    return before.total - round(left) + round((1 - density) * sum(linear.weight.numel() for linear in attention))
 
 
 def _fixed(methods: list[Method], layer: int, site: Site, calibration: Calibration | None) -> dict[str, torch.Tensor]:

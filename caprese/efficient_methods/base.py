@@ -50,7 +50,8 @@ Sparsity = Annotated[float | list[float], PlainValidator(check_sparsity)]
 
 @dataclass(frozen=True)
 class Reads:
-    """Weights of one FFN that are read for one generated token, on average; in 16-bit weights, biases not counted."""
+    """Weights of one FFN that are read for one generated token, on average; packed ones as 16-bit weights, biases not
+    counted."""
 
     gate: float
     up: float

@@ -134,10 +134,10 @@ class Phases:
             # `State.length` follows the cache, so that its own need not be fetched from the device
             self._before(decoder, (), kwargs, past=state.length)
             self.current = None
-            for wrapper in wrappers:
-                wrapper.fused.follow(state.layer(wrapper.layer), state.batch)
             self.static = True
             try:
+                for wrapper in wrappers:
+                    wrapper.fused.follow(state.layer(wrapper.layer), state.batch)
                 return compiled(**kwargs)
             finally:
                 self.static = False

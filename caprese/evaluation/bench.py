@@ -20,6 +20,7 @@ from caprese.adapters import attach_adapter, branch_parameters
 from caprese.efficient_methods import (
     EfficientFFN,
     Method,
+    Reads,
     Sparse,
     Tokens,
     applied_ffns,
@@ -133,14 +134,24 @@ class Bench:
         rank: int,
         prompt_tokens: int = 128,
         new_tokens: int = 64,
-        rows: Sequence[str] = ROWS,
+        rows: Sequence[str] | None = None,
+        compiled: bool = True,
         form: Form = "auto",
         seed: int = 0,
     ) -> None:
         """
+        Args:
+            rows: of ROWS; None is all there are (LoRA needs rows of weights, which packed ones do not have).
+            compiled: whether None means the compiled ones too.
+
         Raises:
             CapreseError: a row that is not in ROWS, no tokens, or what apply and attach_adapter refuse.
         """
+        packed = any("weights" in m.acts_on for m in methods)
+        if rows is None:
+            rows = [r for r in ROWS if (compiled or "compiled" not in r) and not (packed and r == "efficient_lora")]
+        if packed and "efficient_lora" in rows:
+            raise CapreseError(f"{describe_methods(methods)} has no row efficient_lora; leave it out of --rows")
         if unknown := [r for r in rows if r not in ROWS]:
             raise CapreseError(f"no row {', '.join(unknown)}; rows are {', '.join(ROWS)}")
         if "dense" not in rows:
@@ -191,7 +202,7 @@ class Bench:
                     self.form = "indexed" if any(isinstance(step, Indexed) for step in steps) else "packed"
             if name == "efficient_lora":
                 for wrapper in applied_ffns(model).values():
-                    wrapper.fused = _LoraStep(wrapper, self._lora_rank(wrapper))
+                    wrapper.fused = _LoraStep(wrapper, lora_rank(wrapper.view, self.rank))
         bare = unwrap(model)
         step: Callable[..., Any] = bare
         if name.endswith("compiled"):
@@ -199,11 +210,6 @@ class Bench:
             bare.generation_config.compile_config = config
             step = bare.get_compiled_call(config)
         return Contender(name, bare, step)
-
-    def _lora_rank(self, wrapper: EfficientFFN) -> int:
-        """Of the LoRA on three (two) linear layers that has as many parameters as the branch."""
-        d, f = wrapper.view.hidden_size, wrapper.view.width
-        return max(1, round(2 * d * self.rank / ((3 if wrapper.view.gated else 2) * (d + f))))
 
     @torch.no_grad()
     def run(self, batch: int = 1) -> dict[str, Any]:
@@ -250,7 +256,14 @@ class Bench:
             for wrapper in fused:
                 wrapper.fused.source = None
             contender.selection_ms = _milliseconds(self.device, select)
-        contender.compile_s = _milliseconds(self.device, contender.advance) / 1000
+        try:
+            contender.compile_s = _milliseconds(self.device, contender.advance) / 1000
+        except torch._dynamo.exc.TorchDynamoException as error:
+            first = str(error).strip().partition("\n")[0]
+            raise CapreseError(
+                f"transformers' {type(contender.model).__name__} does not compile whole ({first}); leave its compiled "
+                "rows out with --no-compile"
+            ) from error
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -334,7 +347,7 @@ def weights_read(model: nn.Module, methods: Sequence[Method], rank: int, row: st
     if row.startswith("dense"):
         return dense
     sites = find_ffns(model)
-    saved = touched = 0
+    saved = branch = 0
     for index, own in methods_by_layer(methods, len(sites)).items():
         left = [
             m.model_copy(update={"sparsity": m.level**batch})
@@ -342,10 +355,22 @@ def weights_read(model: nn.Module, methods: Sequence[Method], rank: int, row: st
             else m
             for m in own
         ]
+        ffn = sites[index].ffn
         saved += weights_saved(sites[index], left)
-        touched += 1
-    branch = 0 if row == "efficient" else touched * 2 * sites[0].ffn.hidden_size * rank
+        if row == "efficient_lora":
+            kept = 1.0  # of its rows that stand for neurons
+            for method in left:
+                kept = method.reads(Reads(0, 0, kept)).down if "weights" not in method.acts_on else kept
+            branch += (3 if ffn.gated else 2) * lora_rank(ffn, rank) * round(ffn.hidden_size + kept * ffn.width)
+        elif row != "efficient":
+            branch += 2 * ffn.hidden_size * rank
     return dense - saved + branch
+
+
+def lora_rank(ffn: Any, rank: int) -> int:
+    """Of the LoRA on the FFN's three (two) linear layers that has as many parameters as a branch of `rank`."""
+    d, f = ffn.hidden_size, ffn.width
+    return max(1, round(2 * d * rank / ((3 if ffn.gated else 2) * (d + f))))
 
 
 def bench_plan(
@@ -353,7 +378,7 @@ def bench_plan(
 ) -> dict[str, Any]:
     """What `bench` would read and hold, without a weight."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     read = {row: weights_read(model, methods, rank, row) * dtype.itemsize for row in ("dense", "efficient", "fused")}
     floors = {
         b: weights_read(model, methods, rank, "fused", b) / weights_read(model, methods, rank, "dense") for b in batches

@@ -30,6 +30,10 @@ from caprese.models import Weights
 Form = Literal["auto", "packed", "indexed"]
 # inputs that one product of a whole decode step is timed on, where a form is chosen by measurement
 _TRIALS = 20
+# A union's width is a multiple of it, so that few shapes occur.
+_ROUND = 64
+# Rows that are turned together and stay in the cache while they are.
+_AT_ONCE = 32
 # Bytes of weights that no cache holds.
 _COLD = 128 << 20
 
@@ -103,6 +107,7 @@ class Step(nn.Module):
         """
         (wrapper,) = self.wrapper
         version, tensors = _version(wrapper.recovery)
+        version = (wrapper.phases.static, *version)
         if self.source is state.choices and self.version == version:
             return
         with torch.no_grad():
@@ -147,7 +152,8 @@ class Step(nn.Module):
 class Packed(Step):
     """Chosen rows gathered once after prefill into contiguous tensors: [gate_k; up_k; L'] and [down_k, R'].
 
-    Sequences with choices of their own share the union of them, each with its mask.
+    Sequences with choices of their own share the union of them, each with its mask. It is filled up with masked rows to
+    a width that does not depend on the prompts: in a compiled step, to what the union can have at most.
     """
 
     def _fill(self, choices: list[tuple[Method, torch.Tensor | None]], branch: Any) -> None:
@@ -158,8 +164,7 @@ class Packed(Step):
         index: torch.Tensor | None = None
         own: torch.Tensor | None = None
         if rows is not None:
-            index = rows.any(0).flatten().nonzero().squeeze(-1)
-            own = rows[..., index] if len(rows) > 1 else None
+            index, own = self._union(rows)
         self.width = w.up.shape[0] if index is None else len(index)
         self._hold("mask", own)
         self.methods = [m for m, _ in masks]
@@ -176,6 +181,18 @@ class Packed(Step):
         second[:, self.width :] = right
         self._hold("first_bias", self._first_bias(w, index, len(left)))
         self._hold("second_bias", extra if w.down_bias is None else w.down_bias + (0 if extra is None else extra))
+
+    def _union(self, rows: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Rows to gather (None is all) of choices bool [S, 1, F], and what each sequence leaves of them."""
+        index = rows.any(0).flatten().nonzero().squeeze(-1)
+        if len(rows) == 1:
+            return index, None
+        most, width = len(rows) * int(rows[0].sum()), rows.shape[-1]
+        wanted = most if self.wrapper[0].phases.static else -(-len(index) // _ROUND) * _ROUND
+        if wanted >= width:
+            return None, rows
+        own = F.pad(rows[..., index], (0, wanted - len(index)))
+        return F.pad(index, (0, wanted - len(index))), own
 
     def _first_bias(self, w: Weights, index: torch.Tensor | None, rank: int) -> torch.Tensor | None:
         if w.up_bias is None:
@@ -211,14 +228,20 @@ def _rows(choices: list[tuple[Method, torch.Tensor | None]]) -> torch.Tensor | N
 
 
 def _take(out: torch.Tensor, weight: torch.Tensor, index: torch.Tensor | None, dim: int) -> None:
+    """The chosen rows (dim 0) or columns (dim 1) of a weight; a few rows at a time, so that what is stored in another
+    order is turned within the cache (three times as fast on a CPU)."""
     if index is None:
         out.copy_(weight)
     elif dim == 0 and out.is_contiguous():
         torch.index_select(weight.detach(), 0, index, out=out)
+    elif weight.device.type != "cpu":
+        out.copy_(weight.index_select(dim, index))
     elif dim == 0:
-        out.copy_(weight.index_select(0, index))
-    else:  # on a CPU a third faster than index_select
-        out.copy_(weight.gather(1, index.expand(len(weight), -1)))
+        for rows, chosen in zip(out.split(_AT_ONCE), index.split(_AT_ONCE), strict=True):
+            rows.copy_(weight.index_select(0, chosen))
+    else:  # gather is a third faster than index_select here
+        for rows, whole in zip(out.split(_AT_ONCE), weight.split(_AT_ONCE), strict=True):
+            rows.copy_(whole.gather(1, index.expand(len(whole), -1)))
 
 
 class InPlace(Step):
