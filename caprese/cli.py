@@ -477,6 +477,81 @@ def bench(
         Console().print(part)
 
 
+@app.command()
+@_verb
+def scale(
+    model: Model,
+    adapter: Adapter,
+    samples: Annotated[int, typer.Option(help="N: completions of each problem.", min=1)] = 64,
+    problems: Annotated[int, typer.Option(help="Problems.", min=1)] = 32,
+    prompts: Annotated[
+        str | None, typer.Option(help="gym:TASK, chains:test, a file or a dataset; with answers.")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="Column that holds the prompt.")] = None,
+    contenders: Annotated[
+        str | None, typer.Option(help="Only these, with commas: dense, efficient, recovered.")
+    ] = None,
+    reselect_every: Annotated[
+        int | None, typer.Option(help="One more contender: recovered, choosing anew so often; 0 none.")
+    ] = 32,
+    reward: Annotated[
+        str | None, typer.Option(help="What weights best-of-N: a sequence classifier, or chains (its own verifier).")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Length limit of a completion.", min=2)] = None,
+    temperature: Annotated[float | None, typer.Option(help="As in the adapter's recipe if not given.")] = None,
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Directory for samples, scale.json and plot.")
+    ] = "scale",
+    seed: int = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Accuracy at equal time: many samples of a cheaper model against fewer of the dense one. Goes on where it was."""
+    import shlex
+    import sys
+
+    from caprese.adapters import read_sidecar
+    from caprese.data_gen import load_prompts
+    from caprese.data_gen.chains import soundness
+    from caprese.evaluation import environment
+    from caprese.evaluation.scaling import Scaling, describe_scaling, plot_scaling, reward_scorer
+    from caprese.evaluation.scaling import contenders as choose
+    from caprese.files import check_writable, write_json
+    from caprese.inference import load
+    from caprese.models import load_base
+    from caprese.recovery import beside
+
+    _quiet(as_json)
+    sidecar = read_sidecar(adapter)
+    over = choose(reselect_every or None, contenders.split(",") if contenders else None)
+    check_writable(Path(output))
+    asked, trained = beside(adapter)
+    given = {"prompts": prompts, "max_new_tokens": max_new_tokens, "temperature": temperature, "column": column}
+    config = asked.model_validate(asked.model_dump() | {key: v for key, v in given.items() if v is not None})
+    rows = load_prompts(config.prompts, problems, seed + 1, config.column, trained)
+    base, tokenizer = load_base(model, dtype=dtype, device=device)
+    lm = load(base, adapter, fused=True, reselect_every=None)
+    scorer = None if reward is None else soundness if reward == "chains" else reward_scorer(reward, device)
+    scaling = Scaling(lm, tokenizer, rows, config, samples, Path(output), seed, scorer)
+    identity = {
+        "base": sidecar.base.fingerprint,
+        "adapter": sidecar.weights_sha256,
+        "settings": config.model_dump(mode="json", exclude={"train", "validation", "test", "batch_size", "shard_size"}),
+    }
+    result = {"command": shlex.join(["caprese", *sys.argv[1:]]), "model": model, **scaling.run(over, identity)}
+    result["environment"] = environment(lm)
+    write_json(Path(output) / "scale.json", result)
+    plot_scaling(result, Path(output) / "scale.png")
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    from rich.console import Console
+
+    for part in describe_scaling(result):
+        Console().print(part)
+
+
 @app.command("methods")
 @_verb
 def list_methods(as_json: Json = False) -> None:

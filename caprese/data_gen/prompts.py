@@ -1,4 +1,4 @@
-"""Where prompts come from: a reasoning-gym task, a JSONL or Parquet file, or a `datasets` name."""
+"""Where prompts come from: a reasoning-gym task, chains of arithmetic, a JSONL or Parquet file, a `datasets` name."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from caprese.data_gen.chains import chains
 from caprese.errors import CapreseError
 
 # Rows of a streamed dataset that are held to draw the next one from.
@@ -30,7 +31,7 @@ def load_prompts(
     """Up to `count` distinct prompts, drawn and ordered by the seed; a smaller count gives the first of a larger one's.
 
     Args:
-        source: "gym:TASK", a .jsonl or .parquet file, or the name of a dataset ("openai/gsm8k:train").
+        source: "gym:TASK", "chains:SPLIT", a .jsonl or .parquet file, or the name of a dataset ("openai/gsm8k:train").
         column: where a file or dataset has the prompt; the answer is in "answer" if there is such a column.
         exclude: prompts not to give.
 
@@ -40,6 +41,9 @@ def load_prompts(
     if source.startswith("gym:"):
         size = 2 * (count + len(exclude)) + 100
         rows: Iterable[tuple[int, dict[str, Any]]] = enumerate(_gym(source[4:], size, seed))
+        column = "question"
+    elif source.startswith("chains:"):
+        rows = enumerate({"question": c.question, "answer": c.answer} for c in chains(source[7:], seed))
         column = "question"
     elif source.endswith((".jsonl", ".parquet")) or Path(source).exists():
         rows = list(enumerate(_file(Path(source))))

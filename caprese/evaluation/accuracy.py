@@ -25,6 +25,12 @@ def is_correct(completion: str, answer: str) -> bool | None:
     return bool(verify(gold, parse(completion, parsing_timeout=None), timeout_seconds=None))
 
 
+def final_answer(completion: str) -> str | None:
+    """The last answer in a completion, written as mathematics; None if there is none. Equal answers may differ."""
+    found = parse(completion, parsing_timeout=None)
+    return str(found[-1]) if found else None
+
+
 def accuracy(samples: Sequence[Sample]) -> float | None:
     """Fraction of completions that reach their answer, over the prompts whose answer can be marked; None if no prompt's
     can."""

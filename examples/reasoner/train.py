@@ -1,0 +1,177 @@
+"""Train reasoner-tiny from scratch: a one-million-parameter Llama that writes out chains of arithmetic.
+
+    python examples/reasoner/train.py --output examples/reasoner
+
+Problems are drawn from the split "train" as long as training lasts. The loss is on the working alone.
+A checkpoint every 500 steps: an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from caprese.data_gen.chains import Chain, chains
+from caprese.files import write_json
+
+ALPHABET = "0123456789+-*():>=\n"
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character."""
+    vocab = {"<pad>": 0, "<end>": 1, "<unk>": 2, **{c: i + 3 for i, c in enumerate(ALPHABET)}}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    inner.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        eos_token="<end>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(hidden: int, ffn: int, layers: int, heads: int, seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(ALPHABET) + 3,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, rows: list[Chain]) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids [B, T] padded right, and which of them are predicted: working and end of text."""
+    prompts = [tokenizer(row.question + "\n").input_ids for row in rows]
+    workings = [[*tokenizer(row.working).input_ids, 1] for row in rows]
+    longest = max(len(p) + len(w) for p, w in zip(prompts, workings, strict=True))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, (prompt, working) in enumerate(zip(prompts, workings, strict=True)):
+        ids[i, : len(prompt) + len(working)] = torch.tensor(prompt + working)
+        mask[i, len(prompt) : len(prompt) + len(working)] = True
+    return ids, mask
+
+
+@torch.no_grad()
+def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[Chain]) -> dict[str, float]:
+    """Greedy, by number of steps and over all."""
+    model.eval()
+    tokenizer.padding_side = "left"
+    right: dict[int, list[bool]] = {}
+    for start in range(0, len(rows), 100):
+        part = rows[start : start + 100]
+        batch = tokenizer([row.question + "\n" for row in part], return_tensors="pt", padding=True)
+        batch.pop("token_type_ids", None)
+        out = model.generate(**batch, max_new_tokens=200, do_sample=False)
+        texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        for row, text in zip(part, texts, strict=True):
+            right.setdefault(row.steps, []).append(text.rpartition("=")[2] == row.answer)
+    model.train()
+    every = [mark for marks in right.values() for mark in marks]
+    by_steps = {f"{steps} steps": sum(marks) / len(marks) for steps, marks in sorted(right.items())}
+    return {"all": sum(every) / len(every), **by_steps}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("examples/reasoner"))
+    parser.add_argument("--state", type=Path, default=Path("out-reasoner"))
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--ffn", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--problems", type=int, default=400, help="test problems at the end")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    tokenizer = make_tokenizer()
+    model = make_model(args.hidden, args.ffn, args.layers, args.heads, args.seed)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    args.state.mkdir(parents=True, exist_ok=True)
+    checkpoint, facts = args.state / "checkpoint.safetensors", args.state / "checkpoint.json"
+    done, seconds = 0, 0.0
+    if facts.exists():
+        known = json.loads(facts.read_text())
+        done, seconds = known["step"], known["seconds"]
+        tensors = load_file(checkpoint)
+        named = dict(model.named_parameters())
+        for name, parameter in named.items():
+            parameter.data.copy_(tensors[name])
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(done)),
+                "exp_avg": tensors[f"{name}|avg"],
+                "exp_avg_sq": tensors[f"{name}|square"],
+            }
+    problems = chains("train", args.seed)
+    for _ in range(done * args.batch):
+        next(problems)
+    test = list(itertools.islice(chains("test", 0), args.problems))
+    model.train()
+    begin = time.perf_counter()
+    for step in range(done, args.steps):
+        warm = min(1.0, (step + 1) / 100)
+        rate = args.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        ids, mask = encode(tokenizer, list(itertools.islice(problems, args.batch)))
+        hidden = model.model(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state[:, :-1][mask[:, 1:]]
+        loss = F.cross_entropy(model.lm_head(hidden), ids[:, 1:][mask[:, 1:]])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 100 == 0:
+            spent = seconds + time.perf_counter() - begin
+            left = spent / (step + 1) * (args.steps - step - 1)
+            print(f"step {step + 1}/{args.steps}  loss {loss.item():.4f}  {spent:.0f} s, {left:.0f} s left", flush=True)
+        if (step + 1) % 500 == 0:
+            print(accuracy(model, tokenizer, test[:100]), flush=True)
+            spent = seconds + time.perf_counter() - begin
+            tensors = {}
+            for name, parameter in model.named_parameters():
+                state = optimizer.state[parameter]
+                tensors |= {
+                    name: parameter.data,
+                    f"{name}|avg": state["exp_avg"],
+                    f"{name}|square": state["exp_avg_sq"],
+                }
+            save_file(tensors, checkpoint)
+            write_json(facts, {"step": step + 1, "seconds": spent})
+    result = {
+        "accuracy": accuracy(model, tokenizer, test),
+        "problems": len(test),
+        "seconds": seconds + time.perf_counter() - begin,
+    }
+    print(result)
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, 1
+    model.save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
+    write_json(args.state / "result.json", result)
+
+
+if __name__ == "__main__":
+    main()

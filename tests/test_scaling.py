@@ -1,0 +1,208 @@
+"""Repeated sampling: estimators against enumeration, answers of one prompt drawn together, and the whole command."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import caprese
+from caprese.adapters import attach_adapter, branch_parameters
+from caprese.cli import app
+from caprese.data_gen.chains import SPLITS, chains, line_is_right, make_chain, soundness, split_of
+from caprese.evaluation.estimators import interval, pass_at, vote
+from caprese.evaluation.scaling import at, comparison, first, sizes_up_to
+from caprese.inference.sampling import sample
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=9), st.data())
+def test_coverage_is_the_mean_over_all_subsets(right: list[bool], data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, len(right)))
+    subsets = list(itertools.combinations(right, n))
+    assert pass_at(n, right) == pytest.approx(sum(any(s) for s in subsets) / len(subsets))
+
+
+@given(st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1, max_size=7), st.data())
+def test_votes_are_the_mean_over_all_subsets(answers: list[str | None], data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, len(answers)))
+    weights = data.draw(st.lists(st.sampled_from([0.5, 1.0, 2.0]), min_size=len(answers), max_size=len(answers)))
+    right = [a == "a" for a in answers]
+    for used in (None, weights):
+        expected = 0.0
+        subsets = list(itertools.combinations(range(len(answers)), n))
+        for subset in subsets:
+            tally = {
+                a: sum((used[i] if used else 1) for i in subset if answers[i] == a)
+                for a in {answers[i] for i in subset} - {None}
+            }
+            winners = [a for a, w in tally.items() if w == max(tally.values())]
+            expected += ("a" in winners) / len(winners) if winners else 0
+        assert vote(n, answers, right, used) == pytest.approx(expected / len(subsets))
+
+
+def test_votes_of_many_samples_are_close_to_all() -> None:
+    answers = ["a"] * 9 + ["b"] * 7
+    right = [a == "a" for a in answers]
+    exact = sum(
+        1.0 if s.count("a") > s.count("b") else 0.5 if s.count("a") == s.count("b") else 0.0
+        for s in itertools.combinations(answers, 6)
+    ) / len(list(itertools.combinations(answers, 6)))
+    assert vote(6, answers, right) == pytest.approx(exact, abs=0.1)
+    assert vote(6, answers, right) == vote(6, answers, right)
+
+
+@pytest.mark.parametrize("n", [0, 4])
+def test_more_samples_than_there_are(n: int) -> None:
+    with pytest.raises(ValueError, match=f"{n} of 3 samples"):
+        pass_at(n, [True, False, False])
+    with pytest.raises(ValueError, match=f"{n} of 3 samples"):
+        vote(n, ["a", "b", "c"], [True, False, False])
+
+
+def test_intervals_hold_the_mean() -> None:
+    values = [float(i % 3 == 0) for i in range(90)]
+    low, high = interval(values)
+    assert 0.2 < low < 1 / 3 < high < 0.5
+    assert interval([1.0] * 10) == (1.0, 1.0)
+
+
+def test_times_between_measurements() -> None:
+    assert at([1, 2, 4], [0.1, 0.3, 0.5], 3) == pytest.approx(0.4)
+    assert at([1, 2, 4], [0.1, 0.3, 0.5], 0.5) is None
+    assert at([1, 2, 4], [0.1, 0.3, 0.5], 9) == 0.5
+    assert first([1, 2, 4], [0.1, 0.3, 0.5], 0.4) == pytest.approx(3)
+    assert first([1, 2, 4], [0.1, 0.3, 0.5], 0.6) is None
+    assert first([1, 2, 4], [0.1, 0.3, 0.5], 0.05) == 1
+    one = {"n": [1, 4], "seconds": [1.0, 4.0], "coverage": [0.5, 0.8], "majority": [0.5, 0.6]}
+    fast = {"n": [1, 4], "seconds": [0.5, 2.0], "coverage": [0.4, 0.8], "majority": [0.4, 0.5]}
+    found = comparison({"dense": one, "recovered": fast})
+    assert found["at_equal_time"][1]["coverage"] == {"dense": 0.8, "recovered": 0.8}
+    assert found["seconds_to_reach_dense"]["coverage"] == {"dense": 4.0, "recovered": 2.0}
+    assert found["seconds_to_reach_dense"]["majority"]["recovered"] is None
+
+
+def test_sizes() -> None:
+    assert sizes_up_to(1) == [1] and sizes_up_to(16) == [1, 2, 4, 8, 16] and sizes_up_to(20) == [1, 2, 4, 8, 16, 20]
+
+
+def test_samples_together_are_samples_alone() -> None:
+    """At almost no temperature every sequence is the greedy one, whenever its neighbours leave the batch."""
+    model = tiny_llama()
+    prompt = list(range(2, 12))
+    greedy = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)[0, 10:]
+    end = int(greedy[6])
+    cut = greedy.tolist()[: greedy.tolist().index(end) + 1]
+    for ends, expected in (([], greedy.tolist()), ([end], cut)):
+        drawn = sample(model, prompt, 3, max_new_tokens=12, temperature=1e-4, ends=ends)
+        assert drawn == [expected] * 3
+    hot = {"max_new_tokens": 12, "temperature": 1.5, "top_p": 1.0}
+    several = sample(model, prompt, 8, ends=list(range(0, 258, 9)), seed=1, **hot)
+    assert several == sample(model, prompt, 8, ends=list(range(0, 258, 9)), seed=1, **hot)
+    assert len({len(s) for s in several}) > 1
+    for answer in several:
+        assert all(token % 9 for token in answer[:-1])
+
+
+def test_chains_are_right_and_disjoint() -> None:
+    seen: dict[str, set[str]] = {}
+    for split in SPLITS:
+        rows = list(itertools.islice(chains(split, 0), 300))
+        assert rows == list(itertools.islice(chains(split, 0), 300))
+        seen[split] = {row.question for row in rows}
+        for row in rows:
+            assert eval(row.question) == int(row.answer) and split_of(row.question) == split
+            assert row.working.endswith(f"={row.answer}") and 50 <= len(row.working) <= 200
+            assert sum(row.question.count(sign) for sign in "+-*") == row.steps
+            assert soundness(row.question, row.working) == 1
+    for one, other in itertools.combinations(SPLITS, 2):
+        assert not seen[one] & seen[other]
+    assert {row.steps for row in itertools.islice(chains("test", 1), 100)} == {3, 4, 5, 6}
+    assert {row.steps for row in itertools.islice(chains("test", 1, 5), 20)} == {5}
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 10**6), st.data())
+def test_a_wrong_digit_is_found(seed: int, data: st.DataObject) -> None:
+    import random
+
+    lines = make_chain(3, random.Random(seed)).working.split("\n")[:-1]
+    line = data.draw(st.sampled_from(lines))
+    place = data.draw(st.integers(line.index(":") + 1, len(line) - 1))
+    if line[place] == ">":
+        return
+    wrong = line[:place] + str((int(line[place]) + data.draw(st.integers(1, 9))) % 10) + line[place + 1 :]
+    assert line_is_right(line) and not line_is_right(wrong)
+
+
+def test_bad_chains() -> None:
+    with pytest.raises(caprese.CapreseError, match="no split 'dev'; it has test"):
+        next(chains("dev", 0))
+    with pytest.raises(caprese.CapreseError, match="3 to 6 steps, not 9"):
+        next(chains("test", 0, 9))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and an adapter on disk."""
+    path = tmp_path_factory.mktemp("scale")
+    model = tiny_llama()
+    model.save_pretrained(path / "model")
+    byte_tokenizer().save_pretrained(path / "model")
+    base, _ = caprese.load_base(str(path / "model"), dtype="float32")
+    adapted = attach_adapter(caprese.apply(base, caprese.Griffin(sparsity=0.5)), 2)
+    torch.manual_seed(0)
+    for parameter in branch_parameters(adapted):
+        parameter.data.normal_(0, 0.1)
+    caprese.save(adapted, path / "adapter")
+    return path
+
+
+def run(made: Path, output: Path, *more: str) -> tuple[int, str]:
+    args = ["scale", "--model", str(made / "model"), "--adapter", str(made / "adapter"), "--output", str(output)]
+    args += ["--prompts", "chains:test", "--problems", "3", "--max-new-tokens", "8", "--dtype", "float32", *more]
+    done = CliRunner().invoke(app, args)
+    return done.exit_code, done.output
+
+
+def test_the_command_and_going_on(made: Path, tmp_path: Path) -> None:
+    how = ("--samples", "4", "--reward", "chains", "--reselect-every", "4")
+    code, out = run(made, tmp_path / "out", *how, "--json")
+    assert code == 0, out
+    result = json.loads(out)
+    assert result["problems"] == 3
+    assert list(result["contenders"]) == ["dense", "efficient", "recovered", "recovered_reselect_4"]
+    for found in result["contenders"].values():
+        assert found["n"] == [1, 2, 4]
+        for key in ("coverage", "majority", "best_of_n", "seconds", "tokens", "compute_units"):
+            assert len(found[key]) == 3
+        assert found["tokens"][2] == pytest.approx(4 * found["tokens"][0])
+    assert result["contenders"]["dense"]["compute_units"] == [1, 2, 4]
+    assert result["contenders"]["recovered"]["compute_units"][0] < 1
+    assert (tmp_path / "out" / "scale.png").stat().st_size > 5000
+    shards = sorted((tmp_path / "out" / "samples").iterdir())
+    before = {path.name: path.stat().st_mtime_ns for path in shards}
+    shards[0].write_text("{")  # damaged: drawn again, the same
+    code, out = run(made, tmp_path / "out", *how)
+    assert code == 0 and "majority at the time dense needs" in " ".join(out.split())
+    after = {path.name: path.stat().st_mtime_ns for path in sorted((tmp_path / "out" / "samples").iterdir())}
+    assert [name for name in before if before[name] != after[name]] == [shards[0].name]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--contenders", "dense,fast"], "no contender fast"),
+        (["--prompts", "chains:dev"], "no split 'dev'"),
+        (["--reward", "nowhere"], "cannot load the reward model 'nowhere'"),
+    ],
+)
+def test_bad_input(made: Path, tmp_path: Path, more: list[str], says: str) -> None:
+    code, out = run(made, tmp_path / "out", *more)
+    assert code == 1 and says in " ".join(out.split())
