@@ -12,7 +12,9 @@ import argparse
 import itertools
 import json
 import math
+import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -73,6 +75,16 @@ def encode(tokenizer: PreTrainedTokenizerFast, rows: list[Chain]) -> tuple[torch
     return ids, mask
 
 
+def batches(size: int, seed: int) -> Iterator[list[Chain]]:
+    """Batches without end of problems of like length, in random order."""
+    problems, draw = chains("train", seed), random.Random(seed)
+    while True:
+        rows = sorted(itertools.islice(problems, 8 * size), key=lambda row: len(row.question) + len(row.working))
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        draw.shuffle(parts)
+        yield from parts
+
+
 @torch.no_grad()
 def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[Chain]) -> dict[str, float]:
     """Greedy, by number of steps and over all."""
@@ -126,8 +138,8 @@ def main() -> None:
                 "exp_avg": tensors[f"{name}|avg"],
                 "exp_avg_sq": tensors[f"{name}|square"],
             }
-    problems = chains("train", args.seed)
-    for _ in range(done * args.batch):
+    problems = batches(args.batch, args.seed)
+    for _ in range(done):
         next(problems)
     test = list(itertools.islice(chains("test", 0), args.problems))
     model.train()
@@ -137,9 +149,9 @@ def main() -> None:
         rate = args.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        ids, mask = encode(tokenizer, list(itertools.islice(problems, args.batch)))
-        hidden = model.model(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state[:, :-1][mask[:, 1:]]
-        loss = F.cross_entropy(model.lm_head(hidden), ids[:, 1:][mask[:, 1:]])
+        ids, mask = encode(tokenizer, next(problems))
+        hidden = model.model(input_ids=ids).last_hidden_state  # what is padded comes last, so no token sees it
+        loss = F.cross_entropy(model.lm_head(hidden[:, :-1][mask[:, 1:]]), ids[:, 1:][mask[:, 1:]])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
