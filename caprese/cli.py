@@ -492,54 +492,84 @@ def scale(
         str | None, typer.Option(help="Only these, with commas: dense, efficient, recovered.")
     ] = None,
     reselect_every: Annotated[
-        int | None, typer.Option(help="One more contender: recovered, choosing anew so often; 0 none.")
+        int, typer.Option(help="One more contender: recovered, choosing anew so often; 0 none.", min=0)
     ] = 32,
     reward: Annotated[
-        str | None, typer.Option(help="What weights best-of-N: a sequence classifier, or chains (its own verifier).")
+        str | None,
+        typer.Option(help="What weights best-of-N: a sequence classifier, causal:MODEL, oracle, or chains (verifier)."),
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Length limit of a completion.", min=2)] = None,
     temperature: Annotated[float | None, typer.Option(help="As in the adapter's recipe if not given.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace samples of other settings.")] = False,
     output: Annotated[
         str, typer.Option("--output", "-o", help="Directory for samples, scale.json and plot.")
     ] = "scale",
     seed: int = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be drawn; draw nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Accuracy at equal time: many samples of a cheaper model against fewer of the dense one. Goes on where it was."""
     import shlex
     import sys
 
+    from pydantic import ValidationError
+
     from caprese.adapters import read_sidecar
     from caprese.data_gen import load_prompts
-    from caprese.data_gen.chains import soundness
     from caprese.evaluation import environment
-    from caprese.evaluation.scaling import Scaling, describe_scaling, plot_scaling, reward_scorer
+    from caprese.evaluation.rewards import reward_scorer
+    from caprese.evaluation.scaling import Scaling, describe_scaling, plot_scaling
     from caprese.evaluation.scaling import contenders as choose
     from caprese.files import check_writable, write_json
     from caprese.inference import load
     from caprese.models import load_base
+    from caprese.progress import say
+    from caprese.recipes.recipe import explain
     from caprese.recovery import beside
 
     _quiet(as_json)
     sidecar = read_sidecar(adapter)
     over = choose(reselect_every or None, contenders.split(",") if contenders else None)
-    check_writable(Path(output))
     asked, trained = beside(adapter)
+    if prompts is not None and column is None:
+        column = "prompt"
     given = {"prompts": prompts, "max_new_tokens": max_new_tokens, "temperature": temperature, "column": column}
-    config = asked.model_validate(asked.model_dump() | {key: v for key, v in given.items() if v is not None})
+    try:
+        config = asked.model_validate(asked.model_dump() | {key: v for key, v in given.items() if v is not None})
+    except ValidationError as error:
+        raise explain(error, "scale") from error
     rows = load_prompts(config.prompts, problems, seed + 1, config.column, trained)
-    base, tokenizer = load_base(model, dtype=dtype, device=device)
-    lm = load(base, adapter, fused=True, reselect_every=None)
-    scorer = None if reward is None else soundness if reward == "chains" else reward_scorer(reward, device)
+    if dry_run:
+        facts = {
+            "contenders": [c.name for c in over],
+            "problems": len(rows),
+            "completions": len(rows) * samples * len(over),
+            "tokens_at_most": len(rows) * samples * len(over) * config.max_new_tokens,
+            "first_prompt": rows[0].text,
+        }
+        print(json.dumps(facts, indent=2)) if as_json else _print_table("scale", facts)
+        return
+    check_writable(Path(output))
+    base, tokenizer = load_base(model, revision=revision, dtype=dtype, device=device)
+    say(f"{model}, {adapter}: {len(over)} contenders, {len(rows)} problems of {config.prompts}, {samples} samples each")
+    # samples of one problem share its choice, so its rows are gathered once for all of them
+    lm = load(base, adapter, fused=True, form="packed", reselect_every=None)
+    scorer = None if reward is None else reward_scorer(reward, device)
     scaling = Scaling(lm, tokenizer, rows, config, samples, Path(output), seed, scorer)
     identity = {
         "base": sidecar.base.fingerprint,
         "adapter": sidecar.weights_sha256,
+        "type": f"{base.dtype} on {base.device.type}",
         "settings": config.model_dump(mode="json", exclude={"train", "validation", "test", "batch_size", "shard_size"}),
     }
-    result = {"command": shlex.join(["caprese", *sys.argv[1:]]), "model": model, **scaling.run(over, identity)}
+    result = {
+        "command": shlex.join(["caprese", *sys.argv[1:]]),
+        "model": model,
+        **scaling.run(over, identity, overwrite),
+    }
     result["environment"] = environment(lm)
     write_json(Path(output) / "scale.json", result)
     plot_scaling(result, Path(output) / "scale.png")

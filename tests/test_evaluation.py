@@ -81,6 +81,7 @@ def test_only_mathematics_is_marked():
 
     assert is_correct("so it is 42", "42") is True and is_correct("so it is 41", "42") is False
     assert is_correct("The knight is Alice.", "Alice") is None
+    assert is_correct("4", "1 2\n3 4") is None and is_correct("4", "1 2 3 4") is None
     assert accuracy([said("Alice", "Alice"), said("Bob", "Alice")]) is None
     assert accuracy([said("Alice", "Alice"), said("it is 42", "42"), said("it is 1", "2"), said("?", None)]) == 0.5
     assert accuracy([said("it is 42", None)]) is None and accuracy([]) is None

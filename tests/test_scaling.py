@@ -11,13 +11,18 @@ import torch
 from conftest import byte_tokenizer, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 import caprese
 from caprese.adapters import attach_adapter, branch_parameters
 from caprese.cli import app
+from caprese.data_gen import Prompt, load_prompts
 from caprese.data_gen.chains import SPLITS, chains, line_is_right, make_chain, soundness, split_of
+from caprese.evaluation.accuracy import Marker, is_correct
 from caprese.evaluation.estimators import interval, pass_at, vote
+from caprese.evaluation.fidelity import variant
+from caprese.evaluation.rewards import reward_scorer
 from caprese.evaluation.scaling import at, comparison, first, sizes_up_to
 from caprese.inference.sampling import sample
 
@@ -82,6 +87,9 @@ def test_times_between_measurements() -> None:
     assert first([1, 2, 4], [0.1, 0.3, 0.5], 0.05) == 1
     one = {"n": [1, 4], "seconds": [1.0, 4.0], "coverage": [0.5, 0.8], "majority": [0.5, 0.6]}
     fast = {"n": [1, 4], "seconds": [0.5, 2.0], "coverage": [0.4, 0.8], "majority": [0.4, 0.5]}
+    assert at([1, 2, 2, 5], [0.1, 0.2, 0.3, 0.4], 2.0) == 0.3 and at([1, 1, 2], [0.1, 0.2, 0.3], 1) == 0.2
+    wavering = {"n": [1, 2, 4], "seconds": [2.0, 1.9, 3.0], "coverage": [0.1, 0.2, 0.3], "majority": [0.1, 0.2, 0.3]}
+    assert comparison({"dense": wavering})["at_equal_time"][0]["seconds"] == 1.9
     found = comparison({"dense": one, "recovered": fast})
     assert found["at_equal_time"][1]["coverage"] == {"dense": 0.8, "recovered": 0.8}
     assert found["seconds_to_reach_dense"]["coverage"] == {"dense": 4.0, "recovered": 2.0}
@@ -120,7 +128,7 @@ def test_chains_are_right_and_disjoint() -> None:
             assert eval(row.question) == int(row.answer) and split_of(row.question) == split
             assert row.working.endswith(f"={row.answer}") and 50 <= len(row.working) <= 200
             assert sum(row.question.count(sign) for sign in "+-*") == row.steps
-            assert soundness(row.question, row.working) == 1
+            assert soundness(row.working) == 1
     for one, other in itertools.combinations(SPLITS, 2):
         assert not seen[one] & seen[other]
     assert {row.steps for row in itertools.islice(chains("test", 1), 100)} == {3, 4, 5, 6}
@@ -146,6 +154,56 @@ def test_bad_chains() -> None:
         next(chains("dev", 0))
     with pytest.raises(caprese.CapreseError, match="3 to 6 steps, not 9"):
         next(chains("test", 0, 9))
+
+
+def test_marks() -> None:
+    problem = next(chains("test", 3))
+    mark = Marker(Prompt(problem.question, problem.answer))
+    assert mark.able and mark(problem.working) == (problem.answer, True)
+    assert mark(problem.working + "1")[1] is False and mark("") == (None, False)
+    assert not Marker(Prompt("Which colour?", "red")).able
+    [grid] = load_prompts("gym:rotate_matrix", 1, 0)  # no number: its task's own scorer marks it
+    mark = Marker(grid)
+    assert mark.able and mark(f"Turned:\n<answer>{grid.answer}</answer>") == (grid.answer, True)
+    assert mark("<answer>1 2</answer>") == ("1 2", False) and mark("") == (None, False)
+    assert mark("a\n 7 ") == ("7", False)
+    mark = Marker(Prompt("7/14 = ?", "so\n#### 1/2"))
+    assert mark("it is $\\frac{1}{2}$") == mark("1/2") == ("1/2", True)
+    assert mark("1/2", ended=False) == (None, False)
+    assert mark("so \\boxed{1/2} it is, as 3", ended=False) == ("1/2", True)
+    for text in ("9**9**9**9", "$9^{9^{9^{9}}}$", "$123456789^{987654321}$"):  # nothing waits for these
+        assert mark(text) == (None, False) and is_correct(text, "4") is False
+    for answer in ("(3, 4)", "[1, 2, 3]", "12:30", "a=1, b=2", "Alice has 3 apples"):  # one number is not all of it
+        assert not Marker(Prompt("?", answer)).able and is_correct("3", answer) is None
+    for answer in ("$x^2 - 3x$", "1,234", "$72", "\\frac{1}{2}"):
+        assert Marker(Prompt("?", answer)).able
+
+
+def test_reward_models(tmp_path: Path) -> None:
+    """Real ones, tiny: a causal model's likelihood, and a classifier; a verifier; an oracle."""
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "causal")
+    byte_tokenizer().save_pretrained(tmp_path / "causal")
+    score = reward_scorer(f"causal:{tmp_path / 'causal'}", "cpu")
+    words = byte_tokenizer()
+    asked, said = words("1+1\n").input_ids, words("=2", add_special_tokens=False).input_ids
+    with torch.no_grad():
+        scores = model.float()(torch.tensor([asked + said])).logits[0, len(asked) - 1 : -1].log_softmax(-1)
+    expected = scores.gather(1, torch.tensor(said)[:, None]).mean().exp()
+    assert score(Prompt("1+1", "2"), "=2") == pytest.approx(float(expected), rel=1e-4)
+    assert score(Prompt("1+1", "2"), "") == 0
+    judge = AutoModelForSequenceClassification.from_config(model.config)
+    judge.save_pretrained(tmp_path / "judge")
+    byte_tokenizer().save_pretrained(tmp_path / "judge")
+    score = reward_scorer(str(tmp_path / "judge"), "cpu")
+    assert 0 < score(Prompt("1+1", "2"), "=2") < 1
+    assert score(Prompt("1+1", "2"), "=2") != score(Prompt("1+1", "2"), "=9")
+    with pytest.raises(caprese.CapreseError, match=r"is no sequence classifier.*give causal:"):
+        reward_scorer(str(tmp_path / "causal"), "cpu")
+    problem = next(chains("test", 3))
+    prompt = Prompt(problem.question, problem.answer)
+    assert reward_scorer("oracle")(prompt, problem.working) == 1 and reward_scorer("oracle")(prompt, "=0") == 0
+    assert reward_scorer("chains")(prompt, problem.working) == 1 and reward_scorer("chains")(prompt, "=0") == 0
 
 
 @pytest.fixture(scope="module")
@@ -186,13 +244,45 @@ def test_the_command_and_going_on(made: Path, tmp_path: Path) -> None:
     assert result["contenders"]["dense"]["compute_units"] == [1, 2, 4]
     assert result["contenders"]["recovered"]["compute_units"][0] < 1
     assert (tmp_path / "out" / "scale.png").stat().st_size > 5000
-    shards = sorted((tmp_path / "out" / "samples").iterdir())
-    before = {path.name: path.stat().st_mtime_ns for path in shards}
-    shards[0].write_text("{")  # damaged: drawn again, the same
-    code, out = run(made, tmp_path / "out", *how)
-    assert code == 0 and "majority at the time dense needs" in " ".join(out.split())
+    code, out = run(made, tmp_path / "dry", *how, "--dry-run", "--json")
+    assert code == 0 and json.loads(out)["completions"] == 3 * 4 * 4 and not (tmp_path / "dry").exists()
+    files = sorted((tmp_path / "out" / "samples").iterdir())
+    before = {path.name: path.stat().st_mtime_ns for path in files}
+    assert len(files) == 3
+    for damage in ("{", "5", "{}"):  # drawn again
+        files[0].write_text(damage)
+        code, out = run(made, tmp_path / "out", *how)
+        assert code == 0 and "majority at the time dense needs" in " ".join(out.split())
     after = {path.name: path.stat().st_mtime_ns for path in sorted((tmp_path / "out" / "samples").iterdir())}
-    assert [name for name in before if before[name] != after[name]] == [shards[0].name]
+    assert [name for name in before if before[name] != after[name]] == [files[0].name]
+    code, out = run(made, tmp_path / "out", "--samples", "2")
+    assert code == 1 and "holds samples of other settings" in " ".join(out.split())
+    assert json.loads(files[1].read_text())["settings"]["count"] == 4
+    assert run(made, tmp_path / "out", "--samples", "2", "--overwrite")[0] == 0
+
+
+def test_samples_of_a_recovered_model_are_those_drawn_alone(made: Path) -> None:
+    """Greedy, fused, with reselection, each sequence leaving the batch at its own end; then other contenders."""
+    base, _ = caprese.load_base(str(made / "model"), dtype="float32")
+    model = caprese.load(base, made / "adapter", fused=True)
+    prompt = list(range(2, 12))
+
+    def drawn(name: str, count: int, every: int | None) -> list[list[int]]:
+        with variant(model, name), caprese.reselection(model, every):
+            return sample(model, prompt, count, max_new_tokens=14, temperature=1e-4, ends=[])
+
+    def alone(name: str, every: int | None) -> list[int]:
+        with variant(model, name), caprese.reselection(model, every):
+            out = model.generate(
+                input_ids=torch.tensor([prompt]), max_new_tokens=14, do_sample=False, eos_token_id=None
+            )
+        return out[0, 10:].tolist()
+
+    cases = [("dense", None), ("efficient", None), ("recovered", None), ("recovered", 4)]
+    expected = {case: alone(*case) for case in cases}
+    assert len({tuple(each) for each in expected.values()}) > 2
+    for case in [*cases, *reversed(cases)]:
+        assert drawn(case[0], 3, case[1]) == [expected[case]] * 3
 
 
 @pytest.mark.parametrize(
@@ -200,7 +290,9 @@ def test_the_command_and_going_on(made: Path, tmp_path: Path) -> None:
     [
         (["--contenders", "dense,fast"], "no contender fast"),
         (["--prompts", "chains:dev"], "no split 'dev'"),
-        (["--reward", "nowhere"], "cannot load the reward model 'nowhere'"),
+        (["--reward", "nowhere"], "unknown model 'nowhere'"),
+        (["--reward", "owner/nowhere"], "cannot load the reward model 'owner/nowhere'"),
+        (["--temperature", "0"], "temperature: input should be greater than 0"),
     ],
 )
 def test_bad_input(made: Path, tmp_path: Path, more: list[str], says: str) -> None:

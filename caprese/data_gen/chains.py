@@ -79,12 +79,12 @@ def line_is_right(line: str) -> bool:
     head, _, _ = line.partition(":")
     for sign in "+-*":
         a, found, b = head.partition(sign)
-        if found and a.isdigit() and b.isdigit() and len(a) == WIDTH and len(b) in (1, WIDTH):
+        if found and a.isdecimal() and b.isdecimal() and len(a) == WIDTH and len(b) in (1, WIDTH):
             return line + "\n" == _line(int(a), sign, int(b))[0]
     return False
 
 
-def soundness(_: str, completion: str) -> float:
+def soundness(completion: str) -> float:
     """The fraction of the lines of a working that are right in themselves: a verifier that does not know the answer."""
     lines = [line for line in completion.split("\n") if line and not line.startswith("=")]
     return sum(map(line_is_right, lines)) / len(lines) if lines else 0.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ _BUFFER = 10_000
 class Prompt:
     text: str
     answer: str | None = None
+    #: the reasoning-gym item it comes from, which its task's own scorer wants to see
+    item: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
 
 def load_prompts(
@@ -64,7 +66,8 @@ def load_prompts(
             excluded = True
             continue
         answer = row.get("answer")
-        seen.setdefault(text, Prompt(text, None if answer is None else str(answer)))
+        item = row if source.startswith("gym:") else None
+        seen.setdefault(text, Prompt(text, None if answer is None else str(answer), item))
         if len(seen) >= count:
             break
     if not seen:

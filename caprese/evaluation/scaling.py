@@ -11,30 +11,31 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from caprese.data_gen import Prompt, Samples, check_context, encode_prompt
 from caprese.efficient_methods import reselection
 from caprese.errors import CapreseError
-from caprese.evaluation.accuracy import final_answer, is_correct
+from caprese.evaluation.accuracy import Marker
 from caprese.evaluation.estimators import estimate, pass_at, vote
 from caprese.evaluation.fidelity import variant
 from caprese.evaluation.latency import parameter_counts
-from caprese.files import write_json
+from caprese.evaluation.rewards import Scorer
+from caprese.files import write_atomic, write_json
 from caprese.inference.sampling import sample
-from caprese.progress import bar
+from caprese.progress import bar, say
 
-#: (prompt, completion) -> how good it looks; what best-of-n votes are weighted with
-Scorer = Callable[[str, str], float]
-# Problems whose completions are timed anew at each n.
-TIMED = 4
-# Problems in one file of samples.
-SHARD = 8
+# Problems for which every n is timed; their own samples are the time of the largest.
+TIMED = 16
+# Sequences decoded together.
+TOGETHER = 64
+METRICS = ("coverage", "majority", "best_of_n")
+_KEYS = {"settings", "prompt", "contenders"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def sizes_up_to(count: int) -> list[int]:
 
 
 class Scaling:
-    """Samples of every contender for every problem, kept in files, and what follows from them."""
+    """Samples of every contender for every problem, a file for each problem, and what follows from them."""
 
     def __init__(
         self,
@@ -86,7 +87,7 @@ class Scaling:
         """
         Args:
             model: applied, with its adapter.
-            problems: with answers that can be marked.
+            problems: with answers that can be marked; others are left out.
             config: instruction, length limit, temperature and top_p.
             count: N, samples of each problem.
             directory: where samples are kept; a run with the same settings goes on from them.
@@ -94,162 +95,182 @@ class Scaling:
         Raises:
             CapreseError: no problem with a markable answer, or a prompt too long.
         """
-        self.problems = [p for p in problems if p.answer is not None and is_correct("", p.answer) is not None]
+        self.markers = [marker for marker in map(Marker, problems) if marker.able]
+        self.problems = [marker.prompt for marker in self.markers]
         if not self.problems:
             raise CapreseError("none of these problems has an answer that can be marked; give prompts with answers")
+        if left := len(problems) - len(self.problems):
+            say(f"[yellow]{left} of {len(problems)} problems have no answer that can be marked; left out[/yellow]")
         if count < 1:
             raise CapreseError("--samples starts at 1")
         self.model, self.tokenizer, self.config, self.count = model, tokenizer, config, count
         self.directory, self.seed, self.scorer = directory, seed, scorer
+        self.sizes = sizes_up_to(count)
         self.encoded = [
             encode_prompt(tokenizer, p.text, config.instruction, config.chat_template) for p in self.problems
         ]
         check_context(model, self.problems, self.encoded, config.max_new_tokens)
 
-    def _draw(self, contender: Contender, problem: int, count: int, seed: int) -> list[list[int]]:
+    def _draw(self, contender: Contender, problem: int, count: int, seed: int) -> tuple[list[list[int]], float]:
+        """Completions, and the seconds they took, prefill included."""
+        drawn: list[list[int]] = []
+        begin = time.perf_counter()
         with ExitStack() as stack:
             stack.enter_context(variant(self.model, contender.variant))
             stack.enter_context(reselection(self.model, contender.reselect_every))
-            return sample(
-                self.model,
-                self.encoded[problem],
-                count,
-                max_new_tokens=self.config.max_new_tokens,
-                temperature=self.config.temperature,
-                top_p=self.config.top_p,
-                seed=seed,
-            )
+            while len(drawn) < count:
+                drawn += sample(
+                    self.model,
+                    self.encoded[problem],
+                    min(TOGETHER, count - len(drawn)),
+                    max_new_tokens=self.config.max_new_tokens,
+                    temperature=self.config.temperature,
+                    top_p=self.config.top_p,
+                    seed=seed + 7919 * len(drawn),
+                )
+        return drawn, time.perf_counter() - begin
 
-    def completions(self, contender: Contender, identity: dict[str, Any]) -> list[list[str]]:
-        """Texts of all samples, [problems][N]; shards that are there are read, and token counts kept with them."""
-        texts: list[list[str]] = []
-        self.tokens: dict[str, list[int]] = getattr(self, "tokens", {})
-        lengths: list[int] = []
-        own = {**identity, "contender": contender.name, "count": self.count, "seed": self.seed}
-        with bar(f"{contender.name}: samples", len(self.problems), "problems") as advance:
-            for start in range(0, len(self.problems), SHARD):
-                part = range(start, min(start + SHARD, len(self.problems)))
-                path = self.directory / "samples" / f"{contender.name}-{start // SHARD:05d}.json"
-                asked = [self.problems[i].text for i in part]
-                kept = _read(path)
-                if kept is None or kept["settings"] != own or kept["problems"] != asked:
-                    drawn = []
-                    for i in part:
-                        drawn.append(self._draw(contender, i, self.count, self.seed * 1_000_003 + i))
-                        advance(1)
-                    kept = {
-                        "settings": own,
-                        "problems": asked,
-                        "completions": [self.tokenizer.batch_decode(d, skip_special_tokens=True) for d in drawn],
-                        "tokens": [[len(ids) for ids in d] for d in drawn],
+    def _problem(self, index: int, over: Sequence[Contender], settings: dict[str, Any]) -> dict[str, Any]:
+        """All samples of one problem; contenders take turns, and nobody is always first."""
+        found: dict[str, Any] = {c.name: {"seconds": {}} for c in over}
+        sizes = self.sizes if index < TIMED else self.sizes[-1:]
+        for turn, n in enumerate(sizes):
+            for place in range(len(over)):
+                c = over[(place + turn + index) % len(over)]
+                drawn, seconds = self._draw(c, index, n, self.seed * 1_000_003 + index)
+                found[c.name]["seconds"][str(n)] = seconds
+                if n == self.count:
+                    found[c.name] |= {
+                        "completions": self.tokenizer.batch_decode(drawn, skip_special_tokens=True),
+                        "tokens": [len(ids) for ids in drawn],
+                        "ended": [len(ids) < self.config.max_new_tokens or self._ends(ids[-1]) for ids in drawn],
                     }
-                    write_json(path, kept)
-                else:
-                    advance(len(part))
-                texts += kept["completions"]
-                lengths += [n for each in kept["tokens"] for n in each]
-        self.tokens[contender.name] = lengths
-        return texts
+        return {"settings": settings, "prompt": self.problems[index].text, "contenders": found}
 
-    def seconds(self, contender: Contender, sizes: Sequence[int]) -> list[float]:
-        """Mean wall-clock time of n samples of one problem, drawn together, prefill included; measured, not scaled."""
-        chosen = range(min(TIMED, len(self.problems)))
-        self._draw(contender, 0, 1, 0)  # warm-up
-        result = []
-        for n in sizes:
-            begin = time.perf_counter()
-            for i in chosen:
-                self._draw(contender, i, n, self.seed + i)
-            if self.model.device.type != "cpu":
-                torch.accelerator.synchronize()
-            result.append((time.perf_counter() - begin) / len(chosen))
-        return result
+    def _ends(self, token: int) -> bool:
+        ends = self.model.generation_config.eos_token_id  # type: ignore[union-attr]
+        return token in ([ends] if isinstance(ends, int) else list(ends or ()))  # type: ignore[arg-type]
 
-    def run(self, over: Sequence[Contender], identity: dict[str, Any]) -> dict[str, Any]:
-        """The report; see `scale`."""
-        sizes = sizes_up_to(self.count)
-        texts = {c.name: self.completions(c, identity) for c in over}
-        # they take turns and the median counts, so that a slow moment of the machine hits all alike
-        rounds = [{c.name: self.seconds(c, sizes) for c in over} for _ in range(3)]
+    def samples(self, over: Sequence[Contender], identity: dict[str, Any], overwrite: bool) -> list[dict[str, Any]]:
+        """What `_problem` gives for each; files that are there are read."""
+        settings = {**identity, "contenders": [c.name for c in over], "count": self.count, "seed": self.seed}
+        paths = [self.directory / "samples" / f"{i:05d}.json" for i in range(len(self.problems))]
+        kept = [_read(path) for path in paths]
+        for i, each in enumerate(kept):
+            if each is not None and (each["settings"] != settings or each["prompt"] != self.problems[i].text):
+                if not overwrite:
+                    raise CapreseError(
+                        f"{self.directory} holds samples of other settings; choose another --output, or --overwrite"
+                    )
+                kept[i] = None
+        found = []
+        if None in kept:
+            for c in over:
+                self._draw(c, 0, 1, 0)  # warm-up
+        with bar("samples", len(paths), "problems", sum(each is not None for each in kept)) as advance:
+            for i, path in enumerate(paths):
+                each = kept[i]
+                if each is None:
+                    each = self._problem(i, over, settings)
+                    write_json(path, each)
+                    advance(1)
+                found.append(each)
+        return found
+
+    def run(self, over: Sequence[Contender], identity: dict[str, Any], overwrite: bool = False) -> dict[str, Any]:
+        """Draw, mark and weigh.
+
+        Returns: {"problems", "samples", "contenders": {name: {"n", "coverage", "majority", "best_of_n" (with a scorer),
+        each of these with "..._interval", "seconds", "tokens", "compute_units": all by n; "active_fraction",
+        "reselect_every"}}} and what `comparison` gives. Seconds and tokens are means over problems: of n samples of
+        one, drawn together.
+        """
+        drawn = self.samples(over, identity, overwrite)
         result: dict[str, Any] = {}
-        for c in over:
-            timed = [sorted(r[c.name][i] for r in rounds)[1] for i in range(len(sizes))]
-            with reselection(self.model, c.reselect_every):
-                active = parameter_counts(self.model)
-            fraction = active[f"active_{c.variant}"] / active["active_dense"]
-            result[c.name] = self._figures(texts[c.name], sizes) | {
-                "seconds": timed,
-                "tokens": [n * sum(self.tokens[c.name]) / len(self.tokens[c.name]) for n in sizes],
-                "compute_units": [n * fraction for n in sizes],
-                "active_fraction": fraction,
-                "reselect_every": c.reselect_every,
-            }
+        with bar("marks", len(over) * len(drawn), "problems") as advance:
+            for c in over:
+                own = [each["contenders"][c.name] for each in drawn]
+                figures = self._figures(own, advance)
+                timed = own[:TIMED]
+                seconds = [sum(o["seconds"][str(n)] for o in timed) / len(timed) for n in self.sizes]
+                lengths = [length for o in own for length in o["tokens"]]
+                with reselection(self.model, c.reselect_every):
+                    active = parameter_counts(self.model)
+                fraction = active[f"active_{c.variant}"] / active["active_dense"] if c.variant != "dense" else 1.0
+                result[c.name] = figures | {
+                    "seconds": seconds,
+                    "tokens": [n * sum(lengths) / len(lengths) for n in self.sizes],
+                    "compute_units": [n * fraction for n in self.sizes],
+                    "active_fraction": fraction,
+                    "reselect_every": c.reselect_every,
+                }
         return {"problems": len(self.problems), "samples": self.count, "contenders": result, **comparison(result)}
 
-    def _figures(self, texts: list[list[str]], sizes: Sequence[int]) -> dict[str, Any]:
-        right = [
-            [bool(is_correct(text, p.answer or "")) for text in each]
-            for each, p in zip(texts, self.problems, strict=True)
-        ]
-        answers = [[final_answer(text) for text in each] for each in texts]
-        # two ways to write the right answer are one answer
-        answers = [
-            ["right" if mark else answer for mark, answer in zip(marks, each, strict=True)]
-            for marks, each in zip(right, answers, strict=True)
-        ]
-        figures: dict[str, Any] = {"n": list(sizes)}
+    def _figures(self, own: Sequence[dict[str, Any]], advance: Callable[[int], None]) -> dict[str, Any]:
+        right: list[list[bool]] = []
+        answers: list[list[str | None]] = []
+        weights: list[list[float]] = []
+        for each, mark in zip(own, self.markers, strict=True):
+            marks = [mark(text, ended) for text, ended in zip(each["completions"], each["ended"], strict=True)]
+            right.append([good for _, good in marks])
+            answers.append([answer for answer, _ in marks])
+            if self.scorer is not None:
+                weights.append([self.scorer(mark.prompt, text) for text in each["completions"]])
+            advance(1)
+        figures: dict[str, Any] = {"n": list(self.sizes)}
 
         def put(name: str, values: Callable[[int], list[float]]) -> None:
-            found = estimate(values, sizes)
+            found = estimate(values, self.sizes)
             figures[name] = found["mean"]
             figures[f"{name}_interval"] = list(map(list, zip(found["low"], found["high"], strict=True)))
 
         put("coverage", lambda n: [pass_at(n, marks) for marks in right])
         put("majority", lambda n: [vote(n, a, marks) for a, marks in zip(answers, right, strict=True)])
         if self.scorer is not None:
-            scorer = self.scorer
-            weights = [[scorer(p.text, text) for text in each] for each, p in zip(texts, self.problems, strict=True)]
-            put(
-                "best_of_n",
-                lambda n: [vote(n, a, m, w) for a, m, w in zip(answers, right, weights, strict=True)],
-            )
+            put("best_of_n", lambda n: [vote(n, a, m, w) for a, m, w in zip(answers, right, weights, strict=True)])
         return figures
 
 
 def comparison(found: dict[str, Any]) -> dict[str, Any]:
-    """Accuracy in the time that dense needs for N samples, and the time to reach dense's accuracy of one sample.
+    """Accuracy in the time that dense needs for N samples, and the time to reach what dense reaches with most.
 
     Between measured sizes, by linear interpolation; beyond the largest, its accuracy (it is not extrapolated).
     """
     if "dense" not in found:
         return {}
     dense = found["dense"]
-    metrics = [m for m in ("coverage", "majority", "best_of_n") if m in dense]
+    metrics = [m for m in METRICS if m in dense]
+    times = {name: _rising(c["seconds"]) for name, c in found.items()}
     table = []
     for i, n in enumerate(dense["n"]):
         if n not in (1, 4, 16, 64, 256) and n != dense["n"][-1]:
             continue
-        row: dict[str, Any] = {"dense_n": n, "seconds": dense["seconds"][i]}
+        when = times["dense"][i]
+        row: dict[str, Any] = {"dense_n": n, "seconds": when}
         for metric in metrics:
-            row[metric] = {name: at(c["seconds"], c[metric], dense["seconds"][i]) for name, c in found.items()}
+            row[metric] = {name: at(times[name], c[metric], when) for name, c in found.items()}
         table.append(row)
     reach = {
-        metric: {name: first(c["seconds"], c[metric], dense[metric][-1]) for name, c in found.items()}
+        metric: {name: first(times[name], c[metric], dense[metric][-1]) for name, c in found.items()}
         for metric in metrics
     }
     return {"at_equal_time": table, "seconds_to_reach_dense": reach}
 
 
+def _rising(seconds: Sequence[float]) -> list[float]:
+    """Times that never fall as n grows: more samples cannot take less, but measurements can say so."""
+    return list(accumulate(reversed(seconds), min))[::-1]
+
+
 def at(seconds: Sequence[float], values: Sequence[float], when: float) -> float | None:
-    """The value at a time; None before the first sample is done."""
+    """The value at a time, of rising times; None before the first sample is done."""
     if when < seconds[0] * (1 - 1e-9):
         return None
-    for (t0, v0), (t1, v1) in zip(
-        zip(seconds, values, strict=True), zip(seconds[1:], values[1:], strict=False), strict=False
-    ):
-        if t0 <= when <= t1:
-            return v0 + (v1 - v0) * (when - t0) / (t1 - t0) if t1 > t0 else v1
-    return values[-1] if when >= seconds[-1] else values[0]
+    known = [i for i, t in enumerate(seconds) if t <= when * (1 + 1e-9)]
+    i = known[-1] if known else 0
+    if i == len(seconds) - 1 or seconds[i] >= when:
+        return values[i]
+    return values[i] + (values[i + 1] - values[i]) * (when - seconds[i]) / (seconds[i + 1] - seconds[i])
 
 
 def first(seconds: Sequence[float], values: Sequence[float], level: float) -> float | None:
@@ -265,36 +286,12 @@ def first(seconds: Sequence[float], values: Sequence[float], level: float) -> fl
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A shard, or None if there is none or it is damaged: it is then drawn again."""
+    """One problem's samples, or None if there are none or they are damaged: they are then drawn again."""
     try:
-        return dict(json.loads(path.read_text()))
+        found = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-
-
-def reward_scorer(name: str, device: str = "auto") -> Scorer:
-    """A transformers sequence-classification model as a scorer: its last logit's sigmoid, of prompt and completion.
-
-    Raises:
-        CapreseError: it cannot be loaded.
-    """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    from caprese.models.loading import pick_device
-
-    try:
-        judge = AutoModelForSequenceClassification.from_pretrained(name).to(pick_device(device)).eval()
-        words = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        text = str(error).strip().splitlines()[0]
-        raise CapreseError(f"cannot load the reward model {name!r} ({text}); give a sequence classifier") from error
-
-    @torch.no_grad()
-    def score(prompt: str, completion: str) -> float:
-        batch = words(prompt, completion, return_tensors="pt", truncation=True).to(judge.device)
-        return float(judge(**batch).logits[0, -1].sigmoid())
-
-    return score
+    return found if isinstance(found, dict) and found.keys() >= _KEYS else None
 
 
 def describe_scaling(result: dict[str, Any]) -> list[Any]:
@@ -302,63 +299,57 @@ def describe_scaling(result: dict[str, Any]) -> list[Any]:
     from rich.table import Table
 
     parts: list[Any] = []
-    names = list(result["contenders"])
-    for metric in ("coverage", "majority", "best_of_n"):
-        if metric not in result["contenders"][names[0]]:
+    found = result["contenders"]
+    names = list(found)
+    for metric in METRICS:
+        if metric not in found[names[0]]:
             continue
-        table = Table("N", *names, title=f"{metric.replace('_', ' ')}, with 95% intervals", title_justify="left")
-        for i, n in enumerate(result["contenders"][names[0]]["n"]):
+        word = metric.replace("_", " ")
+        table = Table("N", *names, title=f"{word}, with 95% intervals, and seconds a problem", title_justify="left")
+        for i, n in enumerate(found[names[0]]["n"]):
             cells = []
-            for name in names:
-                c = result["contenders"][name]
+            for c in found.values():
                 low, high = c[f"{metric}_interval"][i]
                 cells.append(f"{c[metric][i]:.1%} ({low:.0%}-{high:.0%}), {c['seconds'][i]:.2f} s")
             table.add_row(str(n), *cells)
         parts.append(table)
         if result.get("at_equal_time"):
-            table = Table("dense N", "seconds", *names, title=f"{metric} at the time dense needs", title_justify="left")
+            table = Table("dense N", "seconds", *names, title=f"{word} at the time dense needs", title_justify="left")
             for row in result["at_equal_time"]:
                 each = [row[metric][name] for name in names]
                 cells = ["-" if value is None else f"{value:.1%}" for value in each]
                 table.add_row(str(row["dense_n"]), f"{row['seconds']:.2f}", *cells)
+            times = [result["seconds_to_reach_dense"][metric][name] for name in names]
+            table.add_section()
+            table.add_row("s to reach dense", "", *("-" if t is None else f"{t:.2f}" for t in times))
             parts.append(table)
     return parts
 
 
 def plot_scaling(result: dict[str, Any], path: Path) -> None:
-    """Each metric against measured time, and against compute units."""
+    """Each metric against measured time, compute units and tokens."""
     import matplotlib
     from matplotlib.figure import Figure
 
     from caprese.evaluation.plots import LIGHT
 
     found = result["contenders"]
-    metrics = [m for m in ("coverage", "majority", "best_of_n") if m in next(iter(found.values()))]
+    metrics = [m for m in METRICS if m in next(iter(found.values()))]
+    budgets = (
+        ("seconds", "seconds a problem"),
+        ("compute_units", "N x active fraction"),
+        ("tokens", "tokens a problem"),
+    )
     with matplotlib.rc_context(LIGHT.style):
-        figure = Figure(figsize=(7.2, 2.7 * len(metrics)), layout="constrained")
-        grid = figure.subplots(len(metrics), 2, squeeze=False)
+        figure = Figure(figsize=(9.6, 2.7 * len(metrics)), layout="constrained")
+        grid = figure.subplots(len(metrics), len(budgets), squeeze=False)
         for axes, metric in zip(grid, metrics, strict=True):
-            for ax, (key, label) in zip(
-                axes, (("seconds", "seconds a problem"), ("compute_units", "N x active fraction")), strict=True
-            ):
+            for ax, (key, label) in zip(axes, budgets, strict=True):
                 for name, c in found.items():
-                    low = [i[0] for i in c[f"{metric}_interval"]]
-                    high = [i[1] for i in c[f"{metric}_interval"]]
+                    low, high = zip(*c[f"{metric}_interval"], strict=True)
                     (line,) = ax.plot(c[key], c[metric], marker="o", markersize=3, label=name)
                     ax.fill_between(c[key], low, high, color=line.get_color(), alpha=0.1)
                 ax.set_xscale("log")
                 ax.set(xlabel=label, ylabel=metric.replace("_", " "), ylim=(0, 1.02))
         grid[0][0].legend(fontsize=7)
-        figure.savefig(path, dpi=200)
-
-
-__all__ = [
-    "Contender",
-    "Scaling",
-    "comparison",
-    "contenders",
-    "describe_scaling",
-    "plot_scaling",
-    "reward_scorer",
-    "sizes_up_to",
-]
+        write_atomic(path, lambda tmp: figure.savefig(tmp, dpi=200, format="png"))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from caprese.data_gen.generate import NucleusSampler
+from caprese.efficient_methods.state import state_of
 from caprese.models import unwrap
 
 # Sequences are taken out of the batch when at least this part of it has ended: each time, the KV cache is copied.
@@ -42,6 +43,8 @@ def sample(
     sampler = NucleusSampler(temperature, top_p, seed, device)
     out: Any = base(input_ids=torch.tensor([list(prompt)], device=device), use_cache=True, logits_to_keep=1)
     cache = out.past_key_values
+    if (state := state_of(cache)) is not None:
+        state.settle()  # it is not cropped: what would undo the prompt need not be repeated
     cache.batch_repeat_interleave(count)
     logits = out.logits[:, -1].repeat_interleave(count, 0)
     alive = torch.arange(count, device=device)

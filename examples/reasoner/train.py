@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import random
 import time
@@ -19,12 +18,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from caprese.data_gen.chains import Chain, chains
-from caprese.files import write_json
+from caprese.files import read_tensors, write_json, write_tensors
 
 ALPHABET = "0123456789+-*():>=\n"
 
@@ -124,14 +122,12 @@ def main() -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.01)
     args.state.mkdir(parents=True, exist_ok=True)
-    checkpoint, facts = args.state / "checkpoint.safetensors", args.state / "checkpoint.json"
+    checkpoint = args.state / "checkpoint.safetensors"
     done, seconds = 0, 0.0
-    if facts.exists():
-        known = json.loads(facts.read_text())
+    if checkpoint.exists():
+        tensors, known = read_tensors(checkpoint, "delete it and run again")
         done, seconds = known["step"], known["seconds"]
-        tensors = load_file(checkpoint)
-        named = dict(model.named_parameters())
-        for name, parameter in named.items():
+        for name, parameter in model.named_parameters():
             parameter.data.copy_(tensors[name])
             optimizer.state[parameter] = {
                 "step": torch.tensor(float(done)),
@@ -171,8 +167,7 @@ def main() -> None:
                     f"{name}|avg": state["exp_avg"],
                     f"{name}|square": state["exp_avg_sq"],
                 }
-            save_file(tensors, checkpoint)
-            write_json(facts, {"step": step + 1, "seconds": spent})
+            write_tensors(checkpoint, tensors, {"step": step + 1, "seconds": spent})
     result = {
         "accuracy": accuracy(model, tokenizer, test),
         "problems": len(test),
