@@ -1,0 +1,42 @@
+"""The yardstick: a reasoner whose accuracy is real, what breaks it, and what gives it back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import caprese
+from caprese.data_gen import Samples, complete, encode_prompt, load_prompts
+from caprese.evaluation.accuracy import Marker
+from caprese.models import count_parameters
+from caprese.recipes import resolve_recipe
+
+
+def test_it_reasons() -> None:
+    model, tokenizer = caprese.load_base("reasoner-tiny")
+    assert count_parameters(model) < 15e6
+    problems = load_prompts("chains:test", 200, 7)
+    encoded = [encode_prompt(tokenizer, p.text, "", True) for p in problems]
+    drawn = complete(model, tokenizer, encoded, Samples(max_new_tokens=220, batch_size=100), 0)
+    marks = [Marker(p)(tokenizer.decode(ids, skip_special_tokens=True)) for p, ids in zip(problems, drawn, strict=True)]
+    assert sum(right for _, right in marks) / len(marks) >= 0.95
+    assert tokenizer.decode(tokenizer(problems[0].text + "\n").input_ids) == problems[0].text + "\n"
+
+
+@pytest.mark.timeout(900)
+def test_recovery_of_reasoning(tmp_path: Path) -> None:
+    """The whole job on a few samples: sparsity breaks it, the adapter gives a good part back."""
+    recipe = resolve_recipe(
+        model="reasoner-tiny",
+        output=str(tmp_path / "out"),
+        sparsity=0.4,
+        samples={"train": 800, "validation": 64, "test": 128},
+        end_to_end={"epochs": 3, "batch_size": 16, "micro_batch": 16},
+    )
+    model, tokenizer = caprese.load_base("reasoner-tiny")
+    report = caprese.recover(model, tokenizer, recipe)
+    accuracy = {name: figures["accuracy"] for name, figures in report["quality"].items()}
+    assert accuracy["dense"] >= 0.9 and accuracy["efficient"] < 0.5
+    assert accuracy["recovered"] - accuracy["efficient"] >= 0.2
+    assert report["parameters"]["fraction"] <= 0.02
