@@ -17,8 +17,7 @@ from caprese.cli import app
 from caprese.data_gen import read_shard
 from caprese.evaluation import VARIANTS
 from caprese.models import ALIASES
-from caprese.models.loading import YARDSTICK
-from caprese.models.loading import pick_device
+from caprese.models.loading import YARDSTICK, pick_device
 from caprese.recipes import Recipe, names, resolve_recipe
 
 runner = CliRunner()
