@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from caprese.inference import unfuse as unfuse
     from caprese.models import load_base as load_base
     from caprese.recipes import Recipe as Recipe
+    from caprese.recipes import resolve_recipe as resolve_recipe
     from caprese.recovery import recover as recover
 
 _PUBLIC = {
@@ -52,6 +53,7 @@ _PUBLIC = {
     "recover": "recovery",
     "remove": "efficient_methods",
     "reselection": "efficient_methods",
+    "resolve_recipe": "recipes",
     "save": "adapters",
     "unfuse": "inference",
 }
@@ -63,3 +65,7 @@ def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(f"caprese.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module 'caprese' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PUBLIC]

@@ -167,7 +167,9 @@ def recover(
     layers: Annotated[str | None, typer.Option(help="all, first-half, or numbers like 0,1,4-7.")] = None,
     rank: Annotated[str | None, typer.Option(help="Rank of each branch, or auto.")] = None,
     bias: Annotated[bool | None, typer.Option("--bias/--no-bias", help="Also learn a bias on each branch.")] = None,
-    prompts: Annotated[str | None, typer.Option(help="gym:TASK, a .jsonl or .parquet file, or a dataset name.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="gym:TASK, chains:SPLIT, a .jsonl or .parquet file, or a dataset.")
+    ] = None,
     column: Annotated[str | None, typer.Option(help="Column that holds the prompt.")] = None,
     samples: Annotated[int | None, typer.Option(help="Training samples.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Length limit of a completion.")] = None,
@@ -332,7 +334,9 @@ def generate(
 def evaluate(
     model: Model,
     adapter: Adapter,
-    prompts: Annotated[str | None, typer.Option(help="gym:TASK, a .jsonl or .parquet file, or a dataset name.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="gym:TASK, chains:SPLIT, a .jsonl or .parquet file, or a dataset.")
+    ] = None,
     column: Annotated[str | None, typer.Option(help="Column that holds the prompt.")] = None,
     samples: Annotated[int, typer.Option(help="Prompts to ask.", min=1)] = 32,
     max_new_tokens: Annotated[int | None, typer.Option(help="Length limit of a completion.", min=2)] = None,
@@ -580,6 +584,7 @@ def scale(
 
     for part in describe_scaling(result):
         Console().print(part)
+    say(f"{Path(output) / 'scale.json'}, scale.png")
 
 
 @app.command("methods")

@@ -7,7 +7,6 @@ python examples/recover.py --model DIR --samples 24 --rank 4 --new-tokens 16
 import argparse
 
 import caprese
-from caprese.recipes import resolve_recipe
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default="smollm2-135m")
@@ -18,7 +17,7 @@ parser.add_argument("--output", default="out-example")
 args = parser.parse_args()
 
 model, tokenizer = caprese.load_base(args.model)  # alias, hub id, or local path
-recipe = resolve_recipe(
+recipe = caprese.resolve_recipe(
     "smollm2-135m",  # its sizes suit two cores; a flag or a keyword overrides anything in a recipe
     model=args.model,
     rank=args.rank,

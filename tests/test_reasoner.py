@@ -10,7 +10,6 @@ import caprese
 from caprese.data_gen import Samples, complete, encode_prompt, load_prompts
 from caprese.evaluation.accuracy import Marker
 from caprese.models import count_parameters
-from caprese.recipes import resolve_recipe
 
 
 def test_it_reasons() -> None:
@@ -27,7 +26,7 @@ def test_it_reasons() -> None:
 @pytest.mark.timeout(900)
 def test_recovery_of_reasoning(tmp_path: Path) -> None:
     """The whole job on a few samples: sparsity breaks it, the adapter gives a good part back."""
-    recipe = resolve_recipe(
+    recipe = caprese.resolve_recipe(
         model="reasoner-tiny",
         output=str(tmp_path / "out"),
         sparsity=0.4,

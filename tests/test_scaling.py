@@ -290,7 +290,7 @@ def test_samples_of_a_recovered_model_are_those_drawn_alone(made: Path) -> None:
     [
         (["--contenders", "dense,fast"], "no contender fast"),
         (["--prompts", "chains:dev"], "no split 'dev'"),
-        (["--reward", "nowhere"], "unknown model 'nowhere'"),
+        (["--reward", "nowhere"], "cannot load the reward model 'nowhere'"),
         (["--reward", "owner/nowhere"], "cannot load the reward model 'owner/nowhere'"),
         (["--temperature", "0"], "temperature: input should be greater than 0"),
     ],

@@ -154,7 +154,7 @@ def _file(adapter: str, name: str, revision: str | None) -> Path:
         if not (local / name).is_file():
             raise CapreseError(f"{adapter} holds no {name}: not a (finished) caprese adapter; run caprese recover")
         return local / name
-    if adapter.count("/") != 1 or adapter.startswith((".", "/", "~")):
+    if adapter.rstrip("/").count("/") != 1 or adapter.startswith((".", "/", "~")):
         raise CapreseError(f"no adapter at {adapter!r}: neither a directory nor a hub id like 'owner/name'")
     try:
         return Path(hf_hub_download(adapter, name, revision=revision))

@@ -398,10 +398,9 @@ def describe_bench(result: dict[str, Any]) -> list[Any]:
         title = f"{result.get('shape', '')}  {result['method']}, rank {result['rank']}, {result['dtype']} on "
         title += f"{result['device']}, batch {each['batch']}: byte floor {each['floor_ratio']:.3f} of dense"
         table = Table(title=title, title_justify="left")
-        for column in ("", "TTNT ms", "±", "tokens/s", "of dense, same engine", "of dense eager", "MB/token"):
-            table.add_column(column, justify="right" if column else "left")
-        table.add_column("efficiency", justify="right")
-        table.add_column("holds GB", justify="right")
+        table.add_column("", no_wrap=True, min_width=14)
+        for column in ("ms", "±", "tok/s", "same engine", "dense eager", "MB/tok", "eff.", "GB"):
+            table.add_column(column, justify="right")
         for row in each["rows"]:
             table.add_row(
                 row["name"],
@@ -416,7 +415,8 @@ def describe_bench(result: dict[str, Any]) -> list[Any]:
             )
         parts.append(table)
     parts.append(
-        "efficiency: the byte floor's ratio over the measured one, in the same engine; 1 is all that can be had"
+        "ms: time to next token. same engine, dense eager: of dense's. MB/tok: weights read. eff.: the byte floor's "
+        "ratio over the measured one; above 1 where rows lie better than dense's. GB: held"
     )
     return parts
 

@@ -60,8 +60,8 @@ def _likelihood(name: str, device: str) -> Scorer:
 
 
 def _classifier(name: str, device: str) -> Scorer:
-    source = resolve(name).source
     try:
+        source = resolve(name).source
         judge, facts = AutoModelForSequenceClassification.from_pretrained(
             source, use_safetensors=True, output_loading_info=True
         )

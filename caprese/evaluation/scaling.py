@@ -159,8 +159,10 @@ class Scaling:
         for i, each in enumerate(kept):
             if each is not None and (each["settings"] != settings or each["prompt"] != self.problems[i].text):
                 if not overwrite:
+                    other = [k for k, v in settings.items() if each["settings"].get(k) != v] or ["problems"]
                     raise CapreseError(
-                        f"{self.directory} holds samples of other settings; choose another --output, or --overwrite"
+                        f"{self.directory} holds samples of other settings ({', '.join(other)}); choose another "
+                        "--output, or --overwrite"
                     )
                 kept[i] = None
         found = []
@@ -251,8 +253,9 @@ def comparison(found: dict[str, Any]) -> dict[str, Any]:
             row[metric] = {name: at(times[name], c[metric], when) for name, c in found.items()}
         table.append(row)
     reach = {
-        metric: {name: first(times[name], c[metric], dense[metric][-1]) for name, c in found.items()}
+        metric: {name: first(times[name], c[metric], top) if top else None for name, c in found.items()}
         for metric in metrics
+        for top in dense[metric][-1:]
     }
     return {"at_equal_time": table, "seconds_to_reach_dense": reach}
 
@@ -294,6 +297,11 @@ def _read(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and found.keys() >= _KEYS else None
 
 
+def _columns(names: Sequence[str]) -> list[str]:
+    """Names that may break between words."""
+    return [name.replace("_", " ") for name in names]
+
+
 def describe_scaling(result: dict[str, Any]) -> list[Any]:
     """The result as tables."""
     from rich.table import Table
@@ -305,7 +313,9 @@ def describe_scaling(result: dict[str, Any]) -> list[Any]:
         if metric not in found[names[0]]:
             continue
         word = metric.replace("_", " ")
-        table = Table("N", *names, title=f"{word}, with 95% intervals, and seconds a problem", title_justify="left")
+        table = Table(
+            "N", *_columns(names), title=f"{word}, with 95% intervals, and seconds a problem", title_justify="left"
+        )
         for i, n in enumerate(found[names[0]]["n"]):
             cells = []
             for c in found.values():
@@ -314,7 +324,9 @@ def describe_scaling(result: dict[str, Any]) -> list[Any]:
             table.add_row(str(n), *cells)
         parts.append(table)
         if result.get("at_equal_time"):
-            table = Table("dense N", "seconds", *names, title=f"{word} at the time dense needs", title_justify="left")
+            table = Table(
+                "dense N", "s", *_columns(names), title=f"{word} at the time dense needs", title_justify="left"
+            )
             for row in result["at_equal_time"]:
                 each = [row[metric][name] for name in names]
                 cells = ["-" if value is None else f"{value:.1%}" for value in each]
@@ -323,6 +335,7 @@ def describe_scaling(result: dict[str, Any]) -> list[Any]:
             table.add_section()
             table.add_row("s to reach dense", "", *("-" if t is None else f"{t:.2f}" for t in times))
             parts.append(table)
+    parts.append("-: not in that time, or never. Between measured N by interpolation; times taken never to fall with N")
     return parts
 
 

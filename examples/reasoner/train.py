@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from caprese.data_gen.chains import Chain, chains
 from caprese.files import read_tensors, write_json, write_tensors
@@ -174,7 +174,7 @@ def main() -> None:
         "seconds": seconds + time.perf_counter() - begin,
     }
     print(result)
-    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, 1
+    model.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=1, max_new_tokens=200)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     write_json(args.state / "result.json", result)
