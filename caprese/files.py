@@ -29,10 +29,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(tmp)
-        with open(tmp, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(tmp, 0o666 & ~_umask())
-        os.replace(tmp, path)
+        put_in_place(tmp, path)
     except (OSError, SafetensorError) as error:
         if isinstance(error, SafetensorError) and "No space" not in str(error):
             raise
@@ -40,6 +37,14 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         with contextlib.suppress(OSError):
             tmp.unlink(missing_ok=True)
+
+
+def put_in_place(tmp: Path, path: Path) -> None:
+    """A finished file to disk and over another, with the rights a new file gets (safetensors gives it fewer)."""
+    with open(tmp, "rb+") as file:
+        os.fsync(file.fileno())
+    os.chmod(tmp, 0o666 & ~_umask())
+    os.replace(tmp, path)
 
 
 def unwritable(path: Path, error: Exception) -> CapreseError:

@@ -39,6 +39,8 @@ def test_files_are_pefts_and_the_sidecar(saved):
         "adapter_model.safetensors",
         "caprese_config.json",
     ]
+    (path.parent / "plain").touch()
+    assert len({p.stat().st_mode for p in [*path.iterdir(), path.parent / "plain"]}) == 1  # others may read all of them
     config = json.loads((path / "adapter_config.json").read_text())
     assert config["target_modules"] == ["recovery"] and config["r"] == config["lora_alpha"] == 4
     sidecar = json.loads((path / "caprese_config.json").read_text())

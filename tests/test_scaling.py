@@ -108,14 +108,14 @@ def test_samples_together_are_samples_alone() -> None:
     end = int(greedy[6])
     cut = greedy.tolist()[: greedy.tolist().index(end) + 1]
     for ends, expected in (([], greedy.tolist()), ([end], cut)):
-        drawn = sample(model, prompt, 3, max_new_tokens=12, temperature=1e-4, ends=ends)
-        assert drawn == [expected] * 3
+        drawn, ended = sample(model, prompt, 3, max_new_tokens=12, temperature=1e-4, ends=ends)
+        assert drawn == [expected] * 3 and ended == [bool(ends)] * 3
     hot = {"max_new_tokens": 12, "temperature": 1.5, "top_p": 1.0}
     several = sample(model, prompt, 8, ends=list(range(0, 258, 9)), seed=1, **hot)
     assert several == sample(model, prompt, 8, ends=list(range(0, 258, 9)), seed=1, **hot)
-    assert len({len(s) for s in several}) > 1
-    for answer in several:
-        assert all(token % 9 for token in answer[:-1])
+    assert len({len(s) for s in several[0]}) > 1
+    for answer, ended in zip(*several, strict=True):
+        assert all(token % 9 for token in answer[:-1]) and ended == (answer[-1] % 9 == 0)
 
 
 def test_chains_are_right_and_disjoint() -> None:
@@ -269,7 +269,7 @@ def test_samples_of_a_recovered_model_are_those_drawn_alone(made: Path) -> None:
 
     def drawn(name: str, count: int, every: int | None) -> list[list[int]]:
         with variant(model, name), caprese.reselection(model, every):
-            return sample(model, prompt, count, max_new_tokens=14, temperature=1e-4, ends=[])
+            return sample(model, prompt, count, max_new_tokens=14, temperature=1e-4, ends=[])[0]
 
     def alone(name: str, every: int | None) -> list[int]:
         with variant(model, name), caprese.reselection(model, every):

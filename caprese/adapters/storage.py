@@ -34,7 +34,7 @@ from caprese.efficient_methods import (
     remove,
 )
 from caprese.errors import CapreseError
-from caprese.files import check_writable, sha256, unwritable, write_json
+from caprese.files import check_writable, put_in_place, sha256, unwritable, write_json
 from caprese.models import base_of, load_base, unwrap
 
 SIDECAR = "caprese_config.json"
@@ -127,7 +127,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             write_json(scratch / SIDECAR, facts.model_dump(mode="json"))
             # only when all are on disk do they take the place of older ones
             for file in (WEIGHTS, CONFIG, *([CALIBRATION] if calibration else []), SIDECAR):
-                os.replace(scratch / file, target / file)
+                put_in_place(scratch / file, target / file)
     except (OSError, SafetensorError) as error:
         raise unwritable(target, error) from error
 

@@ -17,6 +17,7 @@ from caprese.data_gen.prompts import Prompt, encode_prompt, load_prompts
 from caprese.data_gen.shards import VERSION, Sample, read_shard, shard_settings, write_shard
 from caprese.errors import CapreseError
 from caprese.models import unwrap
+from caprese.models.cache import roomy_cache
 from caprese.progress import bar
 
 SPLITS = ("test", "validation", "train")
@@ -125,6 +126,7 @@ def complete(
             out = model.generate(  # type: ignore[operator]
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
+                past_key_values=roomy_cache(model),
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([sampler]),
             )

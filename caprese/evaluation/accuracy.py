@@ -31,16 +31,6 @@ def _reference(answer: str) -> list[Any]:
     return found if bare[0] == bare[1] else []
 
 
-def is_correct(completion: str, answer: str) -> bool | None:
-    """Whether the last answer in a completion equals the reference, as mathematics.
-
-    None for a reference that is no single number or expression (a name, a move, a grid): what would count as equal
-    differs from task to task, so such answers are not marked at all rather than marked wrong.
-    """
-    gold = _reference(answer)
-    return bool(verify(gold, _parse(completion), timeout_seconds=None)) if gold else None
-
-
 class Marker:
     """What a completion answers to one problem, and whether that is right.
 
@@ -78,6 +68,16 @@ class Marker:
             return text, text is not None and self.scorer(text, self.prompt.item) >= 1
         found = _parse(completion if ended or said is None else f"${said}$")
         return (str(found[0]) if found else None), bool(verify(self.gold, found, timeout_seconds=None))
+
+
+def is_correct(completion: str, answer: str) -> bool | None:
+    """Whether the last answer in a completion equals the reference, as mathematics.
+
+    None for a reference that is no single number or expression (a name, a move, a grid): what would count as equal
+    differs from task to task, so such answers are not marked at all rather than marked wrong.
+    """
+    mark = Marker(Prompt("", answer))
+    return mark(completion)[1] if mark.able else None
 
 
 def _marked(completion: str) -> str | None:

@@ -111,15 +111,18 @@ class Scaling:
         ]
         check_context(model, self.problems, self.encoded, config.max_new_tokens)
 
-    def _draw(self, contender: Contender, problem: int, count: int, seed: int) -> tuple[list[list[int]], float]:
-        """Completions, and the seconds they took, prefill included."""
+    def _draw(
+        self, contender: Contender, problem: int, count: int, seed: int
+    ) -> tuple[list[list[int]], list[bool], float]:
+        """Completions, which of them ended by themselves, and the seconds they took, prefill included."""
         drawn: list[list[int]] = []
+        ended: list[bool] = []
         begin = time.perf_counter()
         with ExitStack() as stack:
             stack.enter_context(variant(self.model, contender.variant))
             stack.enter_context(reselection(self.model, contender.reselect_every))
             while len(drawn) < count:
-                drawn += sample(
+                more = sample(
                     self.model,
                     self.encoded[problem],
                     min(TOGETHER, count - len(drawn)),
@@ -128,7 +131,9 @@ class Scaling:
                     top_p=self.config.top_p,
                     seed=seed + 7919 * len(drawn),
                 )
-        return drawn, time.perf_counter() - begin
+                drawn += more[0]
+                ended += more[1]
+        return drawn, ended, time.perf_counter() - begin
 
     def _problem(self, index: int, over: Sequence[Contender], settings: dict[str, Any]) -> dict[str, Any]:
         """All samples of one problem; contenders take turns, and nobody is always first."""
@@ -137,19 +142,15 @@ class Scaling:
         for turn, n in enumerate(sizes):
             for place in range(len(over)):
                 c = over[(place + turn + index) % len(over)]
-                drawn, seconds = self._draw(c, index, n, self.seed * 1_000_003 + index)
+                drawn, ended, seconds = self._draw(c, index, n, self.seed * 1_000_003 + index)
                 found[c.name]["seconds"][str(n)] = seconds
                 if n == self.count:
                     found[c.name] |= {
                         "completions": self.tokenizer.batch_decode(drawn, skip_special_tokens=True),
                         "tokens": [len(ids) for ids in drawn],
-                        "ended": [len(ids) < self.config.max_new_tokens or self._ends(ids[-1]) for ids in drawn],
+                        "ended": ended,
                     }
         return {"settings": settings, "prompt": self.problems[index].text, "contenders": found}
-
-    def _ends(self, token: int) -> bool:
-        ends = self.model.generation_config.eos_token_id  # type: ignore[union-attr]
-        return token in ([ends] if isinstance(ends, int) else list(ends or ()))  # type: ignore[arg-type]
 
     def samples(self, over: Sequence[Contender], identity: dict[str, Any], overwrite: bool) -> list[dict[str, Any]]:
         """What `_problem` gives for each; files that are there are read."""

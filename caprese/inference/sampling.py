@@ -11,6 +11,7 @@ from torch import nn
 from caprese.data_gen.generate import NucleusSampler
 from caprese.efficient_methods.state import state_of
 from caprese.models import unwrap
+from caprese.models.cache import roomy_cache
 
 # Sequences are taken out of the batch when at least this part of it has ended: each time, the KV cache is copied.
 _ENDED = 0.25
@@ -27,8 +28,8 @@ def sample(
     top_p: float = 0.95,
     seed: int = 0,
     ends: Sequence[int] | None = None,
-) -> list[list[int]]:
-    """`count` completions of one prompt, drawn together; each ends with end-of-text or at the length limit.
+) -> tuple[list[list[int]], list[bool]]:
+    """`count` completions of one prompt, drawn together, and which of them ended: the others met the length limit.
 
     Args:
         prompt: token ids.
@@ -41,7 +42,8 @@ def sample(
         ends = [own] if isinstance(own, int) else list(own or ())
     last = torch.tensor(list(ends), device=device)
     sampler = NucleusSampler(temperature, top_p, seed, device)
-    out: Any = base(input_ids=torch.tensor([list(prompt)], device=device), use_cache=True, logits_to_keep=1)
+    ids = torch.tensor([list(prompt)], device=device)
+    out: Any = base(input_ids=ids, past_key_values=roomy_cache(model), use_cache=True, logits_to_keep=1)
     cache = out.past_key_values
     if (state := state_of(cache)) is not None:
         state.settle()  # it is not cropped: what would undo the prompt need not be repeated
@@ -65,4 +67,5 @@ def sample(
             cache.batch_select_indices(keep)
             alive, drawn, running = alive[keep], drawn[keep], running[keep]
         logits = base(input_ids=drawn, past_key_values=cache, use_cache=True).logits[:, -1]
-    return answers
+    cut = set(alive[running].tolist())
+    return answers, [place not in cut for place in range(count)]

@@ -1,0 +1,67 @@
+"""A KV cache that is written in place: generation does not copy it at every token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from caprese.models.families import unwrap
+
+
+class RoomyLayer(DynamicLayer):
+    """`DynamicLayer` with room behind its last token; `keys` and `values` are views of what is filled.
+
+    Not for caches that are forked: two copies would write into the same room. No gradients.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rooms: dict[str, torch.Tensor] = {}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """New keys and values [B, H, T, d] -> all of them, as views."""
+        if not self.is_initialized or not self.keys.numel():
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.keys = self._append("keys", self.keys, key_states)
+        self.values = self._append("values", self.values, value_states)
+        return self.keys, self.values
+
+    def _append(self, name: str, known: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        length, total = known.shape[-2], known.shape[-2] + new.shape[-2]
+        room = self.rooms.get(name)
+        # what cropped the cache left a view of the room; what reordered it left another tensor
+        if (
+            room is None
+            or room.data_ptr() != known.data_ptr()
+            or room.shape[:-2] != known.shape[:-2]
+            or room.shape[-2] < total
+        ):
+            room = known.new_empty(*known.shape[:-2], total + max(64, total // 4), known.shape[-1])
+            room[..., :length, :] = known
+            self.rooms[name] = room
+        room[..., length:total, :] = new
+        return room[..., :total, :]
+
+    def reset(self) -> None:
+        self.rooms = {}
+        super().reset()
+
+
+class RoomyCache(DynamicCache):
+    """`DynamicCache` whose layers of full attention are written in place."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config=config)
+        self.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+
+
+def roomy_cache(model: nn.Module) -> RoomyCache | None:
+    """An empty cache for a transformers model; None where a model makes a cache of its own kind."""
+    base: Any = unwrap(model)
+    return RoomyCache(base.config) if getattr(base, "_supports_default_dynamic_cache", lambda: False)() else None
