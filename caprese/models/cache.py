@@ -26,7 +26,7 @@ class RoomyLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """New keys and values [B, H, T, d] -> all of them, as views."""
-        if not self.is_initialized or not self.keys.numel():
+        if self.keys is None or self.values is None or not self.keys.numel():
             return super().update(key_states, value_states, *args, **kwargs)
         self.keys = self._append("keys", self.keys, key_states)
         self.values = self._append("values", self.values, value_states)
