@@ -616,7 +616,7 @@ def list_methods(as_json: Json = False) -> None:
             name: {
                 "summary": kind.summary,
                 "acts_on": sorted(kind().acts_on),
-                "learns_from": kind().learns,
+                "learns_from": sorted(kind().learns),
                 "settings": {key: field.default for key, field in kind.model_fields.items()},
             }
             for name, kind in kinds.items()
@@ -634,7 +634,7 @@ def list_methods(as_json: Json = False) -> None:
     table = Table("method", "what it does", "chooses from", "settings", title="methods")
     for name, fact in facts["methods"].items():
         settings = ", ".join(f"{k}={v}" for k, v in fact["settings"].items() if k != "layers")
-        table.add_row(name, fact["summary"], fact["learns_from"] or "-", settings)
+        table.add_row(name, fact["summary"], ", ".join(fact["learns_from"]) or "-", settings)
     console.print(table)
     table = Table("", *kinds, title="alone and together: weights of a gated FFN still read, at default settings")
     for one in kinds:

@@ -73,7 +73,7 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     passes = {"closed": 1, "sequential": 2, "adam": 1 + adam, "none": 0}[recipe.layerwise.how]
     train = s.train * (s.max_new_tokens + _PROMPT_TOKENS)
     # sequences: one pass for each method that learns, and for auto one for each layer and level, on validation samples
-    calibration = min(recipe.calibration_samples, s.train) * sum(m.learns == "samples" for m in methods)
+    calibration = min(recipe.calibration_samples, s.train) * sum("samples" in m.learns for m in methods)
     calibration += len(LEVELS) * layers * s.validation if recipe.sparsity == "auto" else 0
     seconds = {
         "samples": forward * (prompt + 2.5 * completion),  # decoding in batches runs below a plain pass's rate

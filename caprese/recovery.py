@@ -342,7 +342,7 @@ def _learn(
     calibration: dict[str, torch.Tensor] = {}
     rows = rows[len(rows) // 2 :] + rows[: len(rows) // 2]  # sorted by length; the first, a method may look at closely
     if needs_calibration(methods):
-        learners = sum(m.learns == "samples" for m in methods)
+        learners = sum("samples" in m.learns for m in methods)
         with bar("2/4 calibration", learners * len(rows), "batches") as advance:
             calibration = calibrate(model, methods, [batch.whole() for batch in rows], advance)
     if PartialState().is_main_process:

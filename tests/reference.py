@@ -179,11 +179,20 @@ def attention_linears(model: PreTrainedModel, layer: nn.Module) -> list[nn.Modul
 # --- The methods -----------------------------------------------------------------------------------------------------
 
 
-def griffin_rows(z: torch.Tensor, weight: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """The k neurons with the largest s_j = || z_ij / ||z_i|| || over tokens i; of equal ones the first. z [n, F]."""
+def griffin_rows(
+    z: torch.Tensor,
+    weight: torch.Tensor,
+    sparsity: float,
+    more: torch.Tensor | float = 0.0,
+    size: float | torch.Tensor = 1,
+) -> torch.Tensor:
+    """The k neurons with the largest s_j = || z_ij / ||z_i|| || over tokens i; of equal ones the first. z [n, F].
+
+    `more` is added to s squared, and then it is multiplied by `size` squared.
+    """
     norms = z.norm(dim=1, keepdim=True)
     relative = torch.where(norms > 0, z / norms.clamp_min(1e-300), torch.zeros_like(z))
-    s = (relative.square() * weight[:, None]).sum(0).sqrt()
+    s = ((relative.square() * weight[:, None]).sum(0) + more).sqrt() * size
     width = z.shape[1]
     k = min(width, max(1, round((1 - sparsity) * width)))
     first = sorted(range(width), key=lambda j: (-float(s[j]), j))[:k]
@@ -280,7 +289,9 @@ class ReferenceFFN:
                 gate, up = (torch.where(x.abs() >= limit, x, torch.zeros_like(x)) for limit in limits[:2])
                 keeps.append(lambda _, own, limit=limits[2]: own.abs() >= limit)
             elif isinstance(method, Griffin):
-                rows = griffin_rows(*self._known(method, b, known, z), sparsity)
+                more = method.prior * self._choice(method)[0].double() if method.prior else 0.0
+                size = self.left.down.norm(dim=0) if method.score == "output" else 1
+                rows = griffin_rows(*self._known(method, b, known, z), sparsity, more, size)
                 mask = torch.zeros(z.shape[-1], dtype=torch.bool)
                 mask[rows] = True
                 keeps.append(lambda _, own, mask=mask: mask.expand_as(own))

@@ -44,7 +44,16 @@ def test_files_are_pefts_and_the_sidecar(saved):
     config = json.loads((path / "adapter_config.json").read_text())
     assert config["target_modules"] == ["recovery"] and config["r"] == config["lora_alpha"] == 4
     sidecar = json.loads((path / "caprese_config.json").read_text())
-    assert sidecar["methods"] == [{"name": "griffin", "sparsity": 0.5, "layers": "all", "shared_choice": False}]
+    assert sidecar["methods"] == [
+        {
+            "name": "griffin",
+            "sparsity": 0.5,
+            "layers": "all",
+            "shared_choice": False,
+            "score": "activation",
+            "prior": 0.0,
+        }
+    ]
 
 
 def test_a_local_base_leaves_no_path_behind(tiny_dir, tmp_path):

@@ -17,7 +17,8 @@ PROMPT = {"griffin": Griffin, "cats": Cats}
 
 def ffn(width: int) -> SimpleNamespace:
     """As much of an FFN as a choice looks at."""
-    return SimpleNamespace(width=width)
+    down = torch.randn(5, width, generator=torch.Generator().manual_seed(9))
+    return SimpleNamespace(width=width, weights=lambda: SimpleNamespace(down=down))
 
 
 def activations(seed: int, batch: int, tokens: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,6 +55,26 @@ def test_griffin_keeps_the_neurons_of_the_reference(seed, batch, tokens, width, 
         assert int(kept.sum()) == k
         if k < width:
             assert scores[kept].min() >= scores[~kept].max() * (1 - 1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 999), prior=st.sampled_from([0.5, 3.0, 100.0]), output=st.booleans())
+def test_griffin_with_a_prior_counts_samples_as_so_many_tokens(seed, prior, output):
+    """What n tokens of samples say weighs as much as `prior` tokens of the prompt, in all."""
+    _, seen = activations(seed, 1, 11, 24)
+    _, z = activations(seed + 1, 2, 3, 24)
+    method = Griffin(sparsity=0.5, prior=prior, score="output" if output else "activation")
+    assert method.learns == {"prompt", "samples"} and Griffin().learns == {"prompt"}
+    model = ffn(24)
+    known = method.calibrated(method.statistic(seen, seen, seen, torch.ones(1, 11, dtype=torch.bool)), model)
+    assert method.fits(known, 24, 0) and known.sum().item() == pytest.approx(1)
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    choice = method.choose(method.joined(method.statistic(z, z, z, mask), known), model)
+    for row in range(2):
+        scores = griffin_scores(z[row]).square() + prior * griffin_scores(seen[0]).square() / 11
+        scores = scores * model.weights().down.double().norm(dim=0).square() if output else scores
+        kept = choice[row, 0]
+        assert int(kept.sum()) == 12 and scores[kept].min() >= scores[~kept].max() * (1 - 1e-5)
 
 
 @settings(max_examples=60, deadline=None)

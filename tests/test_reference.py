@@ -70,7 +70,8 @@ def method_sets(draw: st.DrawFn) -> list[caprese.efficient_methods.Method]:
     names = draw(st.sets(st.sampled_from(["griffin", "cats", "teal", "static"]), max_size=3))
     methods = []
     if "griffin" in names:
-        methods.append(Griffin(**draw(settings_of(shared_choice=draw(st.booleans())))))
+        more = {"score": draw(st.sampled_from(["activation", "output"])), "prior": draw(st.sampled_from([0, 0, 7.5]))}
+        methods.append(Griffin(**draw(settings_of(shared_choice=draw(st.booleans()), **more))))
     if "cats" in names:
         threshold = draw(st.sampled_from(["prompt", "prompt", "calibrated"]))
         shared = threshold == "prompt" and draw(st.booleans())
@@ -90,7 +91,7 @@ def choices_of(methods: list, model: PreTrainedModel, seed: int) -> dict[str, to
     for method in methods:
         for i, layer in enumerate(layers):
             sparsity = reference.of_layer(method, i, len(layers))
-            if method.learns != "samples" or sparsity is None:
+            if "samples" not in method.learns or sparsity is None:
                 continue
             width = reference.neurons(model, layer).up.shape[0]
             if isinstance(method, Static):
@@ -98,6 +99,12 @@ def choices_of(methods: list, model: PreTrainedModel, seed: int) -> dict[str, to
                 value = torch.randperm(width, generator=generator)[:k].sort().values[None]
             elif isinstance(method, Cats):
                 value = torch.rand(1, 1, 1, generator=generator)
+            elif isinstance(method, Griffin):
+                static = next((m for m in methods if isinstance(m, Static)), None)
+                cut = None if static is None else reference.of_layer(static, i, len(layers))
+                width = width if cut is None else max(1, round((1 - cut) * width))
+                value = torch.rand(1, width, generator=generator)
+                value /= value.sum()
             else:
                 linears = 0 if method.where == "ffn" else len(reference.attention_linears(model, layer))
                 value = torch.rand(1, 3 + linears, generator=generator)
@@ -536,6 +543,7 @@ def test_the_passes_of_training_are_the_reference_in_full(**case):
 
 SETS = {
     "griffin": [Griffin(sparsity=0.5)],
+    "griffin with a prior": [Griffin(score="output", prior=20)],
     "cats": [Cats(sparsity=0.6)],
     "cats calibrated": [Cats(threshold="calibrated")],
     "teal": [Teal()],

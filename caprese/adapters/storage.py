@@ -138,7 +138,7 @@ def _calibration(ffns: Mapping[str, EfficientFFN]) -> dict[str, torch.Tensor]:
         f"{m.name}.{w.layer}": getattr(w, f"fixed_{m.name}").detach().cpu().contiguous()
         for w in ffns.values()
         for m in w.methods
-        if m.learns == "samples"
+        if "samples" in m.learns
     }
 
 

@@ -54,7 +54,7 @@ def apply(
     sites = find_ffns(model)
     layers = methods_by_layer(chosen, len(sites))
     facts = {i: _fixed(own, i, sites[i], calibration) for i, own in layers.items()}
-    learners = {i: [m for m in own if m.learns == "prompt"] for i, own in layers.items()}
+    learners = {i: [m for m in own if "prompt" in m.learns] for i, own in layers.items()}
     phases = Phases(chosen, learners)
     phases.reselect_every = check_reselect(reselect_every)
     try:
@@ -96,7 +96,7 @@ def _fixed(methods: list[Method], layer: int, site: Site, calibration: Calibrati
     """The choices of one layer that were made from samples."""
     fixed = {}
     for method in methods:
-        if method.learns != "samples":
+        if "samples" not in method.learns:
             continue
         choice = None if calibration is None else calibration.get(f"{method.name}.{layer}")
         if choice is None:

@@ -20,6 +20,7 @@ from caprese.kernels import PackedFFN
 from caprese.models import FFN
 
 Layers = Literal["all", "first-half"] | list[int]
+Source = Literal["prompt", "samples"]
 Part = Literal["width", "weights", "rows", "neurons", "inputs", "attention"]
 
 
@@ -102,9 +103,9 @@ class Method(BaseModel):
         """Raise CapreseError if something that the method needs is not installed."""
 
     @property
-    def learns(self) -> Literal["prompt", "samples"] | None:
-        """What `statistic` is summed over: each prompt, calibration samples, or nothing."""
-        return None
+    def learns(self) -> frozenset[Source]:
+        """What `statistic` is summed over: each prompt, calibration samples, both, or nothing."""
+        return frozenset()
 
     def layer_indices(self, count: int) -> list[int]:
         """The layers of a model of `count` layers that this method acts on.
@@ -144,9 +145,17 @@ class Method(BaseModel):
         attention and learn from samples, and put behind `statistic`."""
         raise NotImplementedError
 
-    def fit(self, statistic: torch.Tensor, ffn: FFN | PackedFFN, block: Block) -> torch.Tensor:
-        """`choose`, for methods that learn from samples and want to see what a choice does to the layer's output."""
+    def calibrated(self, statistic: torch.Tensor, ffn: FFN | PackedFFN) -> torch.Tensor:
+        """What is kept of the samples' summed statistic [1, S]: the choice, or what each prompt's is joined to."""
         return self.choose(statistic, ffn)
+
+    def joined(self, statistic: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        """The statistic of each prompt [B, S] with what `calibrated` kept, for methods that learn from both."""
+        return statistic
+
+    def fit(self, statistic: torch.Tensor, ffn: FFN | PackedFFN, block: Block) -> torch.Tensor:
+        """`calibrated`, for methods that want to see what a choice does to the layer's output on samples."""
+        return self.calibrated(statistic, ffn)
 
     def fits(self, choice: torch.Tensor, width: int, attention: int) -> bool:
         """Whether a choice from samples can have been made with these settings, in an FFN of `width` neurons beside
@@ -234,5 +243,5 @@ class FromPrompt(Sparse):
     whose separate choices would together need most of the weights again."""
 
     @property
-    def learns(self) -> Literal["prompt", "samples"] | None:
-        return "prompt"
+    def learns(self) -> frozenset[Source]:
+        return frozenset({"prompt"})

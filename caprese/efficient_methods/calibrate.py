@@ -56,7 +56,7 @@ class Tokens:
 
 def needs_calibration(methods: Method | Sequence[Method]) -> bool:
     """Whether any of the methods learns from samples."""
-    return any(method.learns == "samples" for method in compose(methods))
+    return any("samples" in method.learns for method in compose(methods))
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def calibrate(
         raise CapreseError("calibrate takes a list of caprese.Tokens(ids, prompt_lengths)")
     useful = [batch for batch in batches if batch.completion().any()]
     result: dict[str, torch.Tensor] = {}
-    learners = [m for m in chosen if m.learns == "samples"]
+    learners = [m for m in chosen if "samples" in m.learns]
     for method in learners:
         if not useful:
             raise CapreseError(f"{method.name} has no completion token to learn from; give samples with completions")
@@ -124,7 +124,7 @@ def calibrate(
                 result[f"{method.name}.{i}"] = one.fit(sums[i], ffn, block)
                 block.close()
             else:
-                result[f"{method.name}.{i}"] = one.choose(sums[i], ffn)
+                result[f"{method.name}.{i}"] = one.calibrated(sums[i], ffn)
     return {name: tensor.cpu() for name, tensor in result.items()}
 
 

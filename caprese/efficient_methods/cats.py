@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from caprese.efficient_methods.base import FromPrompt, Part, Reads
+from caprese.efficient_methods.base import FromPrompt, Part, Reads, Source
 from caprese.efficient_methods.sketch import counts, quantile
 from caprese.kernels import PackedFFN
 from caprese.models import FFN
@@ -26,8 +26,8 @@ class Cats(FromPrompt):
     """Where tau is from: each prompt, or calibration samples once for all."""
 
     @property
-    def learns(self) -> Literal["prompt", "samples"] | None:
-        return "prompt" if self.threshold == "prompt" else "samples"
+    def learns(self) -> frozenset[Source]:
+        return frozenset({"prompt" if self.threshold == "prompt" else "samples"})
 
     def statistic(self, x: torch.Tensor, a: torch.Tensor, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Counts of |act(gate)| in log-spaced bins, [B, bins] (int64)."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 
-from caprese.efficient_methods.base import FromPrompt, Part, Reads
+from caprese.efficient_methods.base import FromPrompt, Part, Reads, Source
 from caprese.kernels import PackedFFN
 from caprese.models import FFN
 
@@ -19,11 +20,24 @@ def relative_energy(z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 class Griffin(FromPrompt):
-    """Keep the k neurons with the largest s_j = || z_ij / ||z_i||_2 ||_2 over the prompt tokens i, per sequence."""
+    """Keep the k neurons with the largest s_j = || z_ij / ||z_i||_2 ||_2 over the prompt tokens i, per sequence.
+
+    The defaults are the paper's. A short prompt says little about what its answer will need; `prior` and
+    `score="output"` mend that (docs/reasoning.md).
+    """
 
     name: ClassVar[str] = "griffin"
     summary: ClassVar[str] = "each prompt chooses the FFN neurons for its whole generation"
     parts: ClassVar[frozenset[Part]] = frozenset({"rows"})
+
+    score: Literal["activation", "output"] = "activation"
+    """output: s_j ||down_:j||_2, what a neuron adds to the FFN's output, in place of s_j."""
+    prior: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Tokens that calibration samples count as, on average, beside those of each prompt; 0 is the prompt alone."""
+
+    @property
+    def learns(self) -> frozenset[Source]:
+        return frozenset({"prompt", "samples"}) if self.prior else super().learns
 
     def statistic(self, x: torch.Tensor, a: torch.Tensor, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """s squared, [B, F]: squares add up over tokens, and top-k of s and of s*s are the same."""
@@ -34,8 +48,20 @@ class Griffin(FromPrompt):
 
         A sort, not topk, which breaks ties as the batch falls: behind a ReLU many neurons are silent on a short prompt.
         """
+        if self.score == "output":
+            statistic = statistic * ffn.weights().down.detach().to(statistic.dtype).square().sum(0)
         top = statistic.sort(dim=-1, descending=True, stable=True).indices[..., : self.kept(ffn.width)]
         return torch.zeros_like(statistic, dtype=torch.bool).scatter_(-1, top, True).unsqueeze(1)
+
+    def calibrated(self, statistic: torch.Tensor, ffn: FFN | PackedFFN) -> torch.Tensor:
+        """The mean over tokens, [1, F]: every token's relative energies add up to 1."""
+        return statistic / statistic.sum().clamp_min(torch.finfo(statistic.dtype).tiny)
+
+    def joined(self, statistic: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        return statistic + self.prior * known
+
+    def fits(self, choice: torch.Tensor, width: int, attention: int) -> bool:
+        return choice.dim() == 2 and len(choice) == 1 and choice.shape[1] <= width
 
     def keep(self, a: torch.Tensor, z: torch.Tensor, choice: torch.Tensor | None) -> torch.Tensor | None:
         return choice

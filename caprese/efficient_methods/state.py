@@ -91,15 +91,18 @@ class LayerState:
             old = self.statistics.get(method.name)
             self.statistics[method.name] = new if old is None else old + new
 
-    def chosen(self, method: Method, ffn: FFN | PackedFFN, batch: int) -> torch.Tensor:
-        """The choice of a method that learns from the prompt, [batch or 1, ...]."""
+    def chosen(self, method: Method, ffn: FFN | PackedFFN, batch: int, known: torch.Tensor | None) -> torch.Tensor:
+        """The choice of a method that learns from the prompt, [batch or 1, ...]; `known` is from samples."""
         if method.name not in self.choices:
             if method.name not in self.statistics:
                 raise CapreseError(
                     f"{method.name} has seen no prompt for this KV cache: it was filled before apply() or in a dense "
                     "pass, or a prompt length is 0; start with an empty cache and a prompt"
                 )
-            self.choices[method.name] = method.choose(self.statistics[method.name], ffn)
+            statistic = self.statistics[method.name]
+            if known is not None:
+                statistic = method.joined(statistic, known)
+            self.choices[method.name] = method.choose(statistic, ffn)
         choice = self.choices[method.name]
         if len(choice) != batch and not (len(choice) == 1 and getattr(method, "shared_choice", False)):
             raise CapreseError(

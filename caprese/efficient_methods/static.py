@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
-from caprese.efficient_methods.base import Part, Reads, Sparse
+from caprese.efficient_methods.base import Part, Reads, Source, Sparse
 from caprese.kernels import PackedFFN
 from caprese.models import FFN
 
@@ -22,8 +22,8 @@ class Static(Sparse):
     parts: ClassVar[frozenset[Part]] = frozenset({"width"})
 
     @property
-    def learns(self) -> Literal["prompt", "samples"] | None:
-        return "samples"
+    def learns(self) -> frozenset[Source]:
+        return frozenset({"samples"})
 
     def statistic(self, x: torch.Tensor, a: torch.Tensor, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Sum of z^2 over tokens, [B, F]."""

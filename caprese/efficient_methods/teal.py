@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from caprese.efficient_methods.base import Block, Part, Reads, Sparse
+from caprese.efficient_methods.base import Block, Part, Reads, Source, Sparse
 from caprese.efficient_methods.sketch import BINS, counts, quantile
 from caprese.kernels import PackedFFN
 from caprese.models import FFN
@@ -41,8 +41,8 @@ class Teal(Sparse):
         return only.get(self.where, self.parts)
 
     @property
-    def learns(self) -> Literal["prompt", "samples"] | None:
-        return "samples"
+    def learns(self) -> frozenset[Source]:
+        return frozenset({"samples"})
 
     def statistic(self, x: torch.Tensor, a: torch.Tensor, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Counts of |x| and of |z| in log-spaced bins, [B, 2 * bins]."""

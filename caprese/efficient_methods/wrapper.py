@@ -55,7 +55,7 @@ class EfficientFFN(nn.Module):
         self.start: FFN | PackedFFN = site.ffn
         for method in methods:
             self.start = method.transform(self.start, fixed.get(method.name))
-        self.learners = [m for m in methods if m.learns == "prompt"]
+        self.learners = [m for m in methods if "prompt" in m.learns]
         #: runs generated tokens in place of `efficient` and the branch; see `caprese.fuse`
         self.fused: Any = None
 
@@ -114,9 +114,10 @@ class EfficientFFN(nn.Module):
 
     def choices(self, state: LayerState, batch: int) -> list[torch.Tensor | None]:
         """Of each method, for a batch of `batch` sequences."""
+        known = [getattr(self, f"fixed_{m.name}", None) for m in self.methods]
         return [
-            state.chosen(m, self.start, batch) if m.learns == "prompt" else getattr(self, f"fixed_{m.name}", None)
-            for m in self.methods
+            state.chosen(m, self.start, batch, k) if "prompt" in m.learns else k
+            for m, k in zip(self.methods, known, strict=True)
         ]
 
     def kept(
