@@ -41,29 +41,36 @@ from caprese.evaluation.accuracy import Marker
 from caprese.evaluation.estimators import interval
 from caprese.files import write_json
 
+#: a tenth of the recipe's samples, and two epochs: minutes, not hours, for all tables
 CELL: dict[str, Any] = {
-    "method": "griffin:0.5",
+    "method": "griffin:0.5:score=output:prior=32",
     "rank": 20,
-    "samples": 20_000,
-    "epochs": 3,
+    "samples": 2_000,
+    "epochs": 2,
     "objective": "kl",
     "rate": 4e-3,
-    "reselect_every": None,
+    "reselect_every": 32,
     "adapter": "branch",
 }
 SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-SMALL: dict[str, Any] = {"samples": 2_000}
+CHOICES = (
+    "griffin:0.5",
+    *(f"griffin:0.5:score=output{prior}" for prior in ("", ":prior=8", ":prior=32", ":prior=128")),
+)
 TABLES: dict[str, list[dict[str, Any]]] = {
-    "main": [{}, {"reselect_every": 32}],
-    "methods": [{**SMALL, "method": m} for m in ("griffin:0.5", "cats:0.5", "cats:0.7", "nf4", "int8")],
-    "sparsity": [{**SMALL, "method": f"{m}:{s}"} for m in ("griffin", "cats") for s in SPARSITIES],
-    # 0, 1, 2, 5 and 10% of the width, and 16%, which is 2% of the parameters
-    "ranks": [{**SMALL, "rank": r} for r in (1, 3, 6, 13, 20)],
-    "samples": [{"samples": n} for n in (200, 2_000, 20_000)],
-    "objectives": [{**SMALL, "objective": o, "rate": r} for o in ("kl", "hidden", "on_policy") for r in (4e-3, 1e-3)],
-    "epochs": [{**SMALL, "epochs": n} for n in (1, 3, 10)],
-    "reselection": [{**SMALL, "reselect_every": n} for n in (None, 64, 32, 16)],
-    "lora": [{**SMALL, "adapter": "lora"}, SMALL],
+    "methods": [{"method": m} for m in (CHOICES[0], CHOICES[3], "static:0.5", "cats:0.5", "cats:0.9", "nf4", "int8")],
+    "choice": [{"method": m, "reselect_every": n} for m in CHOICES for n in (None, 32)],
+    "sparsity": [{"method": f"griffin:{s}:score=output:prior=32"} for s in SPARSITIES],
+    "griffin": [{"method": f"griffin:{s}", "rank": 0} for s in SPARSITIES],
+    "cats": [{"method": f"cats:{s}", "rank": 20 if s > 0.65 else 0} for s in (*SPARSITIES, 0.9)],
+    # 0 is no adapter; 0, 1, 2, 5 and 10% of the width, and 16%, which is 2% of the parameters
+    "ranks": [{"rank": r} for r in (0, 1, 3, 6, 13, 20)],
+    "samples": [{"samples": n} for n in (200, 2_000)],
+    "objectives": [{"objective": o, "rate": r} for o in ("kl", "hidden") for r in (1e-3, 4e-3)]
+    + [{"objective": "on_policy"}],
+    "epochs": [{"epochs": n} for n in (1, 2, 6)],
+    "reselection": [{"reselect_every": n} for n in (None, 64, 32, 16)],
+    "lora": [{"adapter": "lora"}, {}],
 }
 
 
@@ -110,6 +117,10 @@ class Yardstick:
                 about = ("method", "reselect_every")
                 same = next((k for k in known.values() if all(k["cell"][f] == cell[f] for f in about)), None)
                 row["efficient"] = same["efficient"] if same else self.answers(model)
+                if cell["rank"] == 0:
+                    row["adapter_fraction"] = 0.0
+                    row["kl"] = {"efficient": HeldOut(model, held_batches, 1.0).kl()}
+                    return row
                 model = adapted = self.adapter(model, cell)
                 counts = parameter_counts(adapted)
                 row["active"] = {name: counts[f"active_{name}"] for name in ("dense", "efficient", "recovered")}
@@ -123,7 +134,7 @@ class Yardstick:
                 row["end_to_end"] = self.answers(adapted)
         finally:
             caprese.remove(model)
-        row["seconds"] = round(time.perf_counter() - begin, 1)
+            row["seconds"] = round(time.perf_counter() - begin, 1)
         return row
 
     def adapter(self, model: Any, cell: dict[str, Any]) -> Any:
@@ -158,8 +169,8 @@ class Yardstick:
             objective="kl" if on_policy else cell["objective"],
             learning_rate=cell["rate"],
             epochs=1 if on_policy else cell["epochs"],
-            batch_size=min(64, max(8, len(samples) // 30 // 8 * 8)),
-            micro_batch=min(64, max(8, len(samples) // 30 // 8 * 8)),
+            batch_size=16,
+            micro_batch=16,
             checkpoint_every=10**9,
         )
         best = start
@@ -191,7 +202,7 @@ def table(cells: list[dict[str, Any]], dense: dict[str, Any]) -> str:
 
     for c in cells:
         kl = " -> ".join(f"{value:.4f}" for value in c["kl"].values())
-        stages = [shown(s) for s in (dense, c["efficient"], c.get("layerwise"), c["end_to_end"])]
+        stages = [shown(s) for s in (dense, c["efficient"], c.get("layerwise"), c.get("end_to_end"))]
         facts = [str(c["cell"][k]) for k in keys]
         lines.append("| " + " | ".join([*facts, f"{c['adapter_fraction']:.2%}", *stages, kl]) + " |")
     return "\n".join(lines)
@@ -201,7 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help="all if none is named")
     parser.add_argument("--samples", type=Path, default=Path("out-reasoner-tiny/samples"))
-    parser.add_argument("--problems", type=int, default=400)
+    parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/reasoner.json"))
     args = parser.parse_args()
     yardstick = Yardstick(args)

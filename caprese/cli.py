@@ -133,10 +133,9 @@ def _sparsity(text: str | None) -> float | list[float] | str | None:
 def _rank(text: str | None) -> int | str | None:
     if text is None or text == "auto":
         return text
-    try:
-        return int(text)
-    except ValueError:
-        raise CapreseError(f"--rank {text!r}: use a number or auto") from None
+    if not text.isdecimal() or int(text) < 1:
+        raise CapreseError(f"--rank {text}: use a number from 1, or auto")
+    return int(text)
 
 
 @app.command()
@@ -270,9 +269,18 @@ def _print_table(title: str, figures: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from caprese.evaluation.summary import duration
+
+    def shown(key: str, value: Any) -> str:
+        if isinstance(value, dict):
+            return "\n".join(f"{name} {shown(key, each)}" for name, each in value.items())
+        if key.endswith("seconds"):
+            return duration(value)
+        return f"{value:,}" if isinstance(value, int) else str(value)
+
     table = Table(title=title, show_header=False)
     for key, value in figures.items():
-        table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+        table.add_row(key.replace("_", " ").replace(" seconds", " time"), shown(key, value))
     Console().print(table)
 
 

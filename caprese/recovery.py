@@ -513,7 +513,7 @@ def measure(
         encoded = [encode_prompt(tokenizer, p.text, samples.instruction, samples.chat_template) for p in prompts]
         check_context(model, prompts, encoded, samples.max_new_tokens)
         settings = {"seed": seed}
-        with bar("4/4 evaluation: dense", len(prompts), "samples") as advance, variant(model, "dense"):
+        with bar("evaluation: dense", len(prompts), "samples") as advance, variant(model, "dense"):
             test = complete_in_shards(
                 model, tokenizer, prompts, encoded, samples, Path(scratch), "test", dict(settings), advance
             )

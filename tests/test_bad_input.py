@@ -245,7 +245,11 @@ simple(
 # numbers and names in a recipe
 for value in ("0", "1", "-1", "nan", "inf"):
     simple(f"sparsity_{value}", lambda d, v=value: d.recover("--sparsity", v), "sparsity: input should be", value)
-for value, fragment in {"0": "rank", "33": "hidden size 32; choose 1 to 32", "x": "use a number or auto"}.items():
+for value, fragment in {
+    "0": "--rank 0: use a number from 1",
+    "33": "hidden size 32; choose 1 to 32",
+    "x": "from 1, or auto",
+}.items():
     simple(f"rank_{value}", lambda d, v=value: d.recover("--rank", v), fragment)
 for value, fragment in {
     "3": "do not fit a model of 3 layers: numbers 0-2",

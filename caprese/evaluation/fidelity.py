@@ -45,7 +45,7 @@ def fidelity(
     """
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in names}
     tokens = 0
-    with bar("4/4 evaluation: fidelity", len(batches), "batches") as advance:
+    with bar("evaluation: fidelity", len(batches), "batches") as advance:
         for batch in batches:
             batch = batch.to(device_of(model))
             cache = prefill(model, batch)

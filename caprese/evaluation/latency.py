@@ -61,7 +61,7 @@ def time_to_next_token(
     if not fused_before:
         fuse(model)
     try:
-        with bar("4/4 evaluation: latency", new_tokens, "tokens") as advance:
+        with bar("evaluation: latency", new_tokens, "tokens") as advance:
             for turn in range(-(-new_tokens // (turn_length - 1))):
                 for offset in range(len(names)):  # nobody is always first
                     name = names[(turn + offset) % len(names)]

@@ -64,7 +64,7 @@ def evaluate(
     if config.generate:
         prompts = [Prompt(s.prompt, s.answer) for s in test]
         encoded = [s.prompt_ids for s in test]
-        with bar("4/4 evaluation: answers", 2 * len(test), "samples") as advance:
+        with bar("evaluation: answers", 2 * len(test), "samples") as advance:
             for name in VARIANTS[1:]:
                 with variant(model, name):
                     answers[name] = complete_in_shards(

@@ -344,6 +344,7 @@ def plot_scaling(result: dict[str, Any], path: Path) -> None:
     """Each metric against measured time, compute units and tokens."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     from caprese.evaluation.plots import LIGHT
 
@@ -364,6 +365,9 @@ def plot_scaling(result: dict[str, Any], path: Path) -> None:
                     (line,) = ax.plot(c[key], c[metric], marker="o", markersize=3, label=name)
                     ax.fill_between(c[key], low, high, color=line.get_color(), alpha=0.1)
                 ax.set_xscale("log")
+                ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+                ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+                ax.xaxis.set_minor_formatter(NullFormatter())
                 ax.set(xlabel=label, ylabel=metric.replace("_", " "), ylim=(0, 1.02))
         grid[0][0].legend(fontsize=7)
         write_atomic(path, lambda tmp: figure.savefig(tmp, dpi=200, format="png"))

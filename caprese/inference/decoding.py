@@ -14,6 +14,7 @@ from transformers.generation.streamers import TextStreamer
 
 from caprese.data_gen import Prompt, check_context, encode_prompt
 from caprese.distill.batches import device_of
+from caprese.progress import say
 
 
 class _Timed(TextStreamer):
@@ -55,6 +56,9 @@ def stream(
     """
     encoded = [encode_prompt(tokenizer, prompt, instruction, True)]
     check_context(model, [Prompt(prompt)], encoded, max_new_tokens)
+    unknown = tokenizer.unk_token_id
+    if unknown in encoded[0] and unknown not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        say("[yellow]this model has no token for some of the prompt's characters; it reads them as unknown[/yellow]")
     ids = torch.tensor(encoded, device=device_of(model))
     streamer = _Timed(tokenizer, emit)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
