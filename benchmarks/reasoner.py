@@ -39,7 +39,7 @@ from caprese.efficient_methods import (
 from caprese.evaluation import environment, parameter_counts
 from caprese.evaluation.accuracy import Marker
 from caprese.evaluation.estimators import interval
-from caprese.files import write_json
+from caprese.files import write_atomic, write_json
 
 #: a tenth of the recipe's samples, and two epochs: minutes, not hours, for all tables
 CELL: dict[str, Any] = {
@@ -52,6 +52,7 @@ CELL: dict[str, Any] = {
     "reselect_every": 32,
     "adapter": "branch",
 }
+CELL_KEYS = ("rank", "samples", "epochs", "reselect_every")
 SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 CHOICES = (
     "griffin:0.5",
@@ -98,7 +99,7 @@ class Yardstick:
         return {
             "accuracy": sum(right) / len(right),
             "interval": interval(right),
-            "by_steps": {n: [sum(marks) / len(marks), len(marks)] for n, marks in sorted(steps.items())},
+            "by_steps": {str(n): [sum(marks) / len(marks), len(marks)] for n, marks in sorted(steps.items())},
             "new_tokens": sum(map(len, drawn)) / len(drawn),
         }
 
@@ -208,6 +209,55 @@ def table(cells: list[dict[str, Any]], dense: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def plot(found: dict[str, Any], dense: dict[str, Any], path: Path) -> None:
+    """Accuracy by sparsity, rank, samples, epochs, reselection and number of steps, with 95% intervals."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from caprese.evaluation.plots import LIGHT
+
+    def cells(name: str) -> list[dict[str, Any]]:
+        keys = [json.dumps({**CELL, **over}, sort_keys=True) for over in TABLES[name]]
+        return [found[key] for key in keys if key in found]
+
+    def line(ax: Any, points: list[tuple[Any, dict[str, Any]]], label: str) -> None:
+        if points:
+            at = [x for x, _ in points]
+            low, high = zip(*(stage["interval"] for _, stage in points), strict=True)
+            (drawn,) = ax.plot(at, [stage["accuracy"] for _, stage in points], "o-", markersize=3, label=label)
+            ax.fill_between(at, low, high, color=drawn.get_color(), alpha=0.12)
+
+    def sparsity(cell: dict[str, Any]) -> float:
+        return float(cell["cell"]["method"].split(":")[1])
+
+    stages = ("efficient", "layerwise", "end_to_end")
+    with matplotlib.rc_context(LIGHT.style):
+        figure = Figure(figsize=(9.6, 5.4), layout="constrained")
+        grid = figure.subplots(2, 3).flatten()
+        for name, label in (("griffin", "GRIFFIN"), ("sparsity", "GRIFFIN, joined to samples"), ("cats", "CATS")):
+            own = cells(name)
+            line(grid[0], [(sparsity(c), c["efficient"]) for c in own], label)
+            line(grid[0], [(sparsity(c), c["end_to_end"]) for c in own if "end_to_end" in c], f"{label}, recovered")
+        for ax, name, key in zip(grid[1:5], ("ranks", "samples", "epochs", "reselection"), CELL_KEYS, strict=True):
+            for stage in stages:
+                own = [c for c in cells(name) if stage in c]
+                line(ax, [(str(c["cell"][key]), c[stage]) for c in own], stage.replace("_", " "))
+            ax.set_xlabel(key.replace("_", " "))
+        base = found.get(json.dumps(CELL, sort_keys=True), {})
+        for label, stage in (("dense", dense), *((s.replace("_", " "), base.get(s)) for s in stages)):
+            if stage is not None:
+                steps = sorted(stage["by_steps"].items())
+                grid[5].plot([n for n, _ in steps], [mark[0] for _, mark in steps], "o-", markersize=3, label=label)
+        grid[0].set_xlabel("sparsity")
+        grid[5].set_xlabel("steps of the problem")
+        for ax in grid:
+            ax.set(ylabel="accuracy", ylim=(0, 1.02))
+            if ax is not grid[5]:
+                ax.axhline(dense["accuracy"], linewidth=0.8, linestyle="--", color="gray")
+            ax.legend(fontsize=6)
+        write_atomic(path, lambda tmp: figure.savefig(tmp, dpi=200, format="png"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help="all if none is named")
@@ -238,6 +288,7 @@ def main() -> None:
                 shown = table([result["cells"][key]], result["dense"]).splitlines()[-1]
                 print(name, key, shown, f"{result['cells'][key]['seconds']} s", flush=True)
         print(f"\npython benchmarks/reasoner.py {name}\n" + table([result["cells"][k] for k in keys], result["dense"]))
+    plot(result["cells"], result["dense"], args.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":
