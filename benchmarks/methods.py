@@ -76,6 +76,10 @@ class LoraFFN(nn.Module):
     def down(self, z: torch.Tensor) -> torch.Tensor:
         return self._linear("down", z)
 
+    def weights(self) -> Any:
+        """For choices alone: rows gathered from these would lack the LoRA."""
+        return self.inner.weights()
+
 
 class Bench:
     def __init__(self, args: argparse.Namespace) -> None:

@@ -115,7 +115,7 @@ class Yardstick:
         row: dict[str, Any] = {"cell": cell}
         try:
             with reselection(model, cell["reselect_every"]):
-                about = ("method", "reselect_every")
+                about = ("method", "reselect_every", *(["samples"] if calibration else []))
                 same = next((k for k in known.values() if all(k["cell"][f] == cell[f] for f in about)), None)
                 row["efficient"] = same["efficient"] if same else self.answers(model)
                 if cell["rank"] == 0:

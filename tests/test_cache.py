@@ -18,7 +18,7 @@ STEPS = st.one_of(
     st.tuples(st.just("crop"), st.integers(0, 40)),
     st.tuples(st.just("select"), st.integers(1, 3)),
     st.tuples(st.just("repeat"), st.integers(1, 2)),
-    st.tuples(st.just("copy"), st.just(0)),
+    st.tuples(st.just("copy"), st.integers(0, 1)),
     st.tuples(st.just("reset"), st.just(0)),
 )
 
@@ -46,7 +46,7 @@ def test_written_in_place_is_what_copying_gives(steps: list[tuple[str, int]]) ->
             for layer in (ours, theirs):
                 layer.batch_repeat_interleave(number)
         elif kind == "copy":
-            before, ours = ours, copy.deepcopy(ours)
+            before, ours = ours, [copy.copy, copy.deepcopy][number](ours)
             if there:
                 before.update(*torch.full((2, batch, 2, 1, 4), 7.0))
         elif kind == "reset":
@@ -66,6 +66,8 @@ def test_one_token_more_is_not_a_copy_of_all() -> None:
     for _ in range(40):
         layer.update(*torch.zeros(2, 1, 2, 1, 4))
     assert layer.keys.data_ptr() == place and layer.get_seq_length() == 50
+    layer.batch_select_indices(torch.tensor([0]))
+    assert not layer.rooms  # what was left behind is not held on to
 
 
 def test_generate_is_the_same_with_it() -> None:

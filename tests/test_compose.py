@@ -52,7 +52,17 @@ def test_a_line_names_methods_and_their_settings():
     assert parse_methods("teal:[0.2, 0.4]:greedy=false")[0] == {"name": "teal", "sparsity": [0.2, 0.4], "greedy": False}
 
 
-@pytest.mark.parametrize("method", [Griffin(), Cats(threshold="calibrated"), Teal(where="attention"), Nf4(), Nothing()])
+@pytest.mark.parametrize(
+    "method",
+    [
+        Griffin(),
+        Griffin(score="output", prior=32.5),
+        Cats(threshold="calibrated"),
+        Teal(where="attention"),
+        Nf4(),
+        Nothing(),
+    ],
+)
 def test_a_method_reads_back_from_its_own_words(method):
     assert [make_method(facts) for facts in parse_methods(str(method))] == [method]
 
@@ -174,6 +184,54 @@ def test_a_calibration_with_other_settings_is_refused(made, applied):
     with pytest.raises(CapreseError, match=r"(static|teal) was made .* with other settings; calibrate again"):
         caprese.apply(model, applied, calibration=calibrate(model, made, rows()))
     assert not applied_ffns(model)
+
+
+def prior_choices(model: object, ids: torch.Tensor) -> list[torch.Tensor]:
+    """What GRIFFIN chose for each layer after a prompt."""
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values  # type: ignore[operator]
+        model(input_ids=ids[:, :1], past_key_values=cache)  # type: ignore[operator]
+    layers = caprese.efficient_methods.state.state_of(cache).layers
+    return [layers[i].choices["griffin"] for i in sorted(layers) if "griffin" in layers[i].choices]
+
+
+@pytest.mark.parametrize("before", [[], [Static(sparsity=0.3, layers=[0, 2])]])
+def test_griffin_with_a_prior_from_samples_to_disk_and_back(before, tmp_path):
+    model = tiny_llama()
+    methods = [*before, Griffin(score="output", prior=50)]
+    known = calibrate(model, methods, rows())
+    ids = rows()[0].ids[:2, :5]
+    caprese.apply(model, methods, calibration=known)
+    chosen = prior_choices(model, ids)
+    adapted = caprese.adapters.attach_adapter(model, 4)
+    caprese.save(adapted, tmp_path)
+    fresh = caprese.load(tiny_llama(), tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(chosen, prior_choices(fresh, ids), strict=True))
+    plain = caprese.apply(tiny_llama(), Griffin(score="output"))
+    if not before:
+        assert any(not torch.equal(a, b) for a, b in zip(chosen, prior_choices(plain, ids), strict=True))
+    fused = caprese.load(tiny_llama(), tmp_path, fused=True)
+    facts = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(fused.generate(input_ids=ids, **facts), fresh.generate(input_ids=ids, **facts))
+
+
+def test_a_prior_weighs_the_same_in_every_batch_that_shares_a_choice():
+    model = tiny_llama()
+    method = Griffin(prior=10, shared_choice=True)
+    caprese.apply(model, method, calibration=calibrate(model, method, rows()))
+    ids = rows()[0].ids[:1, :9]
+    for one, many in zip(prior_choices(model, ids), prior_choices(model, ids.repeat(16, 1)), strict=True):
+        assert torch.equal(one, many)
+
+
+def test_a_prior_of_another_width_is_refused():
+    both = [Static(sparsity=0.5), Griffin(prior=8)]
+    model = tiny_llama()
+    together, alone = calibrate(model, both, rows()), calibrate(model, both[1], rows())
+    for methods, known in ((both[1], together), (both, {**together, **alone})):
+        with pytest.raises(CapreseError, match=r"calibration of griffin was made for another model or with other"):
+            caprese.apply(model, methods, calibration=known)
+    caprese.apply(model, both, calibration=together)
 
 
 def test_the_neurons_that_static_leaves_are_looked_up_not_copied(monkeypatch):

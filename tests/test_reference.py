@@ -71,7 +71,8 @@ def method_sets(draw: st.DrawFn) -> list[caprese.efficient_methods.Method]:
     methods = []
     if "griffin" in names:
         more = {"score": draw(st.sampled_from(["activation", "output"])), "prior": draw(st.sampled_from([0, 0, 7.5]))}
-        methods.append(Griffin(**draw(settings_of(shared_choice=draw(st.booleans()), **more))))
+        shared = not more["prior"] and draw(st.booleans())
+        methods.append(Griffin(**draw(settings_of(shared_choice=shared, **more))))
     if "cats" in names:
         threshold = draw(st.sampled_from(["prompt", "prompt", "calibrated"]))
         shared = threshold == "prompt" and draw(st.booleans())

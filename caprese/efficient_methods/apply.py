@@ -95,6 +95,7 @@ def weights_saved(site: Site, methods: Sequence[Method]) -> int:
 def _fixed(methods: list[Method], layer: int, site: Site, calibration: Calibration | None) -> dict[str, torch.Tensor]:
     """The choices of one layer that were made from samples."""
     fixed = {}
+    width = site.ffn.width
     for method in methods:
         if "samples" not in method.learns:
             continue
@@ -104,12 +105,14 @@ def _fixed(methods: list[Method], layer: int, site: Site, calibration: Calibrati
                 f"{method.name} chooses from samples and has none for layer {layer}: "
                 "caprese.apply(model, methods, calibration=caprese.calibrate(model, methods, rows))"
             )
-        if not method.fits(choice, site.ffn.width, len(site.attention_linears())):
+        if not method.fits(choice, width, len(site.attention_linears())):
             raise CapreseError(
                 f"this calibration of {method.name} was made for another model or with other settings; calibrate again "
                 "with these: caprese.calibrate(model, methods, rows)"
             )
         fixed[method.name] = choice.to(site.ffn.device)
+        if "width" in method.acts_on:
+            width = choice.shape[-1]
     return fixed
 
 

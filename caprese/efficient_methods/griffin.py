@@ -33,7 +33,7 @@ class Griffin(FromPrompt):
     score: Literal["activation", "output"] = "activation"
     """output: s_j ||down_:j||_2, what a neuron adds to the FFN's output, in place of s_j."""
     prior: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    """Tokens that calibration samples count as, on average, beside those of each prompt; 0 is the prompt alone."""
+    """Calibration samples weigh as much as this many prompt tokens; 0 is the prompt alone."""
 
     @property
     def learns(self) -> frozenset[Source]:
@@ -49,7 +49,8 @@ class Griffin(FromPrompt):
         A sort, not topk, which breaks ties as the batch falls: behind a ReLU many neurons are silent on a short prompt.
         """
         if self.score == "output":
-            statistic = statistic * ffn.weights().down.detach().to(statistic.dtype).square().sum(0)
+            down = ffn.weights().down.detach()
+            statistic = statistic * torch.linalg.vector_norm(down, dim=0, dtype=statistic.dtype).square()
         top = statistic.sort(dim=-1, descending=True, stable=True).indices[..., : self.kept(ffn.width)]
         return torch.zeros_like(statistic, dtype=torch.bool).scatter_(-1, top, True).unsqueeze(1)
 
@@ -61,7 +62,7 @@ class Griffin(FromPrompt):
         return statistic + self.prior * known
 
     def fits(self, choice: torch.Tensor, width: int, attention: int) -> bool:
-        return choice.dim() == 2 and len(choice) == 1 and choice.shape[1] <= width
+        return choice.shape == (1, width)
 
     def keep(self, a: torch.Tensor, z: torch.Tensor, choice: torch.Tensor | None) -> torch.Tensor | None:
         return choice

@@ -14,6 +14,7 @@ from transformers.generation.streamers import TextStreamer
 
 from caprese.data_gen import Prompt, check_context, encode_prompt
 from caprese.distill.batches import device_of
+from caprese.models.cache import roomy_cache
 from caprese.progress import say
 
 
@@ -67,6 +68,7 @@ def stream(
     model.generate(  # type: ignore[operator]
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
+        past_key_values=roomy_cache(model),
         max_new_tokens=max_new_tokens,
         streamer=streamer,
         pad_token_id=tokenizer.pad_token_id,

@@ -15,7 +15,7 @@ from caprese.models.families import unwrap
 class RoomyLayer(DynamicLayer):
     """`DynamicLayer` with room behind its last token; `keys` and `values` are views of what is filled.
 
-    Not for caches that are forked: two copies would write into the same room. No gradients.
+    No gradients. `caprese scale`, `generate` and the drawing of samples use it.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -48,9 +48,28 @@ class RoomyLayer(DynamicLayer):
         room[..., length:total, :] = new
         return room[..., :total, :]
 
+    def __copy__(self) -> RoomyLayer:
+        """Neither goes on in the room that both see."""
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.rooms, self.rooms = {}, {}
+        return twin
+
     def reset(self) -> None:
         self.rooms = {}
         super().reset()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self.rooms = {}  # the memory, too, is given back at once
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.rooms = {}
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.rooms = {}
 
 
 class RoomyCache(DynamicCache):
