@@ -60,7 +60,7 @@ CHOICES = (
 )
 TABLES: dict[str, list[dict[str, Any]]] = {
     "methods": [{"method": m} for m in (CHOICES[0], CHOICES[3], "static:0.5", "cats:0.5", "cats:0.9", "nf4", "int8")],
-    "choice": [{"method": m, "reselect_every": n} for m in CHOICES for n in (None, 32)],
+    "choice": [{"method": m, "reselect_every": n} for n in (32, None) for m in CHOICES],
     "sparsity": [{"method": f"griffin:{s}:score=output:prior=32"} for s in SPARSITIES],
     "griffin": [{"method": f"griffin:{s}", "rank": 0} for s in SPARSITIES],
     "cats": [{"method": f"cats:{s}", "rank": 20 if s > 0.65 else 0} for s in (*SPARSITIES, 0.9)],
@@ -69,7 +69,7 @@ TABLES: dict[str, list[dict[str, Any]]] = {
     "samples": [{"samples": n} for n in (200, 2_000)],
     "objectives": [{"objective": o, "rate": r} for o in ("kl", "hidden") for r in (1e-3, 4e-3)]
     + [{"objective": "on_policy"}],
-    "epochs": [{"epochs": n} for n in (1, 2, 6)],
+    "epochs": [{"epochs": n} for n in (1, 2, 4)],
     "reselection": [{"reselect_every": n} for n in (None, 64, 32, 16)],
     "lora": [{"adapter": "lora"}, {}],
 }

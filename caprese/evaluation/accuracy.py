@@ -14,7 +14,9 @@ from caprese.data_gen import Prompt, Sample
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 # 9^9^9, 2**100000: sympy would write them out, and no timeout stops it
-_TOWER = re.compile(r"[\d)}]\s*(?:\*\*|\^)\s*[{(]?\s*(?:\d{4,}|[\d{(\s]+(?:\*\*|\^))")
+_TOWER = re.compile(
+    r"[\d)}]\s*(?:\*\*|\^)(?:\s*[{(]*\s*\d{4,}|\s*[{(][^)}]*(?:\d{4,}|\*)|[\d(){}\s]*(?:\*\*|\^))|\d{5,}\s*!"
+)
 
 
 def _parse(text: str) -> list[Any]:
