@@ -54,24 +54,22 @@ CELL: dict[str, Any] = {
 }
 CELL_KEYS = ("rank", "samples", "epochs", "reselect_every")
 SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-CHOICES = (
-    "griffin:0.5",
-    *(f"griffin:0.5:score=output{prior}" for prior in ("", ":prior=8", ":prior=32", ":prior=128")),
-)
+SAMPLES = "griffin:0.5:score=output"
 TABLES: dict[str, list[dict[str, Any]]] = {
-    "methods": [{"method": m} for m in (CHOICES[0], CHOICES[3], "static:0.5", "cats:0.5", "cats:0.9", "nf4", "int8")],
-    "choice": [{"method": m, "reselect_every": n} for n in (32, None) for m in CHOICES],
-    "sparsity": [{"method": f"griffin:{s}:score=output:prior=32"} for s in SPARSITIES],
+    "methods": [{"method": m} for m in ("griffin:0.5", CELL["method"], "static:0.5", "cats:0.9", "nf4")],
+    # rank 0 is no adapter
+    "spared": [{"method": m, "rank": 0} for m in ("cats:0.5", "int8")],
     "griffin": [{"method": f"griffin:{s}", "rank": 0} for s in SPARSITIES],
-    "cats": [{"method": f"cats:{s}", "rank": 20 if s > 0.65 else 0} for s in (*SPARSITIES, 0.9)],
-    # 0 is no adapter; 0, 1, 2, 5 and 10% of the width, and 16%, which is 2% of the parameters
-    "ranks": [{"rank": r} for r in (0, 1, 3, 6, 13, 20)],
+    # 0, 1, 5 and 10% of the width, and 16%, which is 2% of the parameters
+    "ranks": [{"rank": r} for r in (0, 1, 6, 13, 20)],
     "samples": [{"samples": n} for n in (200, 2_000)],
-    "objectives": [{"objective": o, "rate": r} for o in ("kl", "hidden") for r in (1e-3, 4e-3)]
-    + [{"objective": "on_policy"}],
-    "epochs": [{"epochs": n} for n in (1, 2, 4)],
-    "reselection": [{"reselect_every": n} for n in (None, 64, 32, 16)],
     "lora": [{"adapter": "lora"}, {}],
+    "sparsity": [{"method": f"griffin:{s}:score=output:prior=32"} for s in SPARSITIES],
+    "choice": [{"method": m} for m in ("griffin:0.5", SAMPLES, f"{SAMPLES}:prior=32", f"{SAMPLES}:prior=128")],
+    "cats": [{"method": f"cats:{s}", "rank": 20 if s > 0.75 else 0} for s in (*SPARSITIES, 0.9)],
+    "reselection": [{"reselect_every": n} for n in (None, 32, 16)],
+    "epochs": [{"epochs": n} for n in (1, 2, 4)],
+    "objectives": [{}, {"rate": 1e-3}, {"objective": "hidden"}, {"objective": "on_policy"}],
 }
 
 
@@ -86,7 +84,7 @@ class Yardstick:
         self.problems = load_prompts("chains:test", args.problems, 1)
         self.markers = [Marker(p) for p in self.problems]
         self.encoded = [encode_prompt(self.tokenizer, p.text, "", True) for p in self.problems]
-        self.sampling = Samples(max_new_tokens=220, batch_size=100)
+        self.sampling = Samples(max_new_tokens=220, batch_size=200)
 
     def answers(self, model: nn.Module) -> dict[str, Any]:
         """Accuracy on the test problems with a 95% interval, by number of steps, and the length of the answers."""

@@ -365,7 +365,7 @@ def plot_scaling(result: dict[str, Any], path: Path) -> None:
                     (line,) = ax.plot(c[key], c[metric], marker="o", markersize=3, label=name)
                     ax.fill_between(c[key], low, high, color=line.get_color(), alpha=0.1)
                 ax.set_xscale("log")
-                ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+                ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
                 ax.xaxis.set_minor_formatter(NullFormatter())
                 ax.set(xlabel=label, ylabel=metric.replace("_", " "), ylim=(0, 1.02))
