@@ -84,7 +84,7 @@ class Yardstick:
         self.problems = load_prompts("chains:test", args.problems, 1)
         self.markers = [Marker(p) for p in self.problems]
         self.encoded = [encode_prompt(self.tokenizer, p.text, "", True) for p in self.problems]
-        self.sampling = Samples(max_new_tokens=220, batch_size=200)
+        self.sampling = Samples(max_new_tokens=220, batch_size=100)
 
     def answers(self, model: nn.Module) -> dict[str, Any]:
         """Accuracy on the test problems with a 95% interval, by number of steps, and the length of the answers."""
