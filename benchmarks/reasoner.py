@@ -66,7 +66,7 @@ TABLES: dict[str, list[dict[str, Any]]] = {
     "lora": [{"adapter": "lora"}, {}],
     "sparsity": [{"method": f"griffin:{s}:score=output:prior=32"} for s in SPARSITIES],
     "choice": [{"method": m} for m in ("griffin:0.5", SAMPLES, f"{SAMPLES}:prior=32", f"{SAMPLES}:prior=128")],
-    "cats": [{"method": f"cats:{s}", "rank": 20 if s > 0.75 else 0} for s in (*SPARSITIES, 0.9)],
+    "cats": [{"method": f"cats:{s}", "rank": 20 if s > 0.75 else 0} for s in (*SPARSITIES, 0.9, 0.95, 0.98)],
     "reselection": [{"reselect_every": n} for n in (None, 32, 16)],
     "epochs": [{"epochs": n} for n in (1, 2, 4)],
     "objectives": [{}, {"rate": 1e-3}, {"objective": "hidden"}, {"objective": "on_policy"}],
