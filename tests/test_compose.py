@@ -215,13 +215,9 @@ def test_griffin_with_a_prior_from_samples_to_disk_and_back(before, tmp_path):
     assert torch.equal(fused.generate(input_ids=ids, **facts), fresh.generate(input_ids=ids, **facts))
 
 
-def test_a_prior_weighs_the_same_in_every_batch_that_shares_a_choice():
-    model = tiny_llama()
-    method = Griffin(prior=10, shared_choice=True)
-    caprese.apply(model, method, calibration=calibrate(model, method, rows()))
-    ids = rows()[0].ids[:1, :9]
-    for one, many in zip(prior_choices(model, ids), prior_choices(model, ids.repeat(16, 1)), strict=True):
-        assert torch.equal(one, many)
+def test_a_prior_with_a_choice_for_the_batch_is_refused():
+    with pytest.raises(CapreseError, match="prior and shared_choice do not go together"):
+        resolve_recipe(model="smollm2-135m", method="griffin:0.5:prior=8:shared_choice=true").make_methods()
 
 
 def test_a_prior_of_another_width_is_refused():

@@ -29,7 +29,6 @@ def test_recovery_of_reasoning(tmp_path: Path) -> None:
     recipe = caprese.resolve_recipe(
         model="reasoner-tiny",
         output=str(tmp_path / "out"),
-        sparsity=0.4,
         samples={"train": 800, "validation": 64, "test": 128},
         end_to_end={"epochs": 3, "batch_size": 16, "micro_batch": 16},
     )

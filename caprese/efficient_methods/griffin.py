@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from caprese.efficient_methods.base import FromPrompt, Part, Reads, Source
 from caprese.kernels import PackedFFN
@@ -34,6 +34,12 @@ class Griffin(FromPrompt):
     """output: s_j ||down_:j||_2, what a neuron adds to the FFN's output, in place of s_j."""
     prior: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Calibration samples weigh as much as this many prompt tokens; 0 is the prompt alone."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_help(self) -> Griffin:
+        if self.prior and self.shared_choice:  # what samples weigh would depend on the size of the batch
+            raise ValueError("prior and shared_choice do not go together; leave one of them out")
+        return self
 
     @property
     def learns(self) -> frozenset[Source]:

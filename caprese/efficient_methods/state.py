@@ -87,8 +87,7 @@ class LayerState:
         for method in methods:
             new = method.statistic(seen.x, seen.a, seen.z, seen.mask)
             if getattr(method, "shared_choice", False):
-                # a mean, so that what samples add to it weighs the same in every batch; counts cannot be halved
-                new = new.mean(0, keepdim=True) if new.is_floating_point() else new.sum(0, keepdim=True)
+                new = new.sum(0, keepdim=True)
             old = self.statistics.get(method.name)
             self.statistics[method.name] = new if old is None else old + new
 
