@@ -66,7 +66,7 @@ TABLES: dict[str, list[dict[str, Any]]] = {
     "lora": [{"adapter": "lora"}, {}],
     "sparsity": [{"method": f"griffin:{s}:score=output:prior=32"} for s in SPARSITIES],
     "choice": [{"method": m} for m in ("griffin:0.5", SAMPLES, f"{SAMPLES}:prior=32", f"{SAMPLES}:prior=128")],
-    "cats": [{"method": f"cats:{s}", "rank": 20 if s > 0.75 else 0} for s in (*SPARSITIES, 0.9, 0.95, 0.98)],
+    "cats": [{"method": f"cats:{s}", "rank": 20 if s in (0.8, 0.9) else 0} for s in (*SPARSITIES, 0.9, 0.95, 0.98)],
     "reselection": [{"reselect_every": n} for n in (None, 32, 16)],
     "epochs": [{"epochs": n} for n in (1, 2, 4)],
     "objectives": [{}, {"rate": 1e-3}, {"objective": "hidden"}, {"objective": "on_policy"}],
@@ -190,7 +190,9 @@ class Yardstick:
 def table(cells: list[dict[str, Any]], dense: dict[str, Any]) -> str:
     """Cells in Markdown: what differs between them, then accuracy in %, with its interval, and KL of the stages."""
     keys = [k for k in CELL if len({str(c["cell"][k]) for c in cells}) > 1] or ["method"]
-    lines = ["| " + " | ".join([*keys, "adapter", "dense", "efficient", "layer-wise", "end to end", "KL"]) + " |"]
+    lines = [
+        "| " + " | ".join([*keys, "parameters added", "dense", "efficient", "layer-wise", "end to end", "KL"]) + " |"
+    ]
     lines.append("|---" * (len(keys) + 6) + "|")
 
     def shown(stage: Any) -> str:
@@ -204,6 +206,21 @@ def table(cells: list[dict[str, Any]], dense: dict[str, Any]) -> str:
         stages = [shown(s) for s in (dense, c["efficient"], c.get("layerwise"), c.get("end_to_end"))]
         facts = [str(c["cell"][k]) for k in keys]
         lines.append("| " + " | ".join([*facts, f"{c['adapter_fraction']:.2%}", *stages, kl]) + " |")
+    return "\n".join(lines)
+
+
+def stages_table(cells: list[dict[str, Any]], dense: dict[str, Any]) -> str:
+    """Accuracy by steps of the problem, and length of the answers, at every stage."""
+    rows = [("dense", "", dense)]
+    for c in cells:
+        stages = ((name, c.get(name)) for name in ("efficient", "layerwise", "end_to_end"))
+        rows += [(c["cell"]["method"], name.replace("_", " "), stage) for name, stage in stages if stage is not None]
+    steps = sorted(dense["by_steps"])
+    lines = ["| method | stage | " + " | ".join(f"{n} steps" for n in steps) + " | new tokens |"]
+    lines.append("|---" * (len(steps) + 3) + "|")
+    for method, name, stage in rows:
+        marks = [f"{stage['by_steps'][n][0]:.0%} of {stage['by_steps'][n][1]}" for n in steps]
+        lines.append("| " + " | ".join([method, name, *marks, f"{stage['new_tokens']:.1f}"]) + " |")
     return "\n".join(lines)
 
 
@@ -286,6 +303,8 @@ def main() -> None:
                 shown = table([result["cells"][key]], result["dense"]).splitlines()[-1]
                 print(name, key, shown, f"{result['cells'][key]['seconds']} s", flush=True)
         print(f"\npython benchmarks/reasoner.py {name}\n" + table([result["cells"][k] for k in keys], result["dense"]))
+        if name == "methods":
+            print("\n" + stages_table([result["cells"][k] for k in keys], result["dense"]))
     plot(result["cells"], result["dense"], args.output.with_suffix(".png"))
 
 
