@@ -54,6 +54,7 @@ CELL: dict[str, Any] = {
 }
 CELL_KEYS = ("rank", "samples", "epochs", "reselect_every")
 SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+CATS = (*SPARSITIES, 0.9, 0.95, 0.98)
 SAMPLES = "griffin:0.5:score=output"
 TABLES: dict[str, list[dict[str, Any]]] = {
     "methods": [{"method": m} for m in ("griffin:0.5", CELL["method"], "static:0.5", "cats:0.9", "nf4")],
@@ -66,7 +67,7 @@ TABLES: dict[str, list[dict[str, Any]]] = {
     "lora": [{"adapter": "lora"}, {}],
     "sparsity": [{"method": f"griffin:{s}:score=output:prior=32"} for s in SPARSITIES],
     "choice": [{"method": m} for m in ("griffin:0.5", SAMPLES, f"{SAMPLES}:prior=32", f"{SAMPLES}:prior=128")],
-    "cats": [{"method": f"cats:{s}", "rank": 20 if s in (0.8, 0.9) else 0} for s in (*SPARSITIES, 0.9, 0.95, 0.98)],
+    "cats": [{"method": f"cats:{s}", "rank": 20 if s in (0.8, 0.9, 0.98) else 0} for s in CATS],
     "reselection": [{"reselect_every": n} for n in (None, 32, 16)],
     "epochs": [{"epochs": n} for n in (1, 2, 4)],
     "objectives": [{}, {"rate": 1e-3}, {"objective": "hidden"}, {"objective": "on_policy"}],
