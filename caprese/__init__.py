@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from caprese.inference import load as load
     from caprese.inference import unfuse as unfuse
     from caprese.models import load_base as load_base
+    from caprese.publish import info as info
+    from caprese.publish import push as push
     from caprese.recipes import Recipe as Recipe
     from caprese.recipes import resolve_recipe as resolve_recipe
     from caprese.recovery import recover as recover
@@ -47,9 +49,11 @@ _PUBLIC = {
     "calibrate": "efficient_methods",
     "dense": "efficient_methods",
     "fuse": "inference",
+    "info": "publish",
     "load": "inference",
     "load_base": "models",
     "phases": "efficient_methods",
+    "push": "publish",
     "recover": "recovery",
     "remove": "efficient_methods",
     "reselection": "efficient_methods",

@@ -23,7 +23,13 @@ recipes_app = typer.Typer(no_args_is_help=True, help="List, show, copy and check
 app.add_typer(recipes_app, name="recipes")
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Alias, hub id or local directory.")]
-Adapter = Annotated[str, typer.Option("--adapter", "-a", help="Directory or hub id of a recovery adapter.")]
+Adapter = Annotated[
+    str, typer.Option("--adapter", "-a", help="Recovery adapter: a directory, or a hub id, user/name or user/name@rev.")
+]
+Private = Annotated[
+    bool | None,
+    typer.Option("--private/--public", help="Of a repository that is made new; default as the account's."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, nothing else.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 Reselect = Annotated[
@@ -60,12 +66,15 @@ def _escaped(error: Exception) -> str:
 
 def _quiet(on: bool) -> None:
     """With --json, nothing but JSON on stdout, and no progress at all."""
+    from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     from caprese import progress
 
     # of several processes only the first speaks
     progress.quiet = on or not _first()
+    if progress.quiet:
+        disable_progress_bars()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     import warnings
@@ -184,6 +193,8 @@ def recover(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another recipe's result in --output.")
     ] = False,
+    push_to_hub: Annotated[str | None, typer.Option(help="Push the result to this repository, user/name.")] = None,
+    private: Private = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan: parameters, bytes, time estimate.")
     ] = False,
@@ -238,14 +249,23 @@ def recover(
         figures = plan(load_config(resolved.model, resolved.revision), resolved)
         print(json.dumps(figures, indent=2)) if as_json else _print_table("plan", figures)
         return
+    from caprese.adapters import hub
     from caprese.recovery import recover as run
 
+    if push_to_hub is not None:
+        hub.check_login(push_to_hub, private)
     loaded, tokenizer = load_base(
         resolved.model, revision=resolved.revision, dtype=resolved.dtype, device=resolved.device
     )
     report = run(loaded, tokenizer, resolved, overwrite=overwrite)
     if not _first():
         return
+    if push_to_hub is not None:
+        from caprese.publish import push as publish
+
+        published = publish(resolved.output, push_to_hub, private=private)
+        report = {**report, "hub": {key: published[key] for key in ("repo", "url", "commit")}}
+        say(f"pushed to {published['url']}")
     if as_json:
         print(json.dumps(report, indent=2))
         return
@@ -272,6 +292,8 @@ def _print_table(title: str, figures: dict[str, Any]) -> None:
     from caprese.evaluation.summary import duration
 
     def shown(key: str, value: Any) -> str:
+        if isinstance(value, list):
+            return "\n".join(map(str, value))
         if isinstance(value, dict):
             return "\n".join(f"{name} {shown(key, each)}" for name, each in value.items())
         if key.endswith("seconds"):
@@ -304,7 +326,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Answer a prompt, streaming, and show the time to next token."""
-    from caprese.adapters import fingerprint
+    from caprese.adapters import fingerprint, load_base_for, read_sidecar
     from caprese.inference import load, stream
     from caprese.models import load_base
     from caprese.progress import say
@@ -314,10 +336,13 @@ def generate(
         raise CapreseError("the prompt is empty; give --prompt some text")
     if reselect_every is not None and adapter is None:
         raise CapreseError("--reselect-every goes with --adapter: without one the model runs dense")
-    loaded, tokenizer = load_base(model, dtype=dtype, device=device)
-    if not adapter:
-        fingerprint(loaded)  # refuses damaged weights, as `load` does
-    lm: Any = load(loaded, adapter, fused=fused, reselect_every=_reselect(reselect_every)) if adapter else loaded
+    lm: Any
+    if adapter:
+        base, tokenizer = load_base_for(read_sidecar(adapter), model, dtype=dtype, device=device)
+        lm = load(base, adapter, fused=fused, reselect_every=_reselect(reselect_every))
+    else:
+        lm, tokenizer = load_base(model, dtype=dtype, device=device)
+        fingerprint(lm)  # refuses damaged weights, as `load` does
     result = stream(
         lm,
         tokenizer,
@@ -360,15 +385,14 @@ def evaluate(
     What is not said is as in the recipe.yaml beside a local adapter; prompts it was trained on, by the samples/ there,
     are not asked.
     """
-    from caprese.adapters import load, read_sidecar
+    from caprese.adapters import load, load_base_for, read_sidecar
     from caprese.efficient_methods import phases_of
     from caprese.evaluation import Evaluation
-    from caprese.models import load_base
     from caprese.recovery import beside, measure
 
     _quiet(as_json)
     sidecar = read_sidecar(adapter)
-    base, tokenizer = load_base(model, dtype=dtype, device=device)
+    base, tokenizer = load_base_for(sidecar, model, dtype=dtype, device=device)
     lm = load(base, adapter, reselect_every=_reselect(reselect_every))
     asked, trained = beside(adapter)
     if prompts is not None and column is None:
@@ -529,7 +553,7 @@ def scale(
 
     from pydantic import ValidationError
 
-    from caprese.adapters import read_sidecar
+    from caprese.adapters import load_base_for, read_sidecar
     from caprese.data_gen import load_prompts
     from caprese.evaluation import environment
     from caprese.evaluation.rewards import reward_scorer
@@ -537,7 +561,6 @@ def scale(
     from caprese.evaluation.scaling import contenders as choose
     from caprese.files import check_writable, write_json
     from caprese.inference import load
-    from caprese.models import load_base
     from caprese.progress import say
     from caprese.recipes.recipe import explain
     from caprese.recovery import beside
@@ -565,7 +588,7 @@ def scale(
         print(json.dumps(facts, indent=2)) if as_json else _print_table("scale", facts)
         return
     check_writable(Path(output))
-    base, tokenizer = load_base(model, revision=revision, dtype=dtype, device=device)
+    base, tokenizer = load_base_for(sidecar, model, revision=revision, dtype=dtype, device=device)
     say(f"{model}, {adapter}: {len(over)} contenders, {len(rows)} problems of {config.prompts}, {samples} samples each")
     # samples of one problem share its choice, so its rows are gathered once for all of them
     lm = load(base, adapter, fused=True, form="packed", reselect_every=None)
@@ -593,6 +616,51 @@ def scale(
     for part in describe_scaling(result):
         Console().print(part)
     say(f"{Path(output) / 'scale.json'}, scale.png")
+
+
+@app.command()
+@_verb
+def push(
+    directory: Annotated[str, typer.Argument(help="What caprese recover wrote.")],
+    repo: Annotated[str, typer.Argument(help="user/name on the hub; made if it is not there.")],
+    private: Private = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be sent; send nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put an adapter with its report on the model hub, in one commit. The token is `hf auth login`'s, or HF_TOKEN."""
+    from caprese.publish import push as publish
+
+    _quiet(as_json)
+    facts = publish(directory, repo, private=private, dry_run=dry_run)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    _print_table("would push" if dry_run else "pushed", {k: v for k, v in facts.items() if v is not None})
+    if not dry_run:
+        print(f"load it: caprese.load(model, {repo!r})")
+
+
+@app.command()
+@_verb
+def info(
+    adapter: Annotated[str, typer.Argument(help="Directory or hub id, user/name or user/name@revision.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="A base: does the adapter fit it?")] = None,
+    revision: Annotated[str | None, typer.Option(help="Hub revision of the adapter.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """What an adapter is, what it needs, and whether it fits a base (by its weights, not its name)."""
+    from caprese.publish import info as look
+
+    _quiet(as_json)
+    facts = look(adapter, revision=revision, model=model, dtype=dtype, device=device)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        _print_table(adapter, {k: v for k, v in facts.items() if v is not None and k != "quality"})
+    if facts.get("fits") is False:
+        raise typer.Exit(1)
 
 
 @app.command("methods")

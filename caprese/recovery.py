@@ -31,7 +31,9 @@ from caprese.adapters import (
     empty_slots,
     fingerprint,
     get_branches,
+    locate,
     public_id,
+    read_sidecar,
     save,
     set_branch,
     set_branches,
@@ -71,7 +73,7 @@ from caprese.efficient_methods import (
 from caprese.errors import CapreseError
 from caprese.evaluation import Evaluation, environment, evaluate, finite, variant, write_report
 from caprese.files import check_writable, read_tensors, write_json, write_tensors, write_text
-from caprese.models import base_of, count_parameters, find_ffns
+from caprese.models import base_of, base_terms, count_parameters, find_ffns
 from caprese.progress import bar, say
 from caprese.recipes import Recipe, resolve_recipe
 
@@ -163,7 +165,8 @@ def recover(
         ]
         base = base_of(model)
         ranks = fitted["ranks"]
-        write_text(out / "recipe.yaml", _portable_recipe(recipe).to_yaml())
+        portable = _portable_recipe(recipe, base.revision)
+        write_text(out / "recipe.yaml", portable.to_yaml())
         report = {
             "caprese_version": __version__,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -173,6 +176,8 @@ def recover(
             "revision": base.revision,
             "fingerprint": ":".join(prints.values()),
             "license": None,
+            **base_terms(base.source, online=False),
+            "weights_sha256": read_sidecar(out).weights_sha256,
             "method": "+".join(method.name for method in methods),
             "sparsity": getattr(methods[0], "sparsity", None) if len(methods) == 1 else None,
             "methods": [{"name": method.name, **method.model_dump(mode="json")} for method in methods],
@@ -193,7 +198,7 @@ def recover(
             },
             "samples": {split: describe(rows) for split, rows in samples.items()},
             "environment": environment(model),
-            "recipe": _portable_recipe(recipe).model_dump(mode="json"),
+            "recipe": portable.model_dump(mode="json"),
             "identity": identity,
         }
         final = write_report(report, out)
@@ -212,9 +217,10 @@ def _identity(recipe: Recipe, prints: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps([facts, dict(prints), VERSION], sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _portable_recipe(recipe: Recipe) -> Recipe:
-    """The recipe without this machine's directories."""
-    return recipe.model_copy(update={"model": public_id(recipe.model or ""), "output": public_id(recipe.output)})
+def _portable_recipe(recipe: Recipe, revision: str | None) -> Recipe:
+    """The recipe without this machine's directories, and with the base's commit."""
+    places = {"model": public_id(recipe.model or ""), "output": public_id(recipe.output)}
+    return recipe.model_copy(update={**places, "revision": revision or recipe.revision})
 
 
 def _finished(out: Path, identity: str) -> dict[str, Any] | None:
@@ -522,14 +528,14 @@ def measure(
 
 
 def beside(adapter: str | os.PathLike[str]) -> tuple[Samples, set[str]]:
-    """What the run that made an adapter left in its directory: how it sampled, and the prompts it was trained on.
+    """What the run that made an adapter left with it: how it sampled, and the prompts it was trained on.
 
-    Defaults and no prompts for an adapter from the hub, or one that stands alone.
+    No prompts for an adapter from the hub; defaults for one that stands alone.
 
     Raises:
         CapreseError: the recipe or a shard is damaged.
     """
-    directory = Path(adapter).expanduser()
+    directory = locate(adapter, None, "recipe.yaml")
     recipe = directory / "recipe.yaml"
     samples = resolve_recipe(str(recipe)).samples if recipe.is_file() else Samples(max_new_tokens=128)
     return samples, trained_prompts(directory / "samples")

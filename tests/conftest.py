@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 import os
+import socket
+import tempfile
 from pathlib import Path
+
+# Before anything asks for them: no test leaves this machine. The hub is a loopback address that only listens for tests
+# that want it (tests/hub.py), unless a real one is asked for (tests/test_hub.py).
+REAL_HUB = bool(os.environ.get("CAPRESE_TEST_REAL_HUB"))
+HUB_SOCKET = socket.socket()
+if not REAL_HUB:
+    HUB_SOCKET.bind(("127.0.0.1", 0))
+    os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{HUB_SOCKET.getsockname()[1]}"
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="caprese-tests-")
+    os.environ.pop("HF_TOKEN", None)
+os.environ["HF_HUB_DISABLE_XET"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
 import torch

@@ -23,10 +23,10 @@ from caprese.efficient_methods import Cats, Griffin
 METHODS = {"griffin": Griffin, "cats": Cats}
 
 
-def recovered(model: torch.nn.Module, rank: int = 4, scale: float = 0.05) -> PeftModel:
+def recovered(model: torch.nn.Module, rank: int = 4, scale: float = 0.05, seed: int = 5) -> PeftModel:
     """An adapter that does something."""
     adapted = attach_adapter(model, rank)
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(seed)
     for p in branch_parameters(adapted):
         p.data.copy_(scale * torch.randn(p.shape, generator=generator))
     return adapted.eval()

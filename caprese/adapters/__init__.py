@@ -9,17 +9,30 @@ from caprese.adapters.branch import (
     set_branches,
 )
 from caprese.adapters.fingerprint import fingerprint
-from caprese.adapters.storage import Sidecar, check_base, load, public_id, read_sidecar, save
+from caprese.adapters.storage import (
+    Sidecar,
+    check_base,
+    check_files,
+    load,
+    load_base_for,
+    locate,
+    public_id,
+    read_sidecar,
+    save,
+)
 
 __all__ = [
     "Sidecar",
     "attach_adapter",
     "branch_parameters",
     "check_base",
+    "check_files",
     "empty_slots",
     "fingerprint",
     "get_branches",
     "load",
+    "load_base_for",
+    "locate",
     "public_id",
     "read_sidecar",
     "save",

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import hf_hub_download
 from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from caprese import __version__
 from caprese.adapters.branch import empty_slots
 from caprese.adapters.fingerprint import fingerprint
+from caprese.adapters.hub import download, is_hub_id
 from caprese.efficient_methods import (
     EfficientFFN,
     Method,
@@ -35,12 +36,14 @@ from caprese.efficient_methods import (
 )
 from caprese.errors import CapreseError
 from caprese.files import check_writable, put_in_place, sha256, unwritable, write_json
-from caprese.models import base_of, load_base, unwrap
+from caprese.models import base_of, load_base, resolve, unwrap
 
 SIDECAR = "caprese_config.json"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 CALIBRATION = "caprese_calibration.safetensors"
+#: all that makes an adapter
+FILES = (WEIGHTS, CONFIG, CALIBRATION, SIDECAR)
 
 
 class BaseFacts(BaseModel):
@@ -126,8 +129,9 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             )
             write_json(scratch / SIDECAR, facts.model_dump(mode="json"))
             # only when all are on disk do they take the place of older ones
-            for file in (WEIGHTS, CONFIG, *([CALIBRATION] if calibration else []), SIDECAR):
-                put_in_place(scratch / file, target / file)
+            for file in FILES:
+                if file != CALIBRATION or calibration:
+                    put_in_place(scratch / file, target / file)
     except (OSError, SafetensorError) as error:
         raise unwritable(target, error) from error
 
@@ -147,22 +151,28 @@ def public_id(model_id: str) -> str:
     return Path(model_id).name if os.path.isabs(model_id) or model_id.startswith((".", "~")) else model_id
 
 
-def _file(adapter: str, name: str, revision: str | None) -> Path:
-    """One file of an adapter, from a directory or the hub."""
+def locate(adapter: str | os.PathLike[str], revision: str | None, *files: str) -> Path:
+    """The directory with an adapter's files: a local one, or `files` of a repository, all of one commit.
+
+    Args:
+        adapter: a directory, or a hub id: "owner/name", "owner/name@revision".
+
+    Raises:
+        CapreseError: neither a directory nor a hub id, or no access.
+    """
     local = Path(adapter).expanduser()
     if local.is_dir():
-        if not (local / name).is_file():
-            raise CapreseError(f"{adapter} holds no {name}: not a (finished) caprese adapter; run caprese recover")
-        return local / name
-    if adapter.rstrip("/").count("/") != 1 or adapter.startswith((".", "/", "~")):
-        raise CapreseError(f"no adapter at {adapter!r}: neither a directory nor a hub id like 'owner/name'")
-    try:
-        return Path(hf_hub_download(adapter, name, revision=revision))
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CapreseError(
-            f"cannot get {name} of {adapter!r} from the hub ({first}); check name, access and network"
-        ) from error
+        return local
+    repo, _, at = str(adapter).partition("@")
+    if not is_hub_id(repo):
+        raise CapreseError(f"no adapter at {str(adapter)!r}: neither a directory nor a hub id like 'owner/name'")
+    return download(repo, revision or at or None, files)
+
+
+def _present(directory: Path, name: str, adapter: str | os.PathLike[str]) -> Path:
+    if not (directory / name).is_file():
+        raise CapreseError(f"{adapter} holds no {name}: not a (finished) caprese adapter; run caprese recover")
+    return directory / name
 
 
 def read_sidecar(adapter: str | os.PathLike[str], revision: str | None = None) -> Sidecar:
@@ -171,11 +181,24 @@ def read_sidecar(adapter: str | os.PathLike[str], revision: str | None = None) -
     Raises:
         CapreseError: missing or unreadable.
     """
-    path = _file(str(adapter), SIDECAR, revision)
+    path = _present(locate(adapter, revision, SIDECAR), SIDECAR, adapter)
     try:
         return Sidecar.model_validate_json(path.read_text())
     except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CapreseError(f"{SIDECAR} of {adapter} is damaged; fetch or make the adapter again") from error
+
+
+def check_files(directory: Path, sidecar: Sidecar, adapter: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """The calibration of an adapter whose files are whole, finite, and as they were saved.
+
+    Raises:
+        CapreseError: naming the file that is not.
+    """
+    _present(directory, CONFIG, adapter)
+    _check_tensors(_present(directory, WEIGHTS, adapter), adapter, sidecar.weights_sha256)
+    if sidecar.calibration_sha256 is None:
+        return {}
+    return _check_tensors(_present(directory, CALIBRATION, adapter), adapter, sidecar.calibration_sha256)
 
 
 def check_base(model: nn.Module, facts: BaseFacts) -> None:
@@ -185,15 +208,35 @@ def check_base(model: nn.Module, facts: BaseFacts) -> None:
         CapreseError: naming the part that differs.
     """
     found = fingerprint(model)
-    wrong = [group for group, digest in facts.fingerprint.items() if found.get(group) != digest]
+    # of a base loaded in 4 or 8 bit, embeddings and norms are what they were
+    groups = ("rest",) if getattr(unwrap(model), "is_quantized", False) else facts.fingerprint.keys()
+    wrong = [group for group in groups if found.get(group) != facts.fingerprint.get(group)]
     half = unwrap(model).dtype == torch.float16
     if wrong:
+        given = base_of(model)
         raise CapreseError(
-            f"this adapter was made for {facts.id}{'@' + facts.revision if facts.revision else ''}, and the base given "
-            f"({public_id(base_of(model).model_id)}) has other weights ({', '.join(wrong)}); "
+            f"this adapter was made for {_at(facts.id, facts.revision)}, and the base given "
+            f"({_at(public_id(given.model_id), given.revision)}) has other weights ({', '.join(wrong)}); "
             "load that base, or recover this one"
             + (" (in float16 weights of a float32 checkpoint differ: try bfloat16)" if half else "")
         )
+
+
+def _at(name: str, revision: str | None) -> str:
+    return f"{name}@{revision}" if revision else name
+
+
+def load_base_for(
+    sidecar: Sidecar, base: str, *, revision: str | None = None, **how: Any
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """`load_base`, of a hub id at the revision the adapter was made for, if no other is asked for.
+
+    Raises:
+        CapreseError: see `load_base`.
+    """
+    known = resolve(base)
+    pinned = sidecar.base.revision if known.model_id == known.source == sidecar.base.id else None
+    return load_base(base, revision=revision or pinned, **how)
 
 
 def load(
@@ -208,7 +251,7 @@ def load(
     """Base + methods + recovery adapter, ready for `generate`.
 
     Args:
-        base: a model, or the name of one (see `load_base`).
+        base: a model, or the name of one (see `load_base`); of a hub id, the revision the adapter was made for.
         adapter: a directory `save` or `recover` wrote, or a hub id.
         revision: of the adapter, on the hub.
         reselect_every: generated tokens between two reselections; "saved" as the adapter was made, None never.
@@ -216,17 +259,12 @@ def load(
     Raises:
         CapreseError: wrong base, damaged files, unknown method.
     """
-    sidecar = read_sidecar(adapter, revision)
-    config = _file(str(adapter), CONFIG, revision)
-    weights = _file(str(adapter), WEIGHTS, revision)
-    _check_tensors(weights, adapter, sidecar.weights_sha256)
+    directory = locate(adapter, revision, *FILES)
+    sidecar = read_sidecar(directory)
     methods = sidecar.make_methods()
-    calibration: dict[str, torch.Tensor] = {}
-    if sidecar.calibration_sha256 is not None:
-        path = _file(str(adapter), CALIBRATION, revision)
-        calibration = _check_tensors(path, adapter, sidecar.calibration_sha256)
+    calibration = check_files(directory, sidecar, adapter)
     if isinstance(base, str):
-        base, _ = load_base(base, dtype=dtype, device=device)
+        base, _ = load_base_for(sidecar, base, dtype=dtype, device=device)
     check_base(base, sidecar.base)
     every = check_reselect(sidecar.reselect_every if reselect_every == "saved" else reselect_every)
     applied = applied_ffns(base)
@@ -243,7 +281,7 @@ def load(
     else:
         apply(base, methods, calibration=calibration, reselect_every=every)
     try:
-        model = PeftModel.from_pretrained(base, str(config.parent))
+        model = PeftModel.from_pretrained(base, str(directory))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         if not applied:  # the base goes back as it came
             empty_slots(base)

@@ -10,6 +10,7 @@ from torch import nn
 from caprese.efficient_methods.base import Method
 from caprese.efficient_methods.phases import Phases
 from caprese.efficient_methods.state import LayerState, Seen
+from caprese.errors import CapreseError
 from caprese.kernels import PackedFFN, sparse_down
 from caprese.models import FFN, Site
 
@@ -19,6 +20,26 @@ def _float(like: torch.Tensor) -> torch.dtype:
     return like.dtype if like.is_floating_point() else torch.float32
 
 
+class _NoWeight(torch.Tensor):
+    """What a slot has for a weight: a device and a type and no elements. What needs more of it fails, and hears why."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        except (RuntimeError, IndexError, ValueError) as error:
+            if func is torch.Tensor.to:
+                raise
+            raise CapreseError(
+                "a recovery slot has no weights to merge into or to start from, so merge_and_unload, DoRA, PiSSA, "
+                "OLoRA and CorDA are not for it: use plain LoRA, and caprese.fuse(model) to run it as one with its "
+                "FFN, or caprese export for one checkpoint"
+            ) from error
+
+    def __deepcopy__(self, memo: Any) -> torch.Tensor:
+        return self.clone()
+
+
 class RecoverySlot(nn.Linear):
     """A linear layer without weights that returns zeros: the place PEFT's LoRA fills, x [..., D] -> [..., D]."""
 
@@ -26,7 +47,8 @@ class RecoverySlot(nn.Linear):
         nn.Module.__init__(self)
         self.in_features = self.out_features = hidden
         # empty and never saved: it tells PEFT which device and type the branch should have
-        self.register_buffer("weight", like.new_empty(0, dtype=_float(like)), persistent=False)
+        weight = torch.empty(0, dtype=_float(like), device=like.device).as_subclass(_NoWeight)
+        self.register_buffer("weight", weight, persistent=False)
         self.register_parameter("bias", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -139,7 +161,7 @@ class EfficientFFN(nn.Module):
         """FF_eff(x), [B, T, D], without the branch."""
         methods = list(zip(self.methods, self.choices(state, len(x)), strict=True))
         ffn = self.start
-        if x.shape[1] == 1:
+        if x.shape[1] == 1 and self.view.row_wise:
             rows = [choice for m, choice in methods if m.acts_on == {"rows"} and choice is not None]
             if rows and all(len(choice) == 1 for choice in rows):  # one choice for all that decode here
                 if state.packed is None:
@@ -151,7 +173,8 @@ class EfficientFFN(nn.Module):
 
     def _residual(self, x: torch.Tensor, y: torch.Tensor, state: LayerState) -> torch.Tensor:
         """FF(x) - FF_eff(x), [B, T, D]."""
-        if self.start is self.view and not any("inputs" in m.acts_on for m in self.methods):
+        by_neuron = self.start is self.view and self.view.row_wise
+        if by_neuron and not any("inputs" in m.acts_on for m in self.methods):
             # from the dropped neurons themselves, which keeps its precision in bfloat16
             z, keep = self.kept(x, self.view, list(zip(self.methods, self.choices(state, len(x)), strict=True)))
             if keep is None:

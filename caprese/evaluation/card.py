@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
 from caprese.evaluation import summary
 from caprese.evaluation.plots import CAPTIONS, plot_names
+from caprese.models import TERMS
 
 LOAD_SNIPPET = """\
 import caprese
-model, tokenizer = caprese.load_base("{model}")
-model = caprese.load(model, "<this directory or repo>")"""
+model, tokenizer = caprese.load_base({base})
+model = caprese.load(model, "{adapter}")"""
 
 _CARD = """\
 ---
@@ -55,33 +57,50 @@ The resolved recipe:
 """
 
 
-def render_card(report: dict[str, Any]) -> str:
-    """The model card of a run, with its plots expected in `plots/` beside it."""
+def render_card(report: dict[str, Any], repo: str | None = None) -> str:
+    """The model card of a run, with its plots expected in `plots/` beside it.
+
+    Args:
+        repo: where on the hub it is published.
+    """
     report = summary.portable(report)
+    base, revision = report["model_id"], report.get("revision")
+    command = report["command"]
+    if repo is not None:
+        command = f"hf download {repo} recipe.yaml --local-dir .\n{command}"
     return _CARD.format(
-        front_matter=_front_matter(report),
+        front_matter=front_matter(base, revision, report["method"].split("+"), report),
         title=summary.title(report),
         headline=summary.headline(report),
         table=_table(report),
         legend=summary.LEGEND,
         plots="\n\n".join(f"![{CAPTIONS[name]}](plots/{name}.png)" for name in plot_names(report)),
-        snippet=LOAD_SNIPPET.format(model=report["model_id"]),
+        snippet=LOAD_SNIPPET.format(base=load_arguments(base, revision), adapter=repo or "<this directory or repo>"),
         facts="\n".join(f"- {label}: {text}" for label, text in summary.facts(report)),
-        command=report["command"],
+        command=command,
         recipe=summary.recipe_yaml(report),
     )
 
 
-def _front_matter(report: dict[str, Any]) -> str:
-    fields = {
-        "base_model": report["model_id"],
+def load_arguments(base: str, revision: str | None) -> str:
+    return f'"{base}"' + (f', revision="{revision}"' if revision else "")
+
+
+def front_matter(base: str, revision: str | None, methods: list[str], terms: Mapping[str, Any]) -> str:
+    """The card's YAML: what the hub shows, filters and links by.
+
+    Args:
+        terms: license, license_name and license_link, as far as they are known.
+    """
+    fields: dict[str, Any] = {
+        "base_model": base,
+        **({"base_model_revision": revision} if revision else {}),
         "base_model_relation": "adapter",
         "library_name": "peft",
         "pipeline_tag": "text-generation",
-        "tags": ["caprese", "lora", *report["method"].split("+")],
+        "tags": ["caprese", "lora", *methods],
+        **{key: terms[key] for key in TERMS if terms.get(key)},
     }
-    if report.get("license"):
-        fields["license"] = report["license"]
     text: str = yaml.safe_dump(fields, sort_keys=False)
     return text
 

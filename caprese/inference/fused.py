@@ -340,8 +340,9 @@ class Indexed(Step):
 
 def _fits(wrapper: EfficientFFN) -> dict[Form, Callable[[EfficientFFN], Step]]:
     """The forms an applied FFN can take."""
-    parts = [m.acts_on for m in wrapper.methods]
-    every = frozenset().union(*parts)
+    every = frozenset().union(*(m.acts_on for m in wrapper.methods))
+    if not wrapper.view.row_wise:
+        return {"packed": InPlace}
     rows_chosen = "rows" in every or "width" in every
     forms: dict[Form, Callable[[EfficientFFN], Step]] = {
         "packed": Packed if rows_chosen and not every & {"inputs", "weights"} else InPlace

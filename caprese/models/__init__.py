@@ -12,7 +12,7 @@ from caprese.models.families import (
     unwrap,
 )
 from caprese.models.ffn import FFN, Weights
-from caprese.models.loading import ALIASES, Base, base_of, load_base, load_config, resolve
+from caprese.models.loading import ALIASES, TERMS, Base, base_of, base_terms, load_base, load_config, resolve
 from caprese.models.shapes import SHAPES, random_model, shape_config
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "FAMILIES",
     "FFN",
     "SHAPES",
+    "TERMS",
     "Base",
     "Family",
     "Site",
@@ -27,6 +28,7 @@ __all__ = [
     "active_parameters",
     "base_of",
     "base_parameters",
+    "base_terms",
     "count_parameters",
     "family_of",
     "find_ffns",

@@ -76,6 +76,11 @@ class FFN:
         rows = up.nf if isinstance(up, Conv1D) else up.out_features
         return rows // 2 if self.fused else rows
 
+    @property
+    def row_wise(self) -> bool:
+        """Whether its weights can be told apart by neuron; packed ones (a base loaded in 4 or 8 bit) cannot."""
+        return all(self.part(name).weight.is_floating_point() for name in ("up", "down"))
+
     def act(self, x: torch.Tensor) -> torch.Tensor:
         return self.part("act")(x)
 

@@ -7,11 +7,12 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard, try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -82,6 +83,11 @@ def resolve(name: str, revision: str | None = None) -> Base:
         return Base(name, ALIASES[name], ALIASES[name], revision)
     path = Path(name).expanduser()
     if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            raise CapreseError(
+                f"{name!r} is a recovery adapter, not a model: give the base as --model and this as --adapter, or "
+                "caprese.load(base, adapter)"
+            )
         if not (path / "config.json").is_file():
             raise CapreseError(f"{name!r} is a directory without config.json; give a directory save_pretrained wrote")
         try:
@@ -206,6 +212,14 @@ def pick_dtype(dtype: str | torch.dtype, device: str) -> torch.dtype | None:
     return known
 
 
+def _commit(base: Base) -> str | None:
+    """Of a hub's branch or tag, the commit it stood for when it was loaded."""
+    if Path(base.source).is_dir():
+        return base.revision
+    found = try_to_load_from_cache(base.source, "config.json", None, base.revision)
+    return Path(found).parent.name if isinstance(found, str) else base.revision
+
+
 def load_base(
     name: str,
     *,
@@ -240,8 +254,28 @@ def load_base(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.to(device).eval().requires_grad_(False)
-    model.caprese_base = base
+    model.caprese_base = replace(base, revision=_commit(base))
     return model, tokenizer
+
+
+#: what a card says of a model's licence
+TERMS = ("license", "license_name", "license_link")
+
+
+def base_terms(source: str, online: bool = True) -> dict[str, str]:
+    """Under which licence a model stands, by its card: of `TERMS` what there is; nothing if the card cannot be had.
+
+    Args:
+        source: a directory or, where `online`, a hub id.
+    """
+    card = Path(source) / "README.md"
+    if not card.is_file() and (Path(source).is_dir() or not online):
+        return {}
+    try:
+        data = ModelCard.load(card if card.is_file() else source, ignore_metadata_errors=True).data
+    except Exception:  # no such repository, no network, no card
+        return {}
+    return {key: str(value) for key in TERMS if (value := getattr(data, key, None))}
 
 
 def base_of(model: torch.nn.Module) -> Base:

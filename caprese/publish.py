@@ -1,0 +1,140 @@
+"""A finished adapter directory as a repository on the model hub: one commit, with its card and report; and back."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from caprese.adapters import Sidecar, check_base, check_files, hub, locate, read_sidecar
+from caprese.adapters.storage import FILES, SIDECAR
+from caprese.efficient_methods import describe_methods
+from caprese.errors import CapreseError
+from caprese.evaluation import summary
+from caprese.evaluation.card import LOAD_SNIPPET, front_matter, load_arguments, render_card
+from caprese.models import TERMS, base_terms, load_base
+
+#: beside the adapter's own files, what a repository holds of a run
+_RUN = ("recipe.yaml", "report.json", "report.html")
+
+
+def push(
+    directory: str | os.PathLike[str], repo: str, *, private: bool | None = None, dry_run: bool = False
+) -> dict[str, Any]:
+    """Put what `recover` (or `save`) left in a directory on the hub, as one commit: adapter, recipe, report and card.
+
+    Args:
+        repo: "user/name"; made if it is not there.
+        private: whether a new repository is; None as the account's default.
+        dry_run: say what would be sent, send nothing.
+
+    Returns: {"repo", "url", "commit", "files": {path: bytes}, "license"}; url and commit None in a dry run.
+
+    Raises:
+        CapreseError: not a finished adapter, altered files, no token, no right to write, or no network.
+    """
+    source = Path(directory).expanduser()
+    if not source.is_dir():
+        raise CapreseError(f"no directory {str(directory)!r}; give one that caprese recover wrote")
+    if not hub.is_hub_id(repo):
+        raise CapreseError(f"{repo!r} is no hub id; give one like 'user/name'")
+    sidecar = read_sidecar(source)
+    check_files(source, sidecar, directory)
+    report = _report(source, sidecar)
+    terms = {key: report[key] for key in TERMS if report and report.get(key)} or base_terms(sidecar.base.id)
+    files: dict[str, Path | bytes] = {name: source / name for name in (*FILES, *_RUN) if (source / name).is_file()}
+    if report is None:
+        for name in _RUN:
+            files.pop(name, None)
+    else:
+        files |= {f"plots/{path.name}": path for path in sorted((source / "plots").glob("*.png"))}
+    card = render_card({**report, **terms}, repo) if report else _bare_card(sidecar, terms, repo)
+    files["README.md"] = card.encode()
+    sizes = {name: len(f) if isinstance(f, bytes) else f.stat().st_size for name, f in files.items()}
+    facts = {"repo": repo, "url": None, "commit": None, "license": terms.get("license"), "files": sizes}
+    if not dry_run:
+        message = (
+            f"{describe_methods(sidecar.make_methods())} for {sidecar.base.id}, by caprese {sidecar.caprese_version}"
+        )
+        ours = {*FILES, *_RUN}
+        facts["url"], facts["commit"] = hub.upload(
+            repo, files, message, private=private, stale=lambda path: path in ours or path.startswith("plots/")
+        )
+    return facts
+
+
+def _report(source: Path, sidecar: Sidecar) -> dict[str, Any] | None:
+    """report.json, if there is one, and if it is of these weights."""
+    path = source / "report.json"
+    if not path.is_file():
+        return None
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise CapreseError(f"{path} is damaged ({error}); run caprese recover again, or delete it") from error
+    if report.get("weights_sha256", sidecar.weights_sha256) != sidecar.weights_sha256:
+        raise CapreseError(f"{path} is of other weights than the adapter beside it; delete it, or run recover again")
+    return report
+
+
+def _bare_card(sidecar: Sidecar, terms: dict[str, str], repo: str) -> str:
+    """For an adapter that was saved without a report."""
+    methods = [method["name"] for method in sidecar.methods]
+    matter = front_matter(sidecar.base.id, sidecar.base.revision, methods, terms)
+    how = LOAD_SNIPPET.format(base=load_arguments(sidecar.base.id, sidecar.base.revision), adapter=repo)
+    what = describe_methods(sidecar.make_methods())
+    return f"---\n{matter}---\n\n# {repo}\n\n{what}, with a recovery adapter.\n\n```python\n{how}\n```\n"
+
+
+def info(
+    adapter: str | os.PathLike[str], *, revision: str | None = None, model: str | None = None, **how: Any
+) -> dict[str, Any]:
+    """What an adapter is, what it needs, and with `model` whether it fits that base.
+
+    Args:
+        adapter: directory or hub id.
+        revision: of the adapter, on the hub.
+        model: a base to check it against, by its weights.
+        how: of loading that base (see `load_base`).
+
+    Raises:
+        CapreseError: no such adapter, or damaged.
+    """
+    directory = locate(adapter, revision, SIDECAR, "adapter_config.json", "report.json")
+    sidecar = read_sidecar(directory)
+    config = json.loads((directory / "adapter_config.json").read_text())
+    ranks = sorted({config["r"], *config.get("rank_pattern", {}).values()})
+    needs = [f"the weights of {sidecar.base.id}" + (f" at {sidecar.base.revision}" if sidecar.base.revision else "")]
+    method = " + ".join(m["name"] for m in sidecar.methods)
+    try:
+        methods = sidecar.make_methods()
+        method = describe_methods(methods)
+        for each in methods:
+            each.check()
+    except CapreseError as error:
+        needs.append(str(error))
+    facts: dict[str, Any] = {
+        "adapter": str(adapter),
+        "commit": directory.name if not Path(adapter).expanduser().is_dir() else None,
+        "base": sidecar.base.id,
+        "base_revision": sidecar.base.revision,
+        "method": method,
+        "reselect_every": sidecar.reselect_every,
+        "rank": ranks[0] if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
+        "caprese_version": sidecar.caprese_version,
+        "needs": needs,
+    }
+    report = _report(directory, sidecar)
+    if report is not None:
+        facts["parameters"] = report["parameters"]["adapter"]
+        facts["recovered"] = summary.recovered(report)
+        facts["quality"] = report["quality"]
+    if model is not None:
+        loaded, _ = load_base(model, **how)
+        try:
+            check_base(loaded, sidecar.base)
+            facts |= {"fits": True, "why_not": None}
+        except CapreseError as error:
+            facts |= {"fits": False, "why_not": str(error)}
+    return facts
