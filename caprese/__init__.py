@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from caprese.efficient_methods import remove as remove
     from caprese.efficient_methods import reselection as reselection
     from caprese.errors import CapreseError as CapreseError
+    from caprese.inference import export as export
     from caprese.inference import fuse as fuse
     from caprese.inference import load as load
     from caprese.inference import unfuse as unfuse
@@ -48,6 +49,7 @@ _PUBLIC = {
     "apply": "efficient_methods",
     "calibrate": "efficient_methods",
     "dense": "efficient_methods",
+    "export": "inference",
     "fuse": "inference",
     "info": "publish",
     "load": "inference",

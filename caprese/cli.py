@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -661,6 +661,45 @@ def info(
         _print_table(adapter, {k: v for k, v in facts.items() if v is not None and k != "quality"})
     if facts.get("fits") is False:
         raise typer.Exit(1)
+
+
+@app.command()
+@_verb
+def export(
+    adapter: Annotated[str, typer.Argument(help="What caprese recover wrote, or a hub id: static pruning, or none.")],
+    to: Annotated[str, typer.Option(help="Directory for the checkpoint.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="The base, where its name is not enough.")] = None,
+    format: Annotated[str, typer.Option(help="hf, or gguf for llama.cpp.")] = "hf",
+    outtype: Annotated[str, typer.Option(help="Of a GGUF: f32, f16, bf16, q8_0.")] = "f16",
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto (the checkpoint's), float32, bfloat16.")] = "auto",
+    device: Device = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --to.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would be; write nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a recovered model as an ordinary checkpoint that needs no caprese: for transformers, vLLM, llama.cpp."""
+    from caprese.adapters import load_base_for, ranks_of, read_sidecar
+    from caprese.inference import export as write
+    from caprese.inference import load, plan_export
+    from caprese.models import load_config
+    from caprese.models.loading import pick_dtype
+    from caprese.progress import say
+
+    _quiet(as_json)
+    if format not in ("hf", "gguf"):
+        raise CapreseError(f"--format {format}: hf or gguf")
+    sidecar = read_sidecar(adapter)
+    name = model or sidecar.base.name
+    if dry_run:
+        figures = plan_export(load_config(name), sidecar.make_methods(), ranks_of(adapter))
+    else:
+        kind = None if dtype == "auto" else pick_dtype(dtype, "cpu")
+        base, tokenizer = load_base_for(sidecar, name, device=device)
+        lm = load(base, adapter)
+        figures = write(
+            lm, tokenizer, to, format=cast(Any, format), dtype=kind, outtype=outtype, overwrite=overwrite, say=say
+        )
+    print(json.dumps(figures, indent=2)) if as_json else _print_table("would write" if dry_run else "written", figures)
 
 
 @app.command("methods")

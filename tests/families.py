@@ -52,10 +52,10 @@ OWN: dict[str, dict[str, object]] = {
 assert OWN.keys() == FAMILIES.keys()
 
 
-def tiny(kind: str, dtype: torch.dtype = torch.float32, seed: int = 3) -> PreTrainedModel:
+def tiny(kind: str, dtype: torch.dtype = torch.float32, seed: int = 3, **more: object) -> PreTrainedModel:
     """Random weights large enough that removing neurons shows; biases too, where the family has them."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**COMMON, **OWN[kind]}))
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**COMMON, **OWN[kind], **more}))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.data.normal_(0, 0.1)

@@ -17,6 +17,7 @@ from caprese.adapters.storage import (
     load_base_for,
     locate,
     public_id,
+    ranks_of,
     read_sidecar,
     save,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "load_base_for",
     "locate",
     "public_id",
+    "ranks_of",
     "read_sidecar",
     "save",
     "set_branch",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -186,6 +187,19 @@ def read_sidecar(adapter: str | os.PathLike[str], revision: str | None = None) -
         return Sidecar.model_validate_json(path.read_text())
     except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CapreseError(f"{SIDECAR} of {adapter} is damaged; fetch or make the adapter again") from error
+
+
+def ranks_of(adapter: str | os.PathLike[str], revision: str | None = None) -> Callable[[int], int]:
+    """The rank of an adapter's branch by layer, from its PEFT config.
+
+    Raises:
+        CapreseError: no such adapter.
+    """
+    config = json.loads(_present(locate(adapter, revision, CONFIG), CONFIG, adapter).read_text())
+    own = {
+        int(re.findall(r"\.(\d+)\.", f".{key}.")[0]): rank for key, rank in (config.get("rank_pattern") or {}).items()
+    }
+    return lambda layer: own.get(layer, config["r"])
 
 
 def check_files(directory: Path, sidecar: Sidecar, adapter: str | os.PathLike[str]) -> dict[str, torch.Tensor]:

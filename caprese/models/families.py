@@ -34,6 +34,8 @@ class Family:
     act: str = "act_fn"
     attention: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
     """Every linear layer of the attention, the output projection last."""
+    width: str = "intermediate_size"
+    """The config's name for the number of neurons."""
     norm_after_ffn: bool = False
     """Whether the FFN's output passes a norm before it is added to the hidden state."""
 
@@ -55,7 +57,13 @@ FAMILIES: dict[str, Family] = {
         attention=("self_attn.qkv_proj", "self_attn.o_proj"),
     ),
     "gpt2": Family(
-        layers="transformer.h", gate="", up="c_fc", down="c_proj", act="act", attention=("attn.c_attn", "attn.c_proj")
+        layers="transformer.h",
+        gate="",
+        up="c_fc",
+        down="c_proj",
+        act="act",
+        attention=("attn.c_attn", "attn.c_proj"),
+        width="n_inner",
     ),
     "gpt_neox": Family(
         layers="gpt_neox.layers",
@@ -73,6 +81,7 @@ FAMILIES: dict[str, Family] = {
         down="fc2",
         act="activation_fn",
         attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
+        width="ffn_dim",
         norm_after_ffn=True,  # in the 350m alone, but one family has one answer
     ),
 }

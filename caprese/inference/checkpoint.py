@@ -1,0 +1,393 @@
+"""A recovered model as an ordinary checkpoint that other engines load: the branch becomes more neurons of the FFN.
+
+Exact, not fitted. With a gate: gate row 0 with a bias b for which act(b) = 1, up row L', down column R', so that the
+neuron adds act(b) (L' x) R'. Without one: two neurons for each of the branch's, since act(z) - act(-z) = z for ReLU,
+GELU and SiLU. What is exported acts on all tokens, prompts too: an ordinary checkpoint knows no phases.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from caprese.adapters import public_id
+from caprese.efficient_methods import (
+    Method,
+    Static,
+    applied_ffns,
+    describe_methods,
+    methods_by_layer,
+    phases,
+    phases_of,
+)
+from caprese.errors import CapreseError
+from caprese.files import check_writable, unwritable, write_text
+from caprese.inference.fused import branch_of
+from caprese.models import (
+    FFN,
+    Weights,
+    base_of,
+    base_parameters,
+    base_terms,
+    count_parameters,
+    family_of,
+    find_ffns,
+    unwrap,
+)
+
+Format = Literal["hf", "gguf"]
+#: a branch as `branch_of` gives it: L' [r, D], R' [D, r], bias [D] or None
+Branch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+#: gated families whose class in transformers may have FFN biases, by `mlp_bias` in the config
+_WITH_BIAS = ("llama", "smollm3")
+#: gated families without, which are Llamas in all but name
+_AS_LLAMA = ("mistral", "qwen2")
+# widths are filled up with zero neurons to a multiple of it: what 4-bit blocks and tensor parallelism divide
+_MULTIPLE = 32
+_SENTENCES = ("The sun is a star, and the moon goes around the earth.", "12 * 12 = 144, because 12 * 10 = 120 and")
+
+# Run where caprese cannot be imported: the checkpoint has to stand alone.
+_READ_BACK = """\
+import sys
+sys.modules["caprese"] = None
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+path, ids, out, dtype, device = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval().to(device)
+with torch.no_grad():
+    save_file({"logits": model(load_file(ids)["ids"].to(device)).logits.float().cpu()}, out)
+"""
+
+
+def check_exportable(config: PretrainedConfig, methods: Sequence[Method], branch: bool = True) -> None:
+    """Whether an ordinary checkpoint can compute what these methods, and a branch, do.
+
+    Raises:
+        CapreseError: with the reason.
+    """
+    for method in methods:
+        if method.name not in ("static", "none"):
+            raise CapreseError(
+                f"{method.name} decides anew for each prompt or token, or packs the weights: no ordinary checkpoint "
+                "computes that; recover with --method static (or none), and export the result"
+            )
+    family, kind = family_of(config), config.model_type
+    if not branch or not family.gate:
+        return
+    if kind not in (*_WITH_BIAS, *_AS_LLAMA):
+        raise CapreseError(
+            f"the FFN of {kind!r} has no biases in transformers, and without one a gated FFN has no place for a "
+            f"recovery branch; {', '.join([*_WITH_BIAS, *_AS_LLAMA])} and FFNs without a gate have"
+        )
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kind == "mistral" and window is not None and window < config.max_position_embeddings:
+        kinds.add("sliding_attention")
+    if kind in _AS_LLAMA and kinds != {"full_attention"}:
+        raise CapreseError(f"this {kind!r} attends to a sliding window, which no Llama checkpoint does; not exported")
+
+
+def exported_config(config: PretrainedConfig, widths: Sequence[int], branch: bool) -> PretrainedConfig:
+    """The config of the checkpoint, for layers of these widths; the narrower ones will be filled up with zeros."""
+    facts = config.to_dict()
+    if branch and config.model_type in _AS_LLAMA:
+        known = {key: facts[key] for key in LlamaConfig().to_dict() if key in facts and key != "model_type"}
+        made: PretrainedConfig = LlamaConfig(**{**known, "attention_bias": config.model_type == "qwen2"})
+    else:
+        made = type(config)(**facts)
+    setattr(made, family_of(config).width, -(-max(widths) // _MULTIPLE) * _MULTIPLE)
+    if branch and made.model_type in _WITH_BIAS:
+        made.mlp_bias = True
+    return made
+
+
+def plan_export(config: PretrainedConfig, methods: Sequence[Method], rank: Callable[[int], int]) -> dict[str, Any]:
+    """What `export` would write, from a config alone.
+
+    Args:
+        rank: the branch's in a layer.
+
+    Raises:
+        CapreseError: what `export` would refuse.
+    """
+    check_exportable(config, methods)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        sites = find_ffns(model)
+        applied = methods_by_layer(methods, len(sites))
+        widths = []
+        for site in sites:
+            width = site.ffn.width
+            for method in applied.get(site.index, []):
+                width = method.kept(width) if isinstance(method, Static) else width
+            widths.append(width + (rank(site.index) * (1 if site.ffn.gated else 2) if site.index in applied else 0))
+        made = AutoModelForCausalLM.from_config(exported_config(config, widths, True))
+    size = (getattr(config, "dtype", None) or torch.float32).itemsize
+    return {
+        "architecture": type(made).__name__,
+        "ffn_width": find_ffns(made)[0].ffn.width,
+        "base_ffn_width": sites[0].ffn.width,
+        "parameters": count_parameters(made),
+        "base_parameters": count_parameters(model),
+        "bytes": count_parameters(made) * size,
+    }
+
+
+@torch.no_grad()
+def export(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    to: str | os.PathLike[str],
+    *,
+    format: Format = "hf",
+    dtype: torch.dtype | None = None,
+    outtype: str = "f16",
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Write static pruning and recovery adapter as an ordinary checkpoint, and read it back without caprese.
+
+    Args:
+        model: from `caprese.load`; left as it is.
+        to: a directory that is not there yet, or empty.
+        format: "hf", or "gguf" for llama.cpp, by its own converter.
+        dtype: of the weights written; None as in the base's checkpoint.
+        outtype: of the GGUF: f32, f16, bf16, q8_0.
+
+    Returns: {"to", "architecture", "ffn_width", "base_ffn_width", "parameters", "base_parameters", "bytes", "dtype",
+        "largest_logit_difference", "largest_logit", "gguf"}; the difference is to this model, all tokens generated.
+
+    Raises:
+        CapreseError: a method or family that no checkpoint can carry, a target in use, a full disk, or no converter.
+    """
+    base = unwrap(model)
+    parts: dict[int, Branch | None] = {w.layer: branch_of(w.recovery) for w in applied_ffns(model).values()}
+    check_exportable(base.config, phases_of(model).methods, any(part is not None for part in parts.values()))
+    target = Path(to).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
+        raise CapreseError(f"{target} exists; choose another --to, or give --overwrite")
+    converter = _converter() if format == "gguf" else []
+    check_writable(target.parent)
+    ids = _ids(base, tokenizer)
+    with phases(model, [0] * len(ids)):
+        expected = model(input_ids=ids.to(base.device)).logits.float().cpu()
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as name:
+            made = Path(name) / "hf"
+            facts = _write(model, parts, made, dtype or getattr(base.config, "dtype", None) or base.dtype)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(made)
+            say("reading it back with transformers alone")
+            facts["largest_logit_difference"] = float((_read_back(made, ids, base) - expected).abs().max())
+            facts["largest_logit"] = float(expected.abs().max())
+            facts["gguf"] = None
+            if format == "gguf":
+                say("converting it to GGUF")
+                facts["gguf"] = f"{target.resolve().name}-{outtype}.gguf"
+                _convert(converter, made, Path(name) / "gguf" / facts["gguf"], outtype)
+                made = Path(name) / "gguf"
+            write_text(made / "README.md", _card(model, facts))
+            facts = {"to": str(target), **facts, "bytes": sum(f.stat().st_size for f in made.iterdir())}
+            if target.exists():
+                os.replace(target, Path(name) / "before")
+            os.replace(made, target)
+    except OSError as error:
+        raise unwritable(target, error) from error
+    return facts
+
+
+def _write(model: nn.Module, parts: Mapping[int, Branch | None], path: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """The checkpoint itself."""
+    base = unwrap(model)
+    family = family_of(base.config)
+    wrappers = {w.layer: w for w in applied_ffns(model).values()}
+    pieces, views = [], []
+    for i, layer in enumerate(base.get_submodule(family.layers)):
+        if i in wrappers:
+            views.append(wrappers[i].view)
+            pieces.append(_widen(views[i], wrappers[i].start.weights(), parts[i], dtype))
+        else:
+            views.append(FFN(getattr(layer, family.ffn) if family.ffn else layer, family))
+            pieces.append(views[i].weights())
+    branch = any(part is not None for part in parts.values())
+    config = exported_config(base.config, [len(piece.up) for piece in pieces], branch)
+    config.dtype = dtype
+    state = {name: p.detach() for name, group, p in base_parameters(model) if group != "ffn"}
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    wanted = dict(made.named_parameters())
+    for i, (view, piece) in enumerate(zip(views, pieces, strict=True)):
+        place = ".".join(part for part in (family.layers, str(i), family.ffn) if part)
+        state |= {f"{place}.{key}": value for key, value in _named(view, piece, getattr(config, family.width)).items()}
+    for name, like in wanted.items():  # a Llama's biases that this base does not have
+        if name.endswith("bias") and name not in state:
+            state[name] = torch.zeros(like.shape)
+    if wrong := sorted(state.keys() ^ wanted.keys()):
+        raise CapreseError(
+            f"a {config.model_type} checkpoint has other weights than this model: {', '.join(wrong[:4])}"
+        )
+    made.load_state_dict({n: t.to("cpu", dtype).contiguous() for n, t in state.items()}, strict=False, assign=True)
+    made.tie_weights()
+    if base.generation_config is not None:
+        made.generation_config = base.generation_config
+    made.save_pretrained(path)
+    return {
+        "architecture": type(made).__name__,
+        "ffn_width": getattr(config, family.width),
+        "base_ffn_width": views[0].width,
+        "parameters": count_parameters(made),
+        "base_parameters": count_parameters(model),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _widen(ffn: FFN, w: Weights, branch: Branch | None, dtype: torch.dtype) -> Weights:
+    """The FFN with its branch as more neurons, in float64."""
+    if branch is None:
+        return w
+    left, right = branch[0].detach().double(), branch[1].detach().double()
+    extra = None if branch[2] is None else branch[2].detach().double()
+    w = Weights(*(None if t is None else t.detach().double() for t in w))  # type: ignore[arg-type]
+    if extra is not None:
+        w = w._replace(down_bias=extra if w.down_bias is None else w.down_bias + extra)
+    if w.gate is None:
+        _check_odd(ffn)
+        twice = left.new_zeros(2 * len(left))
+        return w._replace(
+            up=torch.cat([w.up, left, -left]),
+            up_bias=None if w.up_bias is None else torch.cat([w.up_bias, twice]),
+            down=torch.cat([w.down, right, -right], dim=1),
+        )
+    bias, value = _constant(ffn, dtype)
+    none = left.new_zeros(len(w.up))
+    return w._replace(
+        gate=torch.cat([w.gate, torch.zeros_like(left)]),
+        gate_bias=torch.cat([none if w.gate_bias is None else w.gate_bias, left.new_full((len(left),), bias)]),
+        up=torch.cat([w.up, left]),
+        up_bias=torch.cat([none if w.up_bias is None else w.up_bias, left.new_zeros(len(left))]),
+        down=torch.cat([w.down, right / value], dim=1),
+    )
+
+
+def _constant(ffn: FFN, dtype: torch.dtype) -> tuple[float, float]:
+    """(b, act(b)) with act(b) = 1, or as near as b can be in `dtype`."""
+    low, high = 0.0, 16.0
+
+    def act(x: float) -> float:
+        return float(ffn.act(torch.tensor(x, dtype=torch.float64)))
+
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if act(middle) < 1 else (low, middle)
+    bias = float(torch.tensor(high).to(dtype))
+    if abs(act(bias) - 1) > 0.01:
+        raise CapreseError("this activation never is 1, so no neuron of a gated FFN can be linear; not exported")
+    return bias, act(bias)
+
+
+def _check_odd(ffn: FFN) -> None:
+    z = torch.linspace(-8, 8, 65, dtype=torch.float64)
+    if not torch.allclose(ffn.act(z) - ffn.act(-z), z, atol=1e-6):
+        raise CapreseError("of this activation, act(z) - act(-z) is not z, so no neurons can be linear; not exported")
+
+
+def _named(ffn: FFN, w: Weights, width: int) -> dict[str, torch.Tensor]:
+    """The weights under their names in the FFN, filled up with zero neurons to `width`."""
+
+    def rows(t: torch.Tensor | None) -> torch.Tensor | None:
+        return None if t is None else nn.functional.pad(t, (0, 0) * (t.dim() - 1) + (0, width - len(t)))
+
+    family = ffn.family
+    up, up_bias = rows(w.up), rows(w.up_bias)
+    named: dict[str, tuple[Any, torch.Tensor | None]] = {}
+    if ffn.fused:
+        up, up_bias = (
+            None if half is None else torch.cat([rows(gate), half])  # type: ignore[list-item]
+            for gate, half in ((w.gate, up), (w.gate_bias, up_bias))
+        )
+    elif w.gate is not None:
+        named[family.gate] = (rows(w.gate), rows(w.gate_bias))
+    named[family.up] = (up, up_bias)
+    named[family.down] = (nn.functional.pad(w.down, (0, width - w.down.shape[1])), w.down_bias)
+    turned = isinstance(ffn.part("up"), Conv1D)
+    weights = {f"{name}.weight": weight.T if turned else weight for name, (weight, _) in named.items()}
+    return weights | {f"{name}.bias": bias for name, (_, bias) in named.items() if bias is not None}
+
+
+def _ids(base: Any, tokenizer: PreTrainedTokenizerBase | None) -> torch.Tensor:
+    """Tokens to compare logits on, [2, T]."""
+    if tokenizer is None:
+        return torch.randint(0, base.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
+    rows = [tokenizer(text).input_ids for text in _SENTENCES]
+    return torch.tensor([row[: min(map(len, rows))] for row in rows])
+
+
+def _read_back(path: Path, ids: torch.Tensor, base: Any) -> torch.Tensor:
+    """Logits of the checkpoint, from a process without caprese."""
+    given, out = path.with_name("ids.safetensors"), path.with_name("logits.safetensors")
+    save_file({"ids": ids}, given)
+    kind = str(base.dtype).removeprefix("torch.")
+    run = [sys.executable, "-c", _READ_BACK, str(path), str(given), str(out), kind, str(base.device)]
+    done = subprocess.run(run, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise CapreseError(f"transformers alone does not load what was exported ({last}); nothing was written")
+    return load_file(out)["logits"]
+
+
+def _converter() -> list[str]:
+    """The command of llama.cpp's converter."""
+    name = "convert_hf_to_gguf.py"
+    own = Path(os.environ.get("LLAMA_CPP", "")) / name
+    if os.environ.get("LLAMA_CPP") and own.is_file():
+        return [sys.executable, str(own)]
+    if (script := shutil.which(name)) is not None:
+        return [sys.executable, script]
+    raise CapreseError(
+        f"GGUF needs llama.cpp's {name}: git clone https://github.com/ggml-org/llama.cpp and set LLAMA_CPP to it"
+    )
+
+
+def _convert(converter: list[str], source: Path, target: Path, outtype: str) -> None:
+    target.parent.mkdir()
+    run = [*converter, str(source), "--outfile", str(target), "--outtype", outtype]
+    done = subprocess.run(run, capture_output=True, text=True)
+    if done.returncode or not target.is_file():
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise CapreseError(f"llama.cpp's converter failed ({last}); the same export with --format hf works without it")
+
+
+def _card(model: nn.Module, facts: Mapping[str, Any]) -> str:
+    """A README.md that says what the checkpoint is."""
+    base = base_of(model)
+    name = public_id(base.model_id)
+    matter: dict[str, Any] = {
+        "base_model": name,
+        "library_name": "gguf" if facts["gguf"] else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["caprese", *(method.name for method in phases_of(model).methods)],
+        **base_terms(base.source, online=False),
+    }
+    what = describe_methods(phases_of(model).methods)
+    return (
+        f"---\n{yaml.safe_dump(matter, sort_keys=False)}---\n\n# {name}, {what}\n\n"
+        f"{name} with {facts['ffn_width']} instead of {facts['base_ffn_width']} neurons in each FFN, the recovery "
+        f"adapter among them; {facts['parameters']:,} instead of {facts['base_parameters']:,} parameters. Exported by "
+        f"caprese as an ordinary {facts['architecture']}: it needs caprese no more. Read back by transformers alone, "
+        f"its logits differ from the caprese model's by {facts['largest_logit_difference']:.1e} at most (the largest "
+        f"is {facts['largest_logit']:.1f}). It runs pruned on prompts too.\n"
+    )
