@@ -375,12 +375,21 @@ def evaluate(
     max_new_tokens: Annotated[int | None, typer.Option(help="Length limit of a completion.", min=2)] = None,
     latency_tokens: Annotated[int, typer.Option(help="Tokens over which TTNT is measured; 0 skips it.", min=0)] = 64,
     reselect_every: Reselect = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="lm-eval tasks instead: names or YAML files, with commas (needs caprese[eval]).")
+    ] = None,
+    include_path: Annotated[str | None, typer.Option(help="--tasks: a directory with more task YAMLs.")] = None,
+    limit: Annotated[int | None, typer.Option(help="--tasks: problems of each.", min=1)] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="--tasks: examples in the context.", min=0)] = None,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="--tasks: as a chat.")] = False,
+    batch_size: Annotated[int, typer.Option(help="--tasks: sequences together.", min=1)] = 8,
+    output: Annotated[str, typer.Option("--output", "-o", help="--tasks: directory for lm-eval's results.")] = "eval",
     seed: Annotated[int, typer.Option(help="Seed of which prompts are asked and of sampling.")] = 1,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure an adapter: dense, efficient and recovered side by side.
+    """Measure an adapter: dense, efficient and recovered side by side, on prompts, or on lm-eval's --tasks.
 
     What is not said is as in the recipe.yaml beside a local adapter; prompts it was trained on, by the samples/ there,
     are not asked.
@@ -388,11 +397,40 @@ def evaluate(
     from caprese.adapters import load, load_base_for, read_sidecar
     from caprese.efficient_methods import phases_of
     from caprese.evaluation import Evaluation
+    from caprese.inference import load as load_fused
     from caprese.recovery import beside, measure
 
     _quiet(as_json)
+    if tasks is not None and (prompts is not None or max_new_tokens is not None):
+        raise CapreseError("--tasks brings its own prompts and lengths; leave out --prompts and --max-new-tokens")
     sidecar = read_sidecar(adapter)
     base, tokenizer = load_base_for(sidecar, model, dtype=dtype, device=device)
+    if tasks is not None:
+        from rich.console import Console
+
+        from caprese.evaluation.tasks import describe_tasks, run_tasks
+
+        fused = load_fused(base, adapter, fused=True, reselect_every=_reselect(reselect_every))
+        scores = run_tasks(
+            fused,
+            tokenizer,
+            tasks.split(","),
+            Path(output),
+            identity=[
+                sidecar.weights_sha256,
+                sidecar.base.fingerprint,
+                phases_of(fused).reselect_every,
+                str(base.dtype),
+            ],
+            include=include_path,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            chat_template=chat_template,
+            seed=seed,
+        )
+        print(json.dumps(scores, indent=2)) if as_json else Console().print(describe_tasks(scores))
+        return
     lm = load(base, adapter, reselect_every=_reselect(reselect_every))
     asked, trained = beside(adapter)
     if prompts is not None and column is None:

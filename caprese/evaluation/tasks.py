@@ -1,0 +1,209 @@
+"""Benchmarks people know: EleutherAI's lm-evaluation-harness on dense, efficient and recovered, next to each other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.table import Table
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from caprese.adapters import public_id
+from caprese.efficient_methods import phases
+from caprese.errors import CapreseError
+from caprese.evaluation.fidelity import VARIANTS, variant
+from caprese.files import check_writable, write_json
+from caprese.models import base_of
+from caprese.models.cache import roomy_cache
+from caprese.progress import bar, say
+
+
+def _harness() -> Any:
+    try:
+        import lm_eval.tasks
+        from lm_eval.loggers import EvaluationTracker
+        from lm_eval.models.huggingface import HFLM
+    except Exception as error:  # half an installation raises more than ImportError
+        raise CapreseError(f"--tasks needs lm-eval: pip install 'caprese[eval]' ({error})") from error
+    return lm_eval, HFLM, EvaluationTracker
+
+
+def language_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
+    """An applied model as lm-eval's HFLM: contexts are prompts, what is scored or generated is completion.
+
+    Generation knows its phases by itself. A scored continuation comes in one pass with its context, so they are said.
+    """
+    _, HFLM, _ = _harness()
+
+    class Phased(HFLM):  # type: ignore[misc, valid-type]
+        def _loglikelihood_tokens(
+            self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
+        ) -> list[tuple[float, bool]]:
+            """[(_, context, continuation)] in tokens -> [(log p(continuation | context), whether greedy gives it)]."""
+            order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
+            found: dict[int, tuple[float, bool]] = {}
+            with bar("scoring", len(order), "answers") as advance:
+                for begin in range(0, len(order), batch_size):
+                    chosen = order[begin : begin + batch_size]
+                    rows = [(requests[i][1], requests[i][2]) for i in chosen]
+                    found |= dict(zip(chosen, self._score(rows), strict=True))
+                    advance(len(chosen))
+            return [found[i] for i in range(len(requests))]
+
+        def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **how: Any) -> torch.Tensor:
+            # a model's own max_new_tokens would otherwise stand above the task's limit
+            room = {"max_new_tokens": max_length - context.shape[1], "past_key_values": roomy_cache(model)}
+            generated: torch.Tensor = super()._model_generate(context, max_length, stop, **room, **how)
+            return generated
+
+        @torch.no_grad()
+        def _score(self, rows: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+            tokens, prompts = [], []
+            for context, continuation in rows:
+                kept = (context + continuation)[-(self.max_length + 1) :]  # long contexts lose their beginning
+                tokens.append(kept)
+                prompts.append(max(0, len(kept) - len(continuation)))
+            width = max(map(len, tokens)) - 1
+            ids = torch.tensor([t[:-1] + [0] * (width - len(t) + 1) for t in tokens], device=self.device)
+            mask = torch.tensor([[1] * (len(t) - 1) + [0] * (width - len(t) + 1) for t in tokens], device=self.device)
+            with phases(model, prompts):
+                logits = model(input_ids=ids, attention_mask=mask).logits
+            out = []
+            for row, kept, start in zip(logits, tokens, prompts, strict=True):
+                scores = row[start - 1 : len(kept) - 1].float().log_softmax(-1)
+                target = torch.tensor(kept[start:], device=self.device)
+                chosen = scores.gather(-1, target.unsqueeze(-1))
+                out.append((float(chosen.sum()), bool((scores.argmax(-1) == target).all())))
+            return out
+
+    return Phased(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+
+
+def _collect(tasks: Sequence[str], include: str | None) -> tuple[list[str], list[str], list[str]]:
+    """(names, directories to look in, texts of files): a task is a name lm-eval knows, or a YAML file of one's own."""
+    names, places, texts = [], [include] if include else [], []
+    for task in tasks:
+        path = Path(task).expanduser()
+        if path.suffix not in (".yaml", ".yml"):
+            names.append(task)
+            continue
+        try:
+            texts.append(path.read_text())
+            # lm-eval's loader knows tags such as !function; the name is all that is needed here
+            names.append(yaml.load(texts[-1], Loader=yaml.BaseLoader)["task"])
+        except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+            raise CapreseError(f"{task} is no lm-eval task ({error}); it needs at least a `task:` name") from error
+        places.append(str(path.resolve().parent))
+    return names, places, texts
+
+
+def run_tasks(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    output: Path,
+    *,
+    identity: Any,
+    contenders: Sequence[str] = VARIANTS,
+    include: str | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 8,
+    chat_template: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Run lm-eval's tasks on each contender; a contender that is done is not run again.
+
+    Args:
+        model: from `caprese.load`, fused or not.
+        tasks: names lm-eval knows, or YAML files.
+        output: for eval.json, and for each contender lm-eval's own results_*.json.
+        identity: what the results depend on besides these arguments; others in `output` are run again.
+        include: a directory with more task YAMLs.
+        limit: problems of each task.
+
+    Returns: {"tasks": {task: {metric: {contender: value}}}, "stderr": likewise, "files": {contender: path}}.
+
+    Raises:
+        CapreseError: lm-eval is missing, or an unknown task.
+    """
+    lm_eval, _, Tracker = _harness()
+    names, places, texts = _collect(tasks, include)
+    check_writable(output)
+    settings = [identity, names, texts, limit, num_fewshot, chat_template, seed]
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+    path = output / "eval.json"
+    done: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            held = json.loads(path.read_text())
+        except ValueError as error:
+            raise CapreseError(f"{path} is damaged ({error}); delete it and run again") from error
+        done = held["results"] if held.get("identity") == key else {}
+    # thousands of files to look through, for nothing where all tasks are one's own
+    own = all(Path(task).suffix in (".yaml", ".yml") for task in tasks)
+    manager = lm_eval.tasks.TaskManager(include_path=places or None, include_defaults=not own)
+    if unknown := sorted(set(names) - set(manager.all_tasks)):
+        raise CapreseError(f"lm-eval knows no task {', '.join(unknown)}; give a YAML file, or see `lm-eval ls tasks`")
+    lm = language_model(model, tokenizer, batch_size)
+    for name in contenders:
+        if name in done:
+            continue
+        say(f"lm-eval: {name} on {', '.join(names)}")
+        tracker = Tracker(output_path=str(output / name))
+        with variant(model, name):
+            results = lm_eval.simple_evaluate(
+                lm,
+                model_args={"pretrained": public_id(base_of(model).model_id)},
+                tasks=names,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                task_manager=manager,
+                evaluation_tracker=tracker,
+                apply_chat_template=chat_template,
+                random_seed=seed,
+                bootstrap_iters=1000,
+            )
+        samples = results.pop("samples", None)
+        tracker.save_results_aggregated(results=results, samples=samples)
+        done[name] = {
+            "scores": {task: results["results"][task] for task in results["results"]},
+            "file": str(max((output / name).rglob("results_*.json")).relative_to(output)),
+        }
+        write_json(path, {"identity": key, "results": done, **_table(done)})
+    return {"identity": key, **_table(done)}
+
+
+def describe_tasks(result: dict[str, Any]) -> Table:
+    """The scores as a table for the terminal, with standard errors."""
+    table = Table("task", "metric", *VARIANTS, title="lm-eval", title_justify="left")
+    for task, metrics in result["tasks"].items():
+        for metric, values in metrics.items():
+            errors = result["stderr"].get(task, {}).get(metric, {})
+            cells = [
+                "-" if (v := values.get(n)) is None else f"{v:.4f}" + (f" ± {e:.4f}" if (e := errors.get(n)) else "")
+                for n in VARIANTS
+            ]
+            table.add_row(task, metric, *cells)
+    return table
+
+
+def _table(done: dict[str, Any]) -> dict[str, Any]:
+    """Scores by task, metric and contender. lm-eval names them "metric,filter" and "metric_stderr,filter"."""
+    tables: dict[str, dict[str, dict[str, dict[str, float]]]] = {"tasks": {}, "stderr": {}}
+    for name, each in done.items():
+        for task, scores in each["scores"].items():
+            for metric, value in scores.items():
+                if not isinstance(value, int | float) or "," not in metric:
+                    continue
+                which, label = (
+                    ("stderr", metric.replace("_stderr,", ",")) if "_stderr," in metric else ("tasks", metric)
+                )
+                tables[which].setdefault(task, {}).setdefault(label.removesuffix(",none"), {})[name] = value
+    return {**tables, "files": {name: each["file"] for name, each in done.items()}}
