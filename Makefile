@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.caprese
 
-.PHONY: help env demo test test-slow lint format check clean
+.PHONY: help env demo test test-slow llama-cpp lint format check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -26,8 +26,17 @@ demo: env  ## the main job on SmolLM2-135M: about ten minutes on two cores
 test: env  ## the tests that take less than 15 minutes on two cores
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-test-slow: env  ## the slow ones
+test-slow: env  ## the slow ones (those of GGUF want make llama-cpp first)
 	$(BIN)/python -m pytest -q -m slow -n 2 --timeout 3600
+
+# One source for both: the library that runs the tests, and the converter that belongs to it.
+LLAMA := llama_cpp_python-$(shell sed -n 's/^llama_cpp_python==//p' constraints.txt)
+llama-cpp: env  ## llama.cpp, compiled from source for the tests of GGUF: some minutes
+	mkdir -p $(VENV)/src
+	test -d $(VENV)/src/$(LLAMA) || ( $(BIN)/python -m pip download --quiet --no-deps --no-binary :all: -d $(VENV)/src \
+		$$(echo $(LLAMA) | sed 's/-\([0-9]\)/==\1/') && tar xzf $(VENV)/src/$(LLAMA).tar.gz -C $(VENV)/src )
+	$(BIN)/python -c 'import llama_cpp' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet -c constraints.txt $(VENV)/src/$(LLAMA) '.[gguf]'
 
 lint: env  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything asks for them: no test leaves this machine. The hub is a loopback address that only listens for tests
@@ -20,6 +21,7 @@ os.environ["HF_HUB_DISABLE_XET"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
 import torch
+from hub import WRITE, Hub
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -80,6 +82,25 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama().save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> Iterator[Hub]:
+    """A model hub on loopback."""
+    server = Hub(HUB_SOCKET)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def hub(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Hub | None:
+    """An empty hub, to which alice may write; None where it is the real one."""
+    if REAL_HUB:
+        return None
+    server: Hub = request.getfixturevalue("hub_server")
+    server.repos, server.large, server.faults, server.log = {}, {}, [], []
+    monkeypatch.setenv("HF_TOKEN", WRITE)
+    return server
 
 
 @pytest.fixture

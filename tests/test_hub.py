@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import HUB_SOCKET, REAL_HUB, tiny_llama
-from hub import READ, WRITE, Hub
+from conftest import REAL_HUB, tiny_llama
+from hub import READ, WRITE
 from huggingface_hub import HfApi
 from test_phases import prompts, recovered
 from typer.testing import CliRunner
@@ -29,21 +29,13 @@ from caprese.cli import app
 
 runner = CliRunner()
 local = pytest.mark.skipif(REAL_HUB, reason="needs a hub that can be made to fail")
-_SERVER: list[Hub] = []
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    """An empty hub, to which alice may write; None where it is the real one."""
-    if REAL_HUB:
-        return None
-    if not _SERVER:
-        _SERVER.append(Hub(HUB_SOCKET))
-    server = _SERVER[0]
-    server.repos, server.large, server.faults, server.log = {}, {}, [], []
-    monkeypatch.setenv("HF_TOKEN", WRITE)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the waits between attempts
-    return server
+@pytest.fixture(autouse=True)
+def no_waits(monkeypatch):
+    """Between attempts."""
+    if not REAL_HUB:
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
 
 
 @pytest.fixture
@@ -105,10 +97,10 @@ def test_what_is_pushed_is_loaded_in_a_fresh_process_with_the_same_tokens(finish
     assert json.loads(done.stdout.splitlines()[-1]) == answer(caprese.load(str(base), out))
 
 
-def test_one_commit_holds_all_and_no_place_on_this_machine(finished, repo, tmp_path):
+def test_one_commit_holds_all_and_no_place_on_this_machine(finished, hub, repo, tmp_path):
     _, out = finished
     facts = caprese.push(out, repo, private=True)
-    commits = HfApi().list_repo_commits(repo) if REAL_HUB else _SERVER[0].repos[repo].commits
+    commits = HfApi().list_repo_commits(repo) if REAL_HUB else hub.repos[repo].commits
     assert len(commits) == 2  # the one that made the repository, and this
     wanted = {
         "README.md",

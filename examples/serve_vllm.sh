@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Recover, export to an ordinary checkpoint, and serve it with vLLM's own Llama class. Needs a GPU and pip install vllm.
+set -euo pipefail
+model=${1:-llama-3.2-1b}
+
+caprese recover --model "$model" --method static:0.3 --output "out-$model"
+caprese export "out-$model" --to "exported-$model" --dtype bfloat16
+vllm serve "exported-$model" --served-model-name "$model-static"
