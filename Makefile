@@ -36,7 +36,7 @@ llama-cpp: env  ## llama.cpp, compiled from source for the tests of GGUF: some m
 	test -d $(VENV)/src/$(LLAMA) || ( $(BIN)/python -m pip download --quiet --no-deps --no-binary :all: -d $(VENV)/src \
 		$$(echo $(LLAMA) | sed 's/-\([0-9]\)/==\1/') && tar xzf $(VENV)/src/$(LLAMA).tar.gz -C $(VENV)/src )
 	$(BIN)/python -c 'import llama_cpp' 2>/dev/null || \
-		$(BIN)/python -m pip install --quiet -c constraints.txt $(VENV)/src/$(LLAMA) '.[gguf]'
+		$(BIN)/python -m pip install --quiet -c constraints.txt $(VENV)/src/$(LLAMA) protobuf sentencepiece
 
 lint: env  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -253,7 +253,7 @@ def recover(
     from caprese.recovery import recover as run
 
     if push_to_hub is not None:
-        hub.check_login(push_to_hub, private)
+        hub.prepare(push_to_hub, private)
     loaded, tokenizer = load_base(
         resolved.model, revision=resolved.revision, dtype=resolved.dtype, device=resolved.device
     )
@@ -384,6 +384,7 @@ def evaluate(
     chat_template: Annotated[bool, typer.Option("--chat-template", help="--tasks: as a chat.")] = False,
     batch_size: Annotated[int, typer.Option(help="--tasks: sequences together.", min=1)] = 8,
     output: Annotated[str, typer.Option("--output", "-o", help="--tasks: directory for lm-eval's results.")] = "eval",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="--tasks: replace results of other settings.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of which prompts are asked and of sampling.")] = 1,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -418,6 +419,8 @@ def evaluate(
             Path(output),
             identity=[
                 sidecar.weights_sha256,
+                sidecar.calibration_sha256,
+                sidecar.methods,
                 sidecar.base.fingerprint,
                 phases_of(fused).reselect_every,
                 str(base.dtype),
@@ -428,6 +431,7 @@ def evaluate(
             batch_size=batch_size,
             chat_template=chat_template,
             seed=seed,
+            overwrite=overwrite,
         )
         print(json.dumps(scores, indent=2)) if as_json else Console().print(describe_tasks(scores))
         return
@@ -716,7 +720,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a recovered model as an ordinary checkpoint that needs no caprese: for transformers, vLLM, llama.cpp."""
-    from caprese.adapters import load_base_for, ranks_of, read_sidecar
+    from caprese.adapters import base_revision, load_base_for, ranks_of, read_sidecar
     from caprese.inference import export as write
     from caprese.inference import load, plan_export
     from caprese.models import load_config
@@ -729,7 +733,9 @@ def export(
     sidecar = read_sidecar(adapter)
     name = model or sidecar.base.name
     if dry_run:
-        figures = plan_export(load_config(name), sidecar.make_methods(), ranks_of(adapter))
+        rank, others = ranks_of(adapter)
+        config = load_config(name, base_revision(sidecar, name))
+        figures = plan_export(config, sidecar.make_methods(), lambda layer: others.get(layer, rank))
     else:
         kind = None if dtype == "auto" else pick_dtype(dtype, "cpu")
         base, tokenizer = load_base_for(sidecar, name, device=device)

@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from caprese.adapters import Sidecar, check_base, check_files, hub, locate, read_sidecar
-from caprese.adapters.storage import FILES, SIDECAR
+from caprese.adapters import Sidecar, check_base, check_files, hub, load_base_for, locate, ranks_of, read_sidecar
+from caprese.adapters.storage import CALIBRATION, CONFIG, FILES, SIDECAR
 from caprese.efficient_methods import describe_methods
 from caprese.errors import CapreseError
 from caprese.evaluation import summary
 from caprese.evaluation.card import LOAD_SNIPPET, front_matter, load_arguments, render_card
-from caprese.models import TERMS, base_terms, load_base
+from caprese.models import TERMS, base_terms
 
 #: beside the adapter's own files, what a repository holds of a run
 _RUN = ("recipe.yaml", "report.json", "report.html")
@@ -42,12 +42,13 @@ def push(
     sidecar = read_sidecar(source)
     check_files(source, sidecar, directory)
     report = _report(source, sidecar)
-    terms = {key: report[key] for key in TERMS if report and report.get(key)} or base_terms(sidecar.base.id)
-    files: dict[str, Path | bytes] = {name: source / name for name in (*FILES, *_RUN) if (source / name).is_file()}
-    if report is None:
-        for name in _RUN:
-            files.pop(name, None)
-    else:
+    terms = {key: report[key] for key in TERMS if report and report.get(key)}
+    if not terms and hub.is_hub_id(sidecar.base.id):
+        terms = base_terms(sidecar.base.id)
+    own = [name for name in FILES if name != CALIBRATION or sidecar.calibration_sha256 is not None]
+    files: dict[str, Path | bytes] = {name: source / name for name in own}
+    if report is not None:
+        files |= {name: source / name for name in _RUN if (source / name).is_file()}
         files |= {f"plots/{path.name}": path for path in sorted((source / "plots").glob("*.png"))}
     card = render_card({**report, **terms}, repo) if report else _bare_card(sidecar, terms, repo)
     files["README.md"] = card.encode()
@@ -101,10 +102,10 @@ def info(
     Raises:
         CapreseError: no such adapter, or damaged.
     """
-    directory = locate(adapter, revision, SIDECAR, "adapter_config.json", "report.json")
+    directory = locate(adapter, revision, SIDECAR, CONFIG, "report.json")
     sidecar = read_sidecar(directory)
-    config = json.loads((directory / "adapter_config.json").read_text())
-    ranks = sorted({config["r"], *config.get("rank_pattern", {}).values()})
+    rank, others = ranks_of(directory)
+    ranks = sorted({rank, *others.values()})
     needs = [f"the weights of {sidecar.base.id}" + (f" at {sidecar.base.revision}" if sidecar.base.revision else "")]
     method = " + ".join(m["name"] for m in sidecar.methods)
     try:
@@ -121,17 +122,17 @@ def info(
         "base_revision": sidecar.base.revision,
         "method": method,
         "reselect_every": sidecar.reselect_every,
-        "rank": ranks[0] if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
+        "rank": rank if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
         "caprese_version": sidecar.caprese_version,
         "needs": needs,
     }
     report = _report(directory, sidecar)
     if report is not None:
-        facts["parameters"] = report["parameters"]["adapter"]
+        facts["parameters"] = report.get("parameters", {}).get("adapter")
         facts["recovered"] = summary.recovered(report)
-        facts["quality"] = report["quality"]
+        facts["quality"] = report.get("quality")
     if model is not None:
-        loaded, _ = load_base(model, **how)
+        loaded, _ = load_base_for(sidecar, model, **how)
         try:
             check_base(loaded, sidecar.base)
             facts |= {"fits": True, "why_not": None}

@@ -171,12 +171,12 @@ def recover(
             "caprese_version": __version__,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": "caprese recover --recipe recipe.yaml",
-            "model": recipe.model,
+            "model": portable.model,
             "model_id": public_id(base.model_id),
             "revision": base.revision,
             "fingerprint": ":".join(prints.values()),
             "license": None,
-            **base_terms(base.source, online=False),
+            **base_terms(Path(base.source)),
             "weights_sha256": read_sidecar(out).weights_sha256,
             "method": "+".join(method.name for method in methods),
             "sparsity": getattr(methods[0], "sparsity", None) if len(methods) == 1 else None,
@@ -219,7 +219,12 @@ def _identity(recipe: Recipe, prints: Mapping[str, str]) -> str:
 
 def _portable_recipe(recipe: Recipe, revision: str | None) -> Recipe:
     """The recipe without this machine's directories, and with the base's commit."""
-    places = {"model": public_id(recipe.model or ""), "output": public_id(recipe.output)}
+    samples = recipe.samples.model_copy(update={"prompts": public_id(recipe.samples.prompts)})
+    places = {
+        "model": public_id(recipe.model) if recipe.model else None,
+        "output": Path(recipe.output).expanduser().resolve().name,
+        "samples": samples,
+    }
     return recipe.model_copy(update={**places, "revision": revision or recipe.revision})
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -168,6 +170,79 @@ def test_a_target_in_use_is_left_alone(tmp_path):
     caprese.export(model, None, tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "config.json").exists() and not (tmp_path / "out" / "precious").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]  # nothing half done beside it
+    assert len({p.stat().st_mode for p in (tmp_path / "out").iterdir()}) == 1  # others may read all of it
+
+
+def test_adapters_and_bases_are_not_overwritten(tiny_dir, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_dir, base)
+    model, _ = caprese.load_base(str(base))
+    model = recovered(caprese.apply(model, caprese.Nothing()))
+    caprese.save(model, tmp_path / "run" / "adapter")
+    for target in (tmp_path / "run" / "adapter", tmp_path / "run", base):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(caprese.CapreseError, match=r"which --overwrite does not replace"):
+            caprese.export(model, None, target, overwrite=True)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_was_there_stays_if_the_last_step_fails(here, tmp_path, monkeypatch):
+    model = recovered(pruned(tiny_llama()))
+    caprese.export(model, None, tmp_path / "out")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    real = os.replace
+
+    def fails(source, target):
+        if str(source).endswith("/hf"):
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(caprese.CapreseError, match="No space left"):
+        caprese.export(recovered(pruned(tiny_llama()), seed=7), None, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def test_the_difference_is_measured_on_what_was_written(here, tmp_path, monkeypatch):
+    model = recovered(pruned(tiny_llama()), scale=0.5)
+    real = checkpoint._widen
+
+    def wrong(ffn, w, branch, dtype):
+        return real(ffn, w, (branch[0], 0 * branch[1], branch[2]), dtype)
+
+    monkeypatch.setattr(checkpoint, "_widen", wrong)
+    assert caprese.export(model, None, tmp_path / "out")["largest_logit_difference"] > 0.1
+
+
+def test_what_transformers_alone_cannot_read_is_not_left_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_READ_BACK", "import caprese_is_not_here")
+    with pytest.raises(caprese.CapreseError, match=r"transformers alone does not load.*caprese_is_not_here"):
+        caprese.export(recovered(pruned(tiny_llama())), None, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_checkpoints_own_type_is_kept(here, tmp_path):
+    tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    model, tokenizer = caprese.load_base(str(tmp_path / "base"))
+    assert model.dtype == torch.float32  # as on any CPU
+    caprese.export(recovered(caprese.apply(model, caprese.Nothing())), tokenizer, tmp_path / "out")
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_vllms_llama_class_would_take_it(here, tmp_path):
+    """What vllm/model_executor/models/llama.py (0.33) reads of a config, and the names its loader maps."""
+    caprese.export(recovered(pruned(tiny("qwen2"))), None, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["hidden_act"] == "silu"
+    assert config["mlp_bias"] is True and config["attention_bias"] is True
+    assert not {"qkv_bias", "bias", "sliding_window"} & config.keys()
+    wanted = {"hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "rms_norm_eps"}
+    assert wanted | {"max_position_embeddings", "rope_parameters", "vocab_size", "tie_word_embeddings"} <= config.keys()
+    parts = {name.split(".", 3)[3] for name in load_file(tmp_path / "out" / "model.safetensors") if ".layers." in name}
+    linear = [*(f"self_attn.{n}_proj" for n in "qkvo"), *(f"mlp.{n}_proj" for n in ("gate", "up", "down"))]
+    norms = {"input_layernorm.weight", "post_attention_layernorm.weight"}
+    assert parts == {f"{name}.{kind}" for name in linear for kind in ("weight", "bias")} | norms
 
 
 def test_the_command(tiny_dir, tmp_path):

@@ -1,4 +1,4 @@
-"""An exported SmolLM2 in llama.cpp: the text that transformers writes. `make llama-cpp` builds what it needs."""
+"""SmolLM2, exported: exact, smaller, and in llama.cpp the text that transformers writes (after `make llama-cpp`)."""
 
 from __future__ import annotations
 
@@ -36,12 +36,8 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Static 30% with a recovered adapter, as a checkpoint and as GGUF in two types."""
-    pytest.importorskip("llama_cpp", reason="make llama-cpp")
+    """SmolLM2, static 30% with a recovered adapter: the caprese model, and its checkpoint."""
     out = tmp_path_factory.mktemp("gguf")
-    if not os.environ.get("LLAMA_CPP"):
-        found = sorted((ROOT / ".venv" / "src").glob("llama_cpp_python-*/vendor/llama.cpp"))
-        os.environ["LLAMA_CPP"] = str(found[-1]) if found else ""
     base, tokenizer = caprese.load_base("smollm2-135m")
     recipe = resolve_recipe(
         "smollm2-135m",
@@ -53,25 +49,29 @@ def exported(tmp_path_factory):
     )
     caprese.recover(base, tokenizer, recipe)
     model = caprese.load(base, out / "adapter")
-    facts = caprese.export(model, tokenizer, out / "hf", dtype=torch.float32)
+    return model, tokenizer, out, caprese.export(model, tokenizer, out / "hf")
+
+
+def test_smollm2_is_exported_exactly_and_smaller(exported):
+    _, _, out, facts = exported
     assert facts["largest_logit_difference"] < 1e-4
-    assert facts["bytes"] < 4 * facts["base_parameters"]  # smaller than the base in the same type
-    for outtype in ("f32", "f16"):
-        facts = caprese.export(model, tokenizer, out / outtype, dtype=torch.float32, format="gguf", outtype=outtype)
-        assert (out / outtype / facts["gguf"]).is_file()
-    return out
+    before = Path(caprese.models.resolve("smollm2-135m").source) / "model.safetensors"
+    assert (out / "hf" / "model.safetensors").stat().st_size < before.stat().st_size
 
 
 @pytest.mark.parametrize("outtype", ["f32", "f16"])
-def test_llama_cpp_writes_what_transformers_writes(exported, outtype):
-    from llama_cpp import Llama
-
+def test_llama_cpp_writes_what_transformers_writes(exported, outtype, monkeypatch):
+    Llama = pytest.importorskip("llama_cpp", reason="make llama-cpp").Llama
+    if not os.environ.get("LLAMA_CPP"):
+        found = sorted((ROOT / ".venv" / "src").glob("llama_cpp_python-*/vendor/llama.cpp"))
+        monkeypatch.setenv("LLAMA_CPP", str(found[-1]) if found else "")
+    model, tokenizer, out, _ = exported
+    facts = caprese.export(model, tokenizer, out / outtype, format="gguf", outtype=outtype)
     dtype = torch.float16 if outtype == "f16" else torch.float32
-    tokenizer = AutoTokenizer.from_pretrained(exported / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(out / "hf")
     # the same weights; float16 products on a CPU are rounded in ways of their own
-    stock = AutoModelForCausalLM.from_pretrained(exported / "hf", dtype=dtype).float().eval()
-    path = next((exported / outtype).glob("*.gguf"))
-    engine = Llama(model_path=str(path), n_ctx=256, n_threads=2, verbose=False)
+    stock = AutoModelForCausalLM.from_pretrained(out / "hf", dtype=dtype).float().eval()
+    engine = Llama(model_path=str(out / outtype / facts["gguf"]), n_ctx=256, n_threads=2, verbose=False)
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")
         assert engine.tokenize(prompt.encode(), add_bos=False, special=True) == ids.input_ids[0].tolist()

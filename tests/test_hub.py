@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import REAL_HUB, tiny_llama
+from conftest import REAL_HUB, byte_tokenizer, tiny_llama
 from hub import READ, WRITE
 from huggingface_hub import HfApi
 from test_phases import prompts, recovered
@@ -218,7 +218,7 @@ def test_a_public_repository_is_not_taken_for_a_private_one(finished, hub, repo)
     with pytest.raises(caprese.CapreseError, match="exists and is public"):
         caprese.push(out, repo, private=True)
     with pytest.raises(caprese.CapreseError, match="exists and is public"):
-        client.check_login(repo, True)
+        client.prepare(repo, True)
 
 
 @local
@@ -234,11 +234,15 @@ def test_without_the_right_to_write(finished, hub, monkeypatch, token, says):
 
 
 @local
-def test_recover_asks_for_a_token_before_it_works(tiny_dir, hub, monkeypatch, tmp_path):
-    monkeypatch.delenv("HF_TOKEN")
-    args = ["recover", "--model", str(tiny_dir), "--output", str(tmp_path / "out"), "--push-to-hub", "alice/x"]
+@pytest.mark.parametrize(
+    ("token", "repo", "says"),
+    [("", "alice/x", "no valid token"), (READ, "alice/x", "but not write"), (WRITE, "bob/x", "may not write to bob/x")],
+)
+def test_recover_asks_for_the_right_to_write_before_it_works(tiny_dir, hub, monkeypatch, tmp_path, token, repo, says):
+    monkeypatch.setenv("HF_TOKEN", token)
+    args = ["recover", "--model", str(tiny_dir), "--output", str(tmp_path / "out"), "--push-to-hub", repo]
     done = runner.invoke(app, args)
-    assert done.exit_code == 1 and "no valid token" in done.output and not (tmp_path / "out").exists()
+    assert done.exit_code == 1 and says in done.output and not (tmp_path / "out").exists() and not hub.repos
 
 
 @local
@@ -295,6 +299,20 @@ def test_a_hub_that_stays_so_leaves_the_repository_as_it_was(finished, hub, repo
 
 
 @local
+@pytest.mark.parametrize(
+    ("status", "says"), [(503, r"has trouble \(503\)"), (403, "may not write"), (429, "slow down")]
+)
+def test_large_files_are_refused_in_words_too(finished, hub, repo, status, says):
+    _, out = finished
+    hub.fail("PUT", "/lfs/", status, times=99)
+    with pytest.raises(caprese.CapreseError, match=says):
+        caprese.push(out, repo)
+    hub.faults.clear()
+    caprese.push(out, repo)
+    assert "adapter_model.safetensors" in held(repo)
+
+
+@local
 def test_a_connection_cut_in_the_middle_of_an_upload(finished, hub, repo):
     _, out = finished
     hub.fail("PUT", "/lfs/", after=100)
@@ -331,6 +349,41 @@ def test_a_download_cut_in_the_middle_or_a_hub_that_is_down(finished, hub, repo)
         caprese.load(tiny_llama(), "alice/never-seen")
 
 
+def test_nothing_says_where_it_was_made(repo, tmp_path, monkeypatch):
+    """Neither an absolute nor a relative path: of prompts, base or output."""
+    monkeypatch.chdir(tmp_path)
+    tiny_llama().save_pretrained("secret-place/base")
+    byte_tokenizer().save_pretrained("secret-place/base")
+    rows = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(1000)]
+    Path("secret-place/prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for prompts_file in (str(tmp_path / "secret-place/prompts.jsonl"), "secret-place/prompts.jsonl"):
+        args = ["recover", "--model", "secret-place/base", "--output", "secret-place/out", "--prompts", prompts_file]
+        args += ["--samples", "8", "--max-new-tokens", "6", "--epochs", "0", "--rank", "2", "--column", "prompt"]
+        assert runner.invoke(app, [*args, "--overwrite"], catch_exceptions=False).exit_code == 0
+        caprese.push("secret-place/out", repo, private=True)
+        for name in held(repo):
+            data = Path(HfApi().hf_hub_download(repo, name, local_dir=tmp_path / "got")).read_bytes()
+            assert b"secret-place" not in data and str(tmp_path).encode() not in data, name
+
+
+@local
+def test_a_licence_is_the_bases_own_and_nobody_elses(hub, tmp_path, monkeypatch):
+    api = HfApi()
+    api.create_repo("alice/base")
+    tiny_llama().save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: mit\n---\n")
+    api.upload_folder(repo_id="alice/base", folder_path=tmp_path / "base")
+    model, _ = caprese.load_base("alice/base")
+    caprese.save(recovered(caprese.apply(model, caprese.Griffin())), tmp_path / "adapter")
+    assert caprese.push(tmp_path / "adapter", "alice/x", dry_run=True)["license"] == "mit"
+    caprese.save(recovered(caprese.apply(tiny_llama(), caprese.Griffin())), tmp_path / "local")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "LlamaForCausalLM").mkdir()
+    (tmp_path / "LlamaForCausalLM" / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert caprese.push(tmp_path / "local", "alice/x", dry_run=True)["license"] is None
+
+
 @local
 def test_what_is_damaged_is_not_pushed(finished, hub, tmp_path):
     _, out = finished
@@ -349,6 +402,13 @@ def test_what_is_damaged_is_not_pushed(finished, hub, tmp_path):
     (copy / "report.json").write_text(json.dumps({**report, "weights_sha256": "0" * 64}))
     with pytest.raises(caprese.CapreseError, match="is of other weights"):
         caprese.push(copy, "alice/x")
+    for content in ("{", "[]", "{}"):
+        (copy / "adapter_config.json").write_text(content)
+        with pytest.raises(caprese.CapreseError, match=r"adapter_config\.json of .* is damaged"):
+            caprese.info(copy)
+    (copy / "adapter_config.json").unlink()
+    with pytest.raises(caprese.CapreseError, match=r"holds no adapter_config\.json"):
+        caprese.info(copy)
     with pytest.raises(caprese.CapreseError, match="no directory"):
         caprese.push(tmp_path / "nowhere", "alice/x")
     with pytest.raises(caprese.CapreseError, match="holds no caprese_config"):
@@ -402,5 +462,6 @@ def test_a_base_of_another_revision_is_refused_and_the_right_one_is_found(hub, f
         caprese.load(newest, tmp_path / "adapter")
     assert answer(caprese.load("alice/base", tmp_path / "adapter")) == answer(adapted)
     assert torch.equal(newest(prompts(5)[0]).logits, tuned(prompts(5)[0]).logits)
+    assert caprese.info(tmp_path / "adapter", model="alice/base")["fits"] is True
     args = ["generate", "-m", "alice/base", "-a", str(tmp_path / "adapter"), "-p", "ab", "--max-new-tokens", "4"]
     assert runner.invoke(app, args).exit_code == 0

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -38,7 +43,7 @@ def test_unequal_prompts_in_a_batch_get_the_tokens_they_get_alone(smollm2):
 
 
 @pytest.mark.parametrize(("method", "sparsity"), [("griffin", 0.5), ("cats", 0.7)])
-def test_recover(smollm2, tmp_path, method, sparsity):
+def test_recover(smollm2, hub, tmp_path, method, sparsity):
     model, tokenizer = smollm2
     recipe = resolve_recipe(
         "smollm2-135m",
@@ -57,3 +62,25 @@ def test_recover(smollm2, tmp_path, method, sparsity):
     assert quality["recovered"]["top1_agreement"] > quality["efficient"]["top1_agreement"]
     better = sum(row["recovered"] < row["efficient"] for row in report["layers_error"])
     assert better >= 28
+    if method == "griffin" and hub is not None:
+        goes_round(model, tokenizer, tmp_path, hub)
+
+
+def goes_round(model, tokenizer, tmp_path, hub):
+    """Pushed, and loaded from the hub in a fresh process: the same tokens."""
+    caprese.push(tmp_path / "out", "alice/smollm2-griffin")
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    adapted = caprese.load(model, tmp_path / "out")
+    expected = adapted.generate(input_ids=ids, max_new_tokens=24, do_sample=False)[0].tolist()
+    caprese.remove(adapted)
+    script = (
+        "import json, sys, torch, caprese\n"
+        "model = caprese.load('smollm2-135m', 'alice/smollm2-griffin')\n"
+        "ids = torch.tensor(json.loads(sys.argv[1]))\n"
+        "print(json.dumps(model.generate(input_ids=ids, max_new_tokens=24, do_sample=False)[0].tolist()))"
+    )
+    env = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    run = [sys.executable, "-c", script, json.dumps(ids.tolist())]
+    done = subprocess.run(run, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == expected

@@ -119,7 +119,10 @@ def test_a_rerun_goes_on_with_the_contender_that_is_missing(tasks, tmp_path):
     result = run_tasks(model, tokenizer, choose, tmp_path / "out", contenders=["dense", "efficient"], **how)
     assert sorted((tmp_path / "out" / "dense").rglob("results_*.json")) == first
     assert result["tasks"]["choose"]["acc"].keys() == {"dense", "efficient"}
-    run_tasks(model, tokenizer, choose, tmp_path / "out", contenders=["dense"], **{**how, "limit": 1})
+    (tasks / "chains.jsonl").open("a").write("\n" + (tasks / "chains.jsonl").read_text().splitlines()[0])
+    with pytest.raises(caprese.CapreseError, match="of other settings or data.*--overwrite"):
+        run_tasks(model, tokenizer, choose, tmp_path / "out", contenders=["dense"], **how)
+    run_tasks(model, tokenizer, choose, tmp_path / "out", contenders=["dense"], overwrite=True, **how)
     assert len(sorted((tmp_path / "out" / "dense").rglob("results_*.json"))) == 2
 
 
@@ -129,9 +132,14 @@ def test_what_cannot_be_run_is_one_line(tasks, tmp_path, monkeypatch):
     with pytest.raises(caprese.CapreseError, match="knows no task no_such_task"):
         run_tasks(model, tokenizer, ["no_such_task"], tmp_path / "out", identity="")
     found = run_tasks(
-        model, tokenizer, ["choose"], tmp_path / "out", identity="", include=str(tasks), limit=1, contenders=["dense"]
+        model, tokenizer, ["choose"], tmp_path / "named", identity="", include=str(tasks), limit=1, contenders=["dense"]
     )
     assert found["tasks"]["choose"]["acc"].keys() == {"dense"}
+    (tasks / "twin.yaml").write_text((tasks / "choose.yaml").read_text())
+    with pytest.raises(caprese.CapreseError, match="are both named 'choose'"):
+        for name in ("choose", "twin"):
+            run_tasks(model, tokenizer, [str(tasks / f"{name}.yaml")], tmp_path / "twins", identity="", limit=1)
+    (tasks / "twin.yaml").unlink()
     (tmp_path / "bad.yaml").write_text("metric: [")
     with pytest.raises(caprese.CapreseError, match=r"bad\.yaml is no lm-eval task"):
         run_tasks(model, tokenizer, [str(tmp_path / "bad.yaml")], tmp_path / "out", identity="")

@@ -11,6 +11,7 @@ from caprese.adapters.branch import (
 from caprese.adapters.fingerprint import fingerprint
 from caprese.adapters.storage import (
     Sidecar,
+    base_revision,
     check_base,
     check_files,
     load,
@@ -25,6 +26,7 @@ from caprese.adapters.storage import (
 __all__ = [
     "Sidecar",
     "attach_adapter",
+    "base_revision",
     "branch_parameters",
     "check_base",
     "check_files",

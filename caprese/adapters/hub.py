@@ -46,24 +46,25 @@ def download(repo: str, revision: str | None, files: Iterable[str]) -> Path:
     return found
 
 
-def check_login(repo: str, private: bool | None) -> None:
-    """Fail before the work, not after it: is there a token, and may what it belongs to be pushed to?
+def prepare(repo: str, private: bool | None) -> None:
+    """Fail before the work, not after it: make the repository, if it is not there, with a token that may write.
 
     Raises:
-        CapreseError: no token, an id that is none, no network, or a public repository where a private one is asked for.
+        CapreseError: no token, or one that may not write there, an id that is none, no network, or a public repository
+            where a private one is asked for.
     """
     api = _api()
     if not is_hub_id(repo):
         raise CapreseError(f"{repo!r} is no hub id; give one like 'user/name'")
-    try:
-        api.whoami()
+
+    def make() -> None:
+        role = api.whoami().get("auth", {}).get("accessToken", {}).get("role")
+        if role == "read":
+            raise CapreseError(f"your token may read, but not write to {repo}; {_LOGIN} with one that may")
+        api.create_repo(repo, private=private, exist_ok=True)
         _check_private(api, repo, private)
-    except RepositoryNotFoundError:
-        pass  # it will be made
-    except CapreseError:
-        raise
-    except Exception as error:
-        raise explain(error, repo, writing=True) from error
+
+    _patiently(make, repo)
 
 
 def upload(
@@ -126,15 +127,17 @@ def _patiently(work: Callable[[], T], repo: str) -> T:
         except Exception as error:
             status = _status(error)
             passing = status in (409, 429) or status >= 500 or (status == 0 and _is_connection(error))
-            if wait is None or not passing:
+            # what was sent in parts, huggingface_hub has tried again already
+            if wait is None or not passing or isinstance(error, RuntimeError):
                 raise explain(error, repo, writing=True) from error
             time.sleep(wait)
     raise AssertionError
 
 
 def _status(error: Exception) -> int:
-    """The HTTP status, 0 where there was no answer."""
-    return int(getattr(getattr(error, "response", None), "status_code", 0) or 0)
+    """The HTTP status, of an error or of what it was raised from; 0 where there was no answer."""
+    each = (getattr(getattr(e, "response", None), "status_code", None) for e in (error, error.__cause__))
+    return next((int(status) for status in each if status), 0)
 
 
 def _is_connection(error: Exception) -> bool:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -147,9 +147,10 @@ def _calibration(ffns: Mapping[str, EfficientFFN]) -> dict[str, torch.Tensor]:
     }
 
 
-def public_id(model_id: str) -> str:
+def public_id(name: str) -> str:
     """A hub id as it is; of a local path only the last part, so that nobody's directories end in a file."""
-    return Path(model_id).name if os.path.isabs(model_id) or model_id.startswith((".", "~")) else model_id
+    path = Path(name).expanduser()
+    return path.resolve().name if name and (name.startswith(("/", ".", "~")) or path.exists()) else name
 
 
 def locate(adapter: str | os.PathLike[str], revision: str | None, *files: str) -> Path:
@@ -189,17 +190,26 @@ def read_sidecar(adapter: str | os.PathLike[str], revision: str | None = None) -
         raise CapreseError(f"{SIDECAR} of {adapter} is damaged; fetch or make the adapter again") from error
 
 
-def ranks_of(adapter: str | os.PathLike[str], revision: str | None = None) -> Callable[[int], int]:
-    """The rank of an adapter's branch by layer, from its PEFT config.
+def _peft_config(directory: Path, adapter: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads(_present(directory, CONFIG, adapter).read_text())
+        config["r"], config.get("rank_pattern")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CapreseError(f"{CONFIG} of {adapter} is damaged ({error!r}); fetch or make the adapter again") from error
+    return config
+
+
+def ranks_of(adapter: str | os.PathLike[str], revision: str | None = None) -> tuple[int, dict[int, int]]:
+    """The rank of an adapter's branches, from its PEFT config, and that of layers with another.
 
     Raises:
-        CapreseError: no such adapter.
+        CapreseError: no such adapter, or it is damaged.
     """
-    config = json.loads(_present(locate(adapter, revision, CONFIG), CONFIG, adapter).read_text())
+    config = _peft_config(locate(adapter, revision, CONFIG), adapter)
     own = {
         int(re.findall(r"\.(\d+)\.", f".{key}.")[0]): rank for key, rank in (config.get("rank_pattern") or {}).items()
     }
-    return lambda layer: own.get(layer, config["r"])
+    return config["r"], own
 
 
 def check_files(directory: Path, sidecar: Sidecar, adapter: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
@@ -240,6 +250,12 @@ def _at(name: str, revision: str | None) -> str:
     return f"{name}@{revision}" if revision else name
 
 
+def base_revision(sidecar: Sidecar, base: str) -> str | None:
+    """The revision the adapter was made for, if `base` is the hub's name of its base."""
+    known = resolve(base)
+    return sidecar.base.revision if known.model_id == known.source == sidecar.base.id else None
+
+
 def load_base_for(
     sidecar: Sidecar, base: str, *, revision: str | None = None, **how: Any
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -248,9 +264,7 @@ def load_base_for(
     Raises:
         CapreseError: see `load_base`.
     """
-    known = resolve(base)
-    pinned = sidecar.base.revision if known.model_id == known.source == sidecar.base.id else None
-    return load_base(base, revision=revision or pinned, **how)
+    return load_base(base, revision=revision or base_revision(sidecar, base), **how)
 
 
 def load(

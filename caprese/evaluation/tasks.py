@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from caprese.adapters import public_id
 from caprese.efficient_methods import phases
 from caprese.errors import CapreseError
 from caprese.evaluation.fidelity import VARIANTS, variant
-from caprese.files import check_writable, write_json
+from caprese.files import check_writable, sha256, write_json
 from caprese.models import base_of
 from caprese.models.cache import roomy_cache
 from caprese.progress import bar, say
@@ -85,22 +86,29 @@ def language_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_s
     return Phased(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
 
 
-def _collect(tasks: Sequence[str], include: str | None) -> tuple[list[str], list[str], list[str]]:
-    """(names, directories to look in, texts of files): a task is a name lm-eval knows, or a YAML file of one's own."""
-    names, places, texts = [], [include] if include else [], []
-    for task in tasks:
+def _read_tasks(tasks: Sequence[str]) -> tuple[list[str], dict[str, Path]]:
+    """(names, files by name): a task is a name lm-eval knows, or a YAML file of one's own."""
+    names, files = [], {}
+    for task in (each.strip() for each in tasks):
         path = Path(task).expanduser()
         if path.suffix not in (".yaml", ".yml"):
             names.append(task)
             continue
         try:
-            texts.append(path.read_text())
             # lm-eval's loader knows tags such as !function; the name is all that is needed here
-            names.append(yaml.load(texts[-1], Loader=yaml.BaseLoader)["task"])
+            config = yaml.load(path.read_text(), Loader=yaml.BaseLoader)
+            name = config["group"] if "group" in config else config["task"]
+            files[name] = path.resolve()
         except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
             raise CapreseError(f"{task} is no lm-eval task ({error}); it needs at least a `task:` name") from error
-        places.append(str(path.resolve().parent))
-    return names, places, texts
+        names.append(name)
+    return names, files
+
+
+def _digest(files: Sequence[Path]) -> list[str]:
+    """Checksums of task files and of the local data they name."""
+    named = [Path(word) for file in files for word in re.findall(r"[^\s'\"{}\[\],]+", file.read_text())]
+    return [sha256(path) for path in sorted({*files, *(path for path in named if path.is_file())})]
 
 
 def run_tasks(
@@ -117,6 +125,7 @@ def run_tasks(
     batch_size: int = 8,
     chat_template: bool = False,
     seed: int = 0,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Run lm-eval's tasks on each contender; a contender that is done is not run again.
 
@@ -124,19 +133,21 @@ def run_tasks(
         model: from `caprese.load`, fused or not.
         tasks: names lm-eval knows, or YAML files.
         output: for eval.json, and for each contender lm-eval's own results_*.json.
-        identity: what the results depend on besides these arguments; others in `output` are run again.
+        identity: what the results depend on besides these arguments.
         include: a directory with more task YAMLs.
         limit: problems of each task.
+        overwrite: replace results of other settings in `output`.
 
     Returns: {"tasks": {task: {metric: {contender: value}}}, "stderr": likewise, "files": {contender: path}}.
 
     Raises:
-        CapreseError: lm-eval is missing, or an unknown task.
+        CapreseError: lm-eval is missing, an unknown task, or results of other settings in `output`.
     """
     lm_eval, _, Tracker = _harness()
-    names, places, texts = _collect(tasks, include)
+    names, files = _read_tasks(tasks)
     check_writable(output)
-    settings = [identity, names, texts, limit, num_fewshot, chat_template, seed]
+    more = sorted(Path(include).expanduser().rglob("*.yaml")) if include else []
+    settings = [identity, names, _digest([*files.values(), *more]), limit, num_fewshot, chat_template, seed]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     path = output / "eval.json"
     done: dict[str, Any] = {}
@@ -145,18 +156,27 @@ def run_tasks(
             held = json.loads(path.read_text())
         except ValueError as error:
             raise CapreseError(f"{path} is damaged ({error}); delete it and run again") from error
-        done = held["results"] if held.get("identity") == key else {}
+        if held.get("identity") == key:
+            done = held["results"]
+        elif not overwrite:
+            raise CapreseError(f"{path} is of other settings or data; choose another --output, or give --overwrite")
     # thousands of files to look through, for nothing where all tasks are one's own
-    own = all(Path(task).suffix in (".yaml", ".yml") for task in tasks)
-    manager = lm_eval.tasks.TaskManager(include_path=places or None, include_defaults=not own)
+    places = [*([include] if include else []), *sorted({str(file.parent) for file in files.values()})]
+    manager = lm_eval.tasks.TaskManager(include_path=places or None, include_defaults=len(files) < len(names))
     if unknown := sorted(set(names) - set(manager.all_tasks)):
         raise CapreseError(f"lm-eval knows no task {', '.join(unknown)}; give a YAML file, or see `lm-eval ls tasks`")
+    for name, file in files.items():
+        entry = manager.task_index[name]
+        found = entry["yaml_path"] if isinstance(entry, dict) else entry.yaml_path
+        if Path(found).resolve() != file:
+            raise CapreseError(f"{file} and {found} are both named {name!r}; give one of them another name")
     lm = language_model(model, tokenizer, batch_size)
     for name in contenders:
         if name in done:
             continue
         say(f"lm-eval: {name} on {', '.join(names)}")
         tracker = Tracker(output_path=str(output / name))
+        before = set((output / name).rglob("results_*.json"))
         with variant(model, name):
             results = lm_eval.simple_evaluate(
                 lm,
@@ -172,9 +192,12 @@ def run_tasks(
             )
         samples = results.pop("samples", None)
         tracker.save_results_aggregated(results=results, samples=samples)
+        made = set((output / name).rglob("results_*.json")) - before
+        if not made:  # it only logs why
+            raise CapreseError(f"lm-eval could not write its results to {output / name}; free space, then run again")
         done[name] = {
             "scores": {task: results["results"][task] for task in results["results"]},
-            "file": str(max((output / name).rglob("results_*.json")).relative_to(output)),
+            "file": str(made.pop().relative_to(output)),
         }
         write_json(path, {"identity": key, "results": done, **_table(done)})
     return {"identity": key, **_table(done)}

@@ -34,7 +34,7 @@ from caprese.efficient_methods import (
     phases_of,
 )
 from caprese.errors import CapreseError
-from caprese.files import check_writable, unwritable, write_text
+from caprese.files import check_writable, put_in_place, unwritable, write_text
 from caprese.inference.fused import branch_of
 from caprese.models import (
     FFN,
@@ -178,8 +178,7 @@ def export(
     parts: dict[int, Branch | None] = {w.layer: branch_of(w.recovery) for w in applied_ffns(model).values()}
     check_exportable(base.config, phases_of(model).methods, any(part is not None for part in parts.values()))
     target = Path(to).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
-        raise CapreseError(f"{target} exists; choose another --to, or give --overwrite")
+    _check_target(target, Path(base_of(model).source), overwrite)
     converter = _converter() if format == "gguf" else []
     check_writable(target.parent)
     ids = _ids(base, tokenizer)
@@ -188,7 +187,7 @@ def export(
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as name:
             made = Path(name) / "hf"
-            facts = _write(model, parts, made, dtype or getattr(base.config, "dtype", None) or base.dtype)
+            facts = _write(model, parts, made, dtype or base_of(model).dtype or base.dtype)
             if tokenizer is not None:
                 tokenizer.save_pretrained(made)
             say("reading it back with transformers alone")
@@ -201,13 +200,38 @@ def export(
                 _convert(converter, made, Path(name) / "gguf" / facts["gguf"], outtype)
                 made = Path(name) / "gguf"
             write_text(made / "README.md", _card(model, facts))
+            for file in made.iterdir():
+                put_in_place(file, file)
             facts = {"to": str(target), **facts, "bytes": sum(f.stat().st_size for f in made.iterdir())}
-            if target.exists():
-                os.replace(target, Path(name) / "before")
-            os.replace(made, target)
+            _take_place(made, target, Path(name) / "before")
     except OSError as error:
         raise unwritable(target, error) from error
     return facts
+
+
+def _check_target(target: Path, source: Path, overwrite: bool) -> None:
+    """Nothing but an earlier export is ever replaced."""
+    if not target.exists():
+        return
+    if not target.is_dir() or (any(target.iterdir()) and not overwrite):
+        raise CapreseError(f"{target} exists; choose another --to, or give --overwrite")
+    for kind, file in (("an adapter", "caprese_config.json"), ("samples", "samples")):
+        if next(target.rglob(file), None) is not None:
+            raise CapreseError(f"{target} holds {kind}, which --overwrite does not replace; choose another --to")
+    if source.is_dir() and source.resolve().is_relative_to(target.resolve()):
+        raise CapreseError(f"{target} holds the base model, which --overwrite does not replace; choose another --to")
+
+
+def _take_place(made: Path, target: Path, before: Path) -> None:
+    """`made` becomes `target`; what was there goes to `before`, or stays if that fails."""
+    if target.exists():
+        os.replace(target, before)
+    try:
+        os.replace(made, target)
+    except OSError:
+        if before.exists():
+            os.replace(before, target)
+        raise
 
 
 def _write(model: nn.Module, parts: Mapping[int, Branch | None], path: Path, dtype: torch.dtype) -> dict[str, Any]:
@@ -380,7 +404,7 @@ def _card(model: nn.Module, facts: Mapping[str, Any]) -> str:
         "library_name": "gguf" if facts["gguf"] else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["caprese", *(method.name for method in phases_of(model).methods)],
-        **base_terms(base.source, online=False),
+        **base_terms(Path(base.source)),
     }
     what = describe_methods(phases_of(model).methods)
     return (

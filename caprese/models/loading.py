@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, try_to_load_from_cache
+from huggingface_hub import ModelCard, hf_hub_download, try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -55,6 +55,8 @@ class Base:
     model_id: str
     source: str
     revision: str | None = None
+    dtype: torch.dtype | None = None
+    """Of the checkpoint's weights, whatever they were loaded as."""
 
     def __str__(self) -> str:
         at = f"@{self.revision}" if self.revision else ""
@@ -241,7 +243,8 @@ def load_base(
     base = resolve(name, revision)
     if base.name == EMBEDDED and not Path(base.source).exists():
         _materialise_embedded(Path(base.source))
-    family_of(_config(base))
+    config = _config(base)
+    family_of(config)
     device = pick_device(device)
     picked = pick_dtype(dtype, device) or "auto"
     try:
@@ -254,7 +257,7 @@ def load_base(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.to(device).eval().requires_grad_(False)
-    model.caprese_base = replace(base, revision=_commit(base))
+    model.caprese_base = replace(base, revision=_commit(base), dtype=getattr(config, "dtype", None))
     return model, tokenizer
 
 
@@ -262,17 +265,19 @@ def load_base(
 TERMS = ("license", "license_name", "license_link")
 
 
-def base_terms(source: str, online: bool = True) -> dict[str, str]:
+def base_terms(source: str | Path) -> dict[str, str]:
     """Under which licence a model stands, by its card: of `TERMS` what there is; nothing if the card cannot be had.
 
     Args:
-        source: a directory or, where `online`, a hub id.
+        source: a directory as a Path, a hub id as a string.
     """
-    card = Path(source) / "README.md"
-    if not card.is_file() and (Path(source).is_dir() or not online):
+    card = source / "README.md" if isinstance(source, Path) else source
+    if isinstance(card, Path) and not card.is_file():
         return {}
     try:
-        data = ModelCard.load(card if card.is_file() else source, ignore_metadata_errors=True).data
+        if not isinstance(card, Path):
+            card = Path(hf_hub_download(card, "README.md"))
+        data = ModelCard.load(card, ignore_metadata_errors=True).data
     except Exception:  # no such repository, no network, no card
         return {}
     return {key: str(value) for key in TERMS if (value := getattr(data, key, None))}
