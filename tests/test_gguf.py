@@ -78,5 +78,6 @@ def test_llama_cpp_writes_what_transformers_writes(exported, outtype, monkeypatc
         with torch.no_grad():
             tokens = stock.generate(**ids, max_new_tokens=32, do_sample=False)
         expected = tokenizer.decode(tokens[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
+        expected = expected.replace("\ufffd", "")  # of half a character one prints this, the other nothing
         got = engine.create_completion(prompt, max_tokens=32, temperature=0.0)["choices"][0]["text"]
         assert got == expected, prompt
