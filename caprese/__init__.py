@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from caprese.efficient_methods import Cats as Cats
     from caprese.efficient_methods import Griffin as Griffin
     from caprese.efficient_methods import Int8 as Int8
+    from caprese.efficient_methods import Mamba as Mamba
     from caprese.efficient_methods import Nf4 as Nf4
     from caprese.efficient_methods import Nothing as Nothing
     from caprese.efficient_methods import Static as Static
@@ -40,6 +41,7 @@ _PUBLIC = {
     "Cats": "efficient_methods",
     "Griffin": "efficient_methods",
     "Int8": "efficient_methods",
+    "Mamba": "efficient_methods",
     "Nf4": "efficient_methods",
     "Nothing": "efficient_methods",
     "Recipe": "recipes",

@@ -14,8 +14,9 @@ from caprese.errors import CapreseError
 from caprese.models import base_of, unwrap
 
 ADAPTER = "default"
-# in the names of the branches' parameters, and of no other LoRA's
+# in the names of the branches' parameters, and of no other LoRA's; of the mixers'
 _BRANCH = ".recovery.lora_"
+_MIXER = ".mixer."
 
 
 def attach_adapter(model: nn.Module, ranks: int | Sequence[int], bias: bool = False) -> PeftModel:
@@ -68,14 +69,14 @@ def empty_slots(model: nn.Module) -> None:
 
 
 def branch_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the recovery branches, in layer order."""
-    return [p for n, p in unwrap(model).named_parameters() if _BRANCH in n]
+    """What is trained: the parameters of the recovery branches and of the mixers, in layer order."""
+    return [p for n, p in unwrap(model).named_parameters() if _BRANCH in n or _MIXER in n]
 
 
 def get_branches(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of the branch weights by name, on the CPU."""
+    """A copy of the weights of branches and mixers by name, on the CPU."""
     named = unwrap(model).named_parameters()
-    return {n: p.detach().cpu().clone() for n, p in named if _BRANCH in n}
+    return {n: p.detach().cpu().clone() for n, p in named if _BRANCH in n or _MIXER in n}
 
 
 def set_branches(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:

@@ -84,7 +84,7 @@ def _batch(samples: Sequence[Sample]) -> Batch:
 class Context:
     """What comes before the completion inputs, in blocks: (first, end, KV cache with what the methods learned).
 
-    One block without reselection. With it, a block for every `reselect_every` tokens, whose cache holds the prompt and
+    No block where attentions are replaced: then prompt and completion are one pass. One without reselection. With it, a block for every `reselect_every` tokens, whose cache holds the prompt and
     the blocks before it as the dense model computes them (arXiv 2505.07861, section 5).
     """
 
@@ -92,6 +92,8 @@ class Context:
 
     @property
     def nbytes(self) -> int:
+        if not self.blocks:
+            return 0
         # the others share the longest cache's tensors, but for sliding windows; see `prefill`
         each: list[list[Any]] = [cache.layers for _, _, cache in self.blocks]
         layers = each[-1] + [layer for before in each[:-1] for layer in before if layer.is_sliding]
@@ -102,6 +104,8 @@ class Context:
 @torch.no_grad()
 def prefill(model: nn.Module, batch: Batch) -> Context:
     """The dense pass over the prompts, and over what reselection will have passed through the dense model."""
+    if phases_of(model).mixes:  # teacher and student have no prompt in common
+        return Context([])
     lengths = batch.prompt_lengths
     with phases(model, lengths):
         cache = _decoder(model, batch.prompt, batch.prompt_mask, _positions(batch.prompt_mask), None)
@@ -159,6 +163,16 @@ def completion_hidden(
     Efficient, with the adapter; dense inside `dense(model)`. The context is left as it was.
     """
     lengths = batch.prompt_lengths
+    if not context.blocks:
+        mask = torch.cat([batch.prompt_mask, batch.mask], 1)
+        with phases(model, lengths, observer):
+            whole = unwrap(model).get_decoder()(
+                input_ids=torch.cat([batch.prompt, batch.inputs], 1),
+                attention_mask=mask.long(),
+                position_ids=_positions(mask),
+                use_cache=False,
+            )
+        return whole.last_hidden_state[:, batch.prompt.shape[1] :]
     blocks = context.blocks
     if phases_of(model).dense:
         blocks = [(0, batch.inputs.shape[1], blocks[0][2])]

@@ -27,6 +27,7 @@ from caprese.efficient_methods.compose import (
     refusal,
 )
 from caprese.efficient_methods.griffin import Griffin
+from caprese.efficient_methods.mamba import Mamba, Mixer, MixerState, Replacement
 from caprese.efficient_methods.none import Nothing
 from caprese.efficient_methods.phases import Observer, dense, phases, phases_of, reselection
 from caprese.efficient_methods.quantized import Int8, Nf4
@@ -43,12 +44,16 @@ __all__ = [
     "Griffin",
     "Int8",
     "Layers",
+    "Mamba",
     "Method",
+    "Mixer",
+    "MixerState",
     "Nf4",
     "Nothing",
     "Observer",
     "Reads",
     "RecoverySlot",
+    "Replacement",
     "Sparse",
     "Sparsity",
     "Static",

@@ -11,6 +11,7 @@ from torch import nn
 
 from caprese.efficient_methods.base import Method, Reads, check_reselect
 from caprese.efficient_methods.compose import compose
+from caprese.efficient_methods.mamba import Mamba, Replacement
 from caprese.efficient_methods.phases import Phases
 from caprese.efficient_methods.wrapper import EfficientFFN, RecoverySlot
 from caprese.errors import CapreseError
@@ -63,11 +64,24 @@ def apply(
             wrapper.train(sites[i].layer.training)
             sites[i].replace(wrapper)
             phases.undo += attention_hooks(sites[i], wrapper)
+            for method in own:
+                if isinstance(method, Mamba):
+                    phases.undo.append(put_mixer(sites[i], unwrap(model).config, method, phases))
         phases.attach(unwrap(model))
     except BaseException:  # such as a missing bitsandbytes: the model goes back as it came
         _restore(model, phases)
         raise
     return model
+
+
+def put_mixer(site: Site, config: Any, method: Mamba, phases: Phases) -> Callable[[], None]:
+    """A mixer in place of a layer's attention; returns the undoing."""
+    attention = site.attention()
+    replacement = Replacement(site, config, method, phases)
+    replacement.train(site.layer.training)
+    setattr(site.layer, site.attention_name, replacement)
+    phases.mixes = True
+    return functools.partial(setattr, site.layer, site.attention_name, attention)
 
 
 def methods_by_layer(methods: Sequence[Method], count: int) -> dict[int, list[Method]]:

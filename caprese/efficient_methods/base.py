@@ -21,7 +21,7 @@ from caprese.models import FFN
 
 Layers = Literal["all", "first-half"] | list[int]
 Source = Literal["prompt", "samples"]
-Part = Literal["width", "weights", "rows", "neurons", "inputs", "attention"]
+Part = Literal["width", "weights", "rows", "neurons", "inputs", "attention", "mixer"]
 
 
 def check_sparsity(value: Any) -> float | list[float]:
@@ -89,7 +89,7 @@ class Method(BaseModel):
     """One line for `caprese methods`."""
     parts: ClassVar[frozenset[Part]] = frozenset()
     """What it acts on: width (one fixed set of neurons), weights (how they are stored), rows (neurons by sequence),
-    neurons (by token), inputs (input channels by token), attention. Two methods on one part do not compose."""
+    neurons (by token), inputs (input channels by token), attention, mixer (what stands in for it). Two methods on one part do not compose."""
 
     layers: Layers = "all"
     """Which decoder layers: "all", "first-half", or a list of layer numbers from 0."""

@@ -13,17 +13,18 @@ from pydantic import ValidationError
 from caprese.efficient_methods.base import Method
 from caprese.efficient_methods.cats import Cats
 from caprese.efficient_methods.griffin import Griffin
+from caprese.efficient_methods.mamba import Mamba
 from caprese.efficient_methods.none import Nothing
 from caprese.efficient_methods.quantized import Int8, Nf4
 from caprese.efficient_methods.static import Static
 from caprese.efficient_methods.teal import Teal
 from caprese.errors import CapreseError
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (Griffin, Cats, Teal, Static, Nf4, Int8, Nothing)}
+METHODS: dict[str, type[Method]] = {m.name: m for m in (Griffin, Cats, Teal, Static, Nf4, Int8, Mamba, Nothing)}
 #: Other packages add a method with an entry point in this group: name = "package.module:Class"
 GROUP = "caprese.methods"
 # what comes first is done first: weights are narrowed, then packed; inputs are dropped before neurons
-_ORDER = ("width", "weights", "attention", "inputs", "rows", "neurons")
+_ORDER = ("mixer", "width", "weights", "attention", "inputs", "rows", "neurons")
 
 
 @functools.cache
@@ -115,6 +116,8 @@ def refusal(one: Method, other: Method) -> str | None:
     shared = one.acts_on & other.acts_on
     if shared:
         return f"both act on the same part of a layer ({', '.join(sorted(shared))})"
+    if {"mixer", "attention"} <= one.acts_on | other.acts_on:
+        return "one replaces the attention that the other would thin"
     for packed, selecting in ((one, other), (other, one)):
         if "weights" in packed.acts_on and selecting.acts_on & {"rows", "neurons", "inputs"}:
             return f"{packed.name} packs the FFN weights, and {selecting.name} would select rows or columns of them"

@@ -22,6 +22,7 @@ from caprese.efficient_methods.state import TAIL, State, keep_state, remember, r
 from caprese.errors import CapreseError
 
 if TYPE_CHECKING:
+    from caprese.efficient_methods.mamba.replacement import MixerObserver
     from caprese.efficient_methods.wrapper import EfficientFFN
 
 #: called with (wrapper, x [n, D], residual [n, D], y [n, D]) for the completion tokens of each FFN
@@ -58,6 +59,9 @@ class Phases:
         self.prefilling = False
         self.prompt_lengths: torch.Tensor | None = None
         self.observer: Observer | None = None
+        #: whether attentions are replaced, so that prompts do not run as in the dense model
+        self.mixes = False
+        self.mixer_observer: MixerObserver | None = None
         #: layers that act, the others staying dense; None is all
         self.only: set[int] | None = None
         #: inside a compiled decode step, which only computes: what is Python was done before it

@@ -101,6 +101,15 @@ class Site:
         """The attribute of the decoder layer that is called with x."""
         return self.family.ffn or self.family.up
 
+    @property
+    def attention_name(self) -> str:
+        """The attribute of the decoder layer that holds its attention."""
+        return self.family.attention[0].split(".")[0]
+
+    def attention(self) -> nn.Module:
+        found: nn.Module = getattr(self.layer, self.attention_name)
+        return found
+
     def attention_linears(self) -> list[nn.Module]:
         """The attention's linear layers, the output projection last."""
         return [self.layer.get_submodule(path) for path in self.family.attention]
@@ -177,9 +186,11 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]
     base = unwrap(model)
     family = family_of(base.config)
     attention = {path.split(".")[0] for path in family.attention}
+    within = f".{family.attention[0].split('.')[0]}.attention."
     for name, parameter in base.named_parameters():
-        if ".lora_" in name or ".start." in name:
+        if ".lora_" in name or ".start." in name or ".mixer." in name:
             continue
+        name = name.replace(within, within.removesuffix("attention."))  # an attention that a mixer stands before
         inside = f".{family.ffn or family.up}.ffn."
         name = name.replace(inside, f".{family.ffn}." if family.ffn else ".").replace(".base_layer.", ".")
         group = "rest"

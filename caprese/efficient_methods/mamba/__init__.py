@@ -1,0 +1,7 @@
+"""Mamba-2 in place of attention: the method, the mixer and its place in the KV cache."""
+
+from caprese.efficient_methods.mamba.method import Mamba
+from caprese.efficient_methods.mamba.mixer import Mixer, MixerState
+from caprese.efficient_methods.mamba.replacement import Replacement
+
+__all__ = ["Mamba", "Mixer", "MixerState", "Replacement"]

@@ -1,0 +1,55 @@
+"""Mamba-2 in place of attention, in some layers or in all."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, PlainValidator
+
+from caprese.efficient_methods.base import Method, Part
+from caprese.errors import CapreseError
+
+
+def _keep(value: Any) -> float | list[int]:
+    if isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError("a fraction from 0 to below 1, or a list of layers that keep their attention")
+    return float(value)
+
+
+class Mamba(Method):
+    """Replace attention layers by Mamba-2 mixers started from the attention's weights (arXiv 2408.15237).
+
+    Prompts run through the mixers too: a state is built as the text is read. Everything else stays as it is.
+    """
+
+    name: ClassVar[str] = "mamba"
+    summary: ClassVar[str] = "Mamba-2 mixers in place of attention layers, started from their weights"
+    parts: ClassVar[frozenset[Part]] = frozenset({"mixer"})
+
+    keep_attention: Annotated[float | list[int], PlainValidator(_keep)] = 0.5
+    """Fraction of the layers that keep their attention, spread evenly, or the numbers of those that do; 0 is none."""
+    start: Literal["attention", "random"] = "attention"
+    """What mixers start from."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of what is random in a mixer's start."""
+
+    def layer_indices(self, count: int) -> list[int]:
+        """The layers that get a mixer.
+
+        Raises:
+            CapreseError: layers that the model does not have, or none left to replace.
+        """
+        layers = super().layer_indices(count)
+        if isinstance(self.keep_attention, list):
+            kept = set(self.keep_attention)
+            if unknown := sorted(kept - set(range(count))):
+                raise CapreseError(f"keep_attention {unknown}: a model of {count} layers has 0-{count - 1}")
+        else:
+            many = round(self.keep_attention * len(layers))
+            kept = {layers[int((i + 0.5) * len(layers) / many)] for i in range(many)}
+        replaced = [layer for layer in layers if layer not in kept]
+        if not replaced:
+            raise CapreseError("keep_attention leaves no layer to replace; keep fewer")
+        return replaced

@@ -1,0 +1,176 @@
+"""The module that stands in for an attention layer: a Mamba-2 mixer started from the attention's own weights.
+
+V -> x, K -> B, Q -> C, O -> out (arXiv 2408.15237, section 3): linear attention is the recurrence S += v k^T, y = S q,
+and Mamba-2 adds to it a decay, a gate, a short convolution and a norm. Those start so that they change little: the
+convolution passes its input, the gate is 1.
+
+Parameters have the names and shapes of transformers' GraniteMoeHybridMambaLayer, which can hold them exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import DynamicLayer
+
+from caprese.errors import CapreseError
+from caprese.kernels.scan import chunk_scan, step
+from caprese.models.attention import Attention
+
+KERNEL = 4
+# silu(b) = 1: the gate at its start
+_OPEN = 1.2784645427610738
+# dt from 1/1000 to 1/10, log-uniform, and A from 1 to 16, as in Mamba-2: heads remember from a token to a thousand
+_DT, _A = (1e-3, 1e-1), (1.0, 16.0)
+
+
+class MixerState(DynamicLayer):
+    """A mixer's place in the KV cache: the last inputs of its convolution and its state, however long the text is.
+
+    `window` [B, channels, KERNEL - 1], `state` [B, H, P, N].
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.window: torch.Tensor | None = None
+        self.state: torch.Tensor | None = None
+        self.length = 0
+        self.keys = self.values = torch.empty(0)
+        self.is_initialized = True
+
+    def keep(self, window: torch.Tensor, state: torch.Tensor, tokens: int) -> None:
+        """After `tokens` more tokens."""
+        self.window, self.state = window, state
+        self.length += tokens
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self.length
+
+    def _each(self, change: Any) -> None:
+        if self.window is not None and self.state is not None:
+            self.window, self.state = change(self.window), change(self.state)
+
+    def reset(self) -> None:
+        self.window = self.state = None
+        self.length = 0
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._each(lambda t: t[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def crop(self, max_length: int) -> None:
+        if max_length in (0, self.length):
+            return
+        raise CapreseError("a Mamba layer's state cannot be cropped back; assisted decoding is not for hybrids")
+
+
+class Mixer(nn.Module):
+    """x [B, T, D] -> [B, T, D], causal, with a state of fixed size."""
+
+    def __init__(self, attention: Attention, eps: float, seed: int, start: str = "attention") -> None:
+        super().__init__()
+        a = attention
+        like = a.q
+        self.heads, self.size, self.eps = a.heads, a.head_dim, eps
+        self.inner = inner = a.heads * a.head_dim
+        hidden = like.shape[1]
+        kind: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        self.in_proj = nn.Linear(hidden, 4 * inner + a.heads, **kind)
+        self.conv1d = nn.Conv1d(3 * inner, 3 * inner, KERNEL, groups=3 * inner, padding=KERNEL - 1, **kind)
+        self.dt_bias = nn.Parameter(torch.empty(a.heads, device=like.device))
+        self.A_log = nn.Parameter(torch.empty(a.heads, device=like.device))
+        self.D = nn.Parameter(torch.ones(a.heads, device=like.device))
+        self.norm = nn.Module()
+        self.norm.weight = nn.Parameter(torch.ones(inner, **kind))
+        self.out_proj = nn.Linear(inner, hidden, **kind)
+        self._start(a, seed, start)
+
+    @torch.no_grad()
+    def _start(self, a: Attention, seed: int, start: str) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        inner = self.inner
+
+        def drawn(*shape: int) -> torch.Tensor:
+            return torch.rand(*shape, generator=generator)
+
+        dt = torch.exp(drawn(a.heads) * math.log(_DT[1] / _DT[0]) + math.log(_DT[0]))
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+        self.A_log.copy_(torch.log(_A[0] + (_A[1] - _A[0]) * drawn(a.heads)))
+        bound = a.q.shape[1] ** -0.5
+        weight = (2 * drawn(*self.in_proj.weight.shape) - 1) * bound
+        bias = torch.zeros(len(weight))
+        conv = torch.zeros(3 * inner, 1, KERNEL)
+        if start == "attention":
+            repeat = a.heads // a.groups
+            values, keys = (_by_head(t, a.groups, repeat) for t in (a.v, a.k))
+            weight[:inner] = 0
+            bias[:inner] = _OPEN
+            for place, rows, extra, factor in (
+                (1, values, a.v_bias, 1.0),
+                (2, keys, a.k_bias, 1.0),
+                (3, a.q, a.q_bias, a.scaling),
+            ):
+                part = slice(place * inner, (place + 1) * inner)
+                weight[part] = factor * rows.float().cpu()
+                if extra is not None:
+                    extra = extra if place == 3 else _by_head(extra, a.groups, repeat)
+                    bias[part] = factor * extra.float().cpu()
+            conv[:, :, -1] = 1
+            self.out_proj.weight.copy_(a.out)
+            self.out_proj.bias.copy_(torch.zeros_like(self.out_proj.bias) if a.out_bias is None else a.out_bias)
+        else:
+            conv = (2 * drawn(*conv.shape) - 1) * KERNEL**-0.5
+            out = (2 * drawn(*self.out_proj.weight.shape) - 1) * inner**-0.5
+            self.out_proj.weight.copy_(out)
+            self.out_proj.bias.zero_()
+        self.in_proj.weight.copy_(weight)
+        self.in_proj.bias.copy_(bias)
+        self.conv1d.weight.copy_(conv)
+        self.conv1d.bias.zero_()
+
+    def forward(
+        self, x: torch.Tensor, valid: torch.Tensor | None = None, cache: MixerState | None = None
+    ) -> torch.Tensor:
+        """x [B, T, D]; tokens that are not `valid` [B, T] leave no trace, which is meant for pads before a text."""
+        batch, length, _ = x.shape
+        z, mixed, dt = self.in_proj(x).split([self.inner, 3 * self.inner, self.heads], dim=-1)
+        if valid is not None:
+            mixed = mixed * valid.unsqueeze(-1).to(mixed.dtype)
+        mixed = mixed.transpose(1, 2)
+        window = None if cache is None else cache.window
+        if window is None:
+            window = mixed.new_zeros(batch, mixed.shape[1], KERNEL - 1)
+        mixed = torch.cat([window, mixed], -1)
+        kept = mixed[..., 1 - KERNEL :]
+        mixed = F.silu(F.conv1d(mixed, self.conv1d.weight, self.conv1d.bias, groups=mixed.shape[1])).transpose(1, 2)
+        dt = F.softplus(dt.float() + self.dt_bias)
+        if valid is not None:
+            dt = dt * valid.unsqueeze(-1)
+        v, b, c = (t.unflatten(-1, (self.heads, self.size)).float() for t in mixed.chunk(3, dim=-1))
+        a = -self.A_log.float().exp()
+        state = None if cache is None else cache.state
+        if length == 1 and state is not None:
+            y, state = step(v[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], state)
+            y = y.unsqueeze(1)
+        else:
+            y, state = chunk_scan(v, dt, a, b, c, state)
+        y = y + self.D[:, None] * v
+        y = y * F.silu(z.float()).unflatten(-1, (self.heads, self.size))
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        if cache is not None:
+            cache.keep(kept, state, length)
+        return self.out_proj(self.norm.weight * y.flatten(-2).to(x.dtype))
+
+
+def _by_head(t: torch.Tensor, groups: int, repeat: int) -> torch.Tensor:
+    """Rows of key or value heads, once for each query head that looks at them."""
+    return t.unflatten(0, (groups, -1)).repeat_interleave(repeat, 0).flatten(0, 1)

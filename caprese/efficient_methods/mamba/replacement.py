@@ -1,0 +1,76 @@
+"""What sits in an attention's place: the mixer, and the attention itself for the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from caprese.efficient_methods.mamba.method import Mamba
+from caprese.efficient_methods.mamba.mixer import Mixer, MixerState
+from caprese.errors import CapreseError
+from caprese.models import Site
+from caprese.models.attention import read_attention
+
+if TYPE_CHECKING:
+    from caprese.efficient_methods.phases import Phases
+
+#: called with (layer, x [B, T, D], out [B, T, D], valid [B, T] or None) by every replaced attention in a dense pass
+MixerObserver = Callable[["Replacement", torch.Tensor, torch.Tensor, "torch.Tensor | None"], None]
+
+
+class Replacement(nn.Module):
+    """Called as the attention is; runs the mixer, or inside `dense` the attention.
+
+    Attributes:
+        lost: what of the attention the mixer's start does not have.
+    """
+
+    def __init__(self, site: Site, config: Any, method: Mamba, phases: Phases) -> None:
+        super().__init__()
+        self.attention = site.attention()
+        self.layer, self.phases = site.index, phases
+        weights = read_attention(self.attention, config)
+        self.lost = weights.lost
+        eps = next((e for k in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon") if (e := getattr(config, k, 0))), 1e-6)
+        self.mixer = Mixer(weights, eps, method.seed * 1_000_003 + site.index, method.start)
+        self.mixer.requires_grad_(False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs["hidden_states"]
+        if self.phases.dense:
+            out = self.attention(*args, **kwargs)
+            if self.phases.mixer_observer is not None:
+                self.phases.mixer_observer(self, x, out[0], None)
+            return out
+        cache = next((v for v in (*kwargs.values(), *args) if isinstance(v, Cache)), None)
+        state = None if cache is None else self._state(cache)
+        return self.mixer(x, self._valid(x), state), None
+
+    def _valid(self, x: torch.Tensor) -> torch.Tensor | None:
+        current = self.phases.current
+        if current is None or x.shape[1] == 1:
+            return None
+        parts = [part for part in (current.prompt, current.completion) if part is not None]
+        return parts[0] if len(parts) == 1 else parts[0] | parts[1]
+
+    def _state(self, cache: Cache) -> MixerState:
+        layers: list[Any] = cache.layers
+        while len(layers) <= self.layer:
+            layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]
+        found = layers[self.layer]
+        if not isinstance(found, MixerState):
+            if found.get_seq_length():
+                raise CapreseError("this KV cache was filled by the dense model; a hybrid starts with an empty one")
+            layers[self.layer] = found = MixerState()
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        """What decoder layers ask of their attention beside calling it."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("attention"), name)

@@ -1,0 +1,94 @@
+"""An attention layer's weights seen from outside, however its family spells them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from caprese.errors import CapreseError
+from caprese.models.ffn import linear_weights
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What softmax attention is made of, one row an output channel.
+
+    q [H d, D], k and v [G d, D], out [D, H d], with H query heads, G key and value heads, d channels a head. `scaling`
+    is what q k is multiplied by. `lost` names what is not in these weights.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor
+    q_bias: torch.Tensor | None
+    k_bias: torch.Tensor | None
+    v_bias: torch.Tensor | None
+    out_bias: torch.Tensor | None
+    heads: int
+    groups: int
+    head_dim: int
+    scaling: float
+    lost: tuple[str, ...] = field(default=())
+
+
+def read_attention(module: nn.Module, config: Any) -> Attention:
+    """The weights of one attention module of a supported family.
+
+    Norms of queries and keys become part of the rows by their weights; that they normalise is among `lost`.
+
+    Raises:
+        CapreseError: packed weights, or an attention that is none of the known ones.
+    """
+    m: Any = module
+    head_dim = getattr(m, "head_dim", None) or getattr(m, "head_size", None)
+    if not head_dim:
+        raise CapreseError(f"{type(m).__name__} is no attention that caprese knows")
+    if hasattr(m, "q_proj"):
+        (q, qb), (k, kb), (v, vb) = (linear_weights(getattr(m, f"{n}_proj")) for n in "qkv")
+        out, ob = linear_weights(m.o_proj if hasattr(m, "o_proj") else m.out_proj)
+    elif hasattr(m, "qkv_proj"):
+        whole, bias = linear_weights(m.qkv_proj)
+        out, ob = linear_weights(m.o_proj)
+        groups = (len(whole) - out.shape[1]) // 2
+        q, k, v = whole.split([out.shape[1], groups, groups])
+        qb, kb, vb = (None,) * 3 if bias is None else bias.split([out.shape[1], groups, groups])
+    elif hasattr(m, "c_attn"):
+        whole, bias = linear_weights(m.c_attn)
+        q, k, v = whole.chunk(3)
+        qb, kb, vb = (None,) * 3 if bias is None else bias.chunk(3)
+        out, ob = linear_weights(m.c_proj)
+    elif hasattr(m, "query_key_value"):  # by head: its q, k and v rows
+        whole, bias = linear_weights(m.query_key_value)
+        q, k, v = (t.flatten(0, 1) for t in whole.unflatten(0, (-1, 3, head_dim)).unbind(1))
+        qb, kb, vb = (
+            (None,) * 3 if bias is None else (t.flatten() for t in bias.unflatten(0, (-1, 3, head_dim)).unbind(1))
+        )
+        out, ob = linear_weights(m.dense)
+    else:
+        raise CapreseError(f"{type(m).__name__} is no attention that caprese knows")
+    lost = []
+    rows = {"q": (q, qb), "k": (k, kb)}
+    for name, (weight, bias) in rows.items():
+        norm = getattr(m, f"{name}_norm", None)
+        if norm is not None:
+            size = norm.weight.numel()
+            factor = norm(torch.ones(size, dtype=weight.dtype, device=weight.device))
+            factor = factor.repeat(len(weight) // size)
+            rows[name] = (weight * factor[:, None], None if bias is None else bias * factor)
+            lost.append(f"{name}_norm (its weights are kept)")
+    (q, qb), (k, kb) = rows["q"], rows["k"]
+    if getattr(config, "rope_parameters", None) and getattr(m, "use_rope", True):
+        lost.append("rope")
+    if getattr(m, "sliding_window", None) or getattr(m, "is_sliding", False):
+        lost.append("sliding window")
+    if getattr(m, "attn_logit_softcapping", None):
+        lost.append("soft cap")
+    scaling = getattr(m, "scaling", None)
+    scaling = head_dim**-0.5 if scaling is None else float(scaling)
+    return Attention(
+        *(q, k, v, out, qb, kb, vb, ob), len(q) // head_dim, len(k) // head_dim, head_dim, scaling, tuple(lost)
+    )

@@ -1,0 +1,215 @@
+"""Mamba in place of attention: the mixer is the paper's, its cache is exact, and every family has one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_llama
+from families import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_phases import padded, prompts, recovered
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridMambaLayer
+
+import caprese
+from caprese.adapters import branch_parameters, fingerprint
+from caprese.efficient_methods import Mixer, MixerState, Replacement
+from caprese.kernels.scan import chunk_scan, recurrence
+from caprese.models import FAMILIES
+from caprese.models.attention import read_attention
+
+
+def drawn(length: int, heads: int = 3, size: int = 4, width: int = 5, seed: int = 0):
+    """x, dt, A, B, C in float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(2, length, *shape, generator=generator, dtype=torch.float64)
+
+    a = -3 * torch.rand(heads, generator=generator, dtype=torch.float64)
+    return normal(heads, size), normal(heads).abs(), a, normal(heads, width), normal(heads, width)
+
+
+def written_out(x, dt, a, b, c):
+    """The paper's recurrence (arXiv 2405.21060, equation 1, discretised), one number at a time."""
+    batch, length, heads, size = x.shape
+    out = torch.zeros_like(x)
+    for n in range(batch):
+        for h in range(heads):
+            state = torch.zeros(b.shape[-1], size, dtype=x.dtype)
+            for t in range(length):
+                step = float(dt[n, t, h])
+                state = torch.exp(step * a[h]) * state + step * torch.outer(b[n, t, h], x[n, t, h])
+                out[n, t, h] = state.T @ c[n, t, h]
+    return out
+
+
+def test_the_recurrence_is_the_papers():
+    args = drawn(11)
+    assert torch.allclose(recurrence(*args)[0], written_out(*args), atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(length=st.integers(1, 40), chunk=st.integers(1, 16), cut=st.integers(0, 40), seed=st.integers(0, 99))
+def test_chunks_are_steps_are_one_pass(length, chunk, cut, seed):
+    x, dt, a, b, c = drawn(length, seed=seed)
+    y, state = recurrence(x, dt, a, b, c)
+    for begin in {0, min(cut, length - 1)}:
+        parts, known = [], None
+        for span in (slice(0, begin), slice(begin, length)):
+            if span.stop > span.start:
+                part, known = chunk_scan(x[:, span], dt[:, span], a, b[:, span], c[:, span], known, chunk)
+                parts.append(part)
+        assert torch.allclose(torch.cat(parts, 1), y, atol=1e-9) and torch.allclose(known, state, atol=1e-9)
+
+
+def mixer(kind: str = "llama", layer: int = 0) -> tuple[Mixer, torch.Tensor]:
+    """A mixer of a tiny model, and an input for it."""
+    model = tiny(kind)
+    place = model.get_submodule(FAMILIES[kind].layers)[layer]
+    attention = read_attention(getattr(place, FAMILIES[kind].attention[0].split(".")[0]), model.config)
+    made = Mixer(attention, 1e-6, 0)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    return made, torch.randn(2, 21, attention.q.shape[1], generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_it_is_the_layer_that_transformers_has():
+    made, x = mixer()
+    names = {
+        "mamba_proj_bias": True,
+        "mamba_conv_bias": True,
+        "mamba_n_heads": made.heads,
+        "mamba_n_groups": made.heads,
+        "mamba_d_state": made.size,
+        "mamba_d_head": made.size,
+        "mamba_d_conv": 4,
+        "mamba_expand": 1,
+        "mamba_chunk_size": 8,
+        "hidden_size": x.shape[-1],
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "time_step_limit": (0.0, float("inf")),
+        "layer_types": ["linear_attention"],
+    }
+    stock = GraniteMoeHybridMambaLayer(SimpleNamespace(**names), 0).eval()
+    stock.load_state_dict(made.state_dict())
+    assert torch.allclose(made(x), stock(x), atol=1e-5)
+
+
+@torch.no_grad()
+@settings(max_examples=20, deadline=None)
+@given(cuts=st.lists(st.integers(1, 20), max_size=4, unique=True), pads=st.integers(0, 9))
+def test_a_text_in_pieces_or_behind_pads(cuts, pads):
+    made, x = mixer()
+    whole = made(x)
+    state, parts = MixerState(), []
+    for begin, end in zip([0, *sorted(cuts)], [*sorted(cuts), 21], strict=True):
+        parts.append(made(x[:, begin:end], cache=state))
+    assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5) and state.get_seq_length() == 21
+    valid = (torch.arange(21 + pads) >= pads).expand(2, -1)
+    behind = made(torch.cat([9 * torch.ones(2, pads, x.shape[-1]), x], 1), valid)
+    assert torch.allclose(behind[:, pads:], whole, atol=1e-5)
+
+
+@torch.no_grad()
+def test_it_starts_as_linear_attention():
+    """Without what Mamba adds (decay, skip, silu, norm), the start is sum_s v_s (k_s q_t), q, k and v the attention's."""
+    model = tiny_llama()
+    attention = read_attention(model.model.layers[0].self_attn, model.config)
+    made = Mixer(attention, 1e-6, 0)
+    x = torch.randn(1, 7, 32)
+    inner = made.inner
+    z, v, k, q = made.in_proj(x)[..., : 4 * inner].split(inner, -1)
+    expected = model.model.layers[0].self_attn
+    assert torch.allclose(torch.nn.functional.silu(z), torch.ones_like(z))
+    assert torch.allclose(q * attention.head_dim**0.5, expected.q_proj(x), atol=1e-6)
+    for ours, theirs in ((k, expected.k_proj(x)), (v, expected.v_proj(x))):
+        heads = theirs.unflatten(-1, (2, -1)).repeat_interleave(2, -2)  # each key head serves two query heads
+        assert torch.allclose(ours.unflatten(-1, (4, -1)), heads, atol=1e-6)
+    assert torch.equal(made.out_proj.weight, expected.o_proj.weight)
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+@pytest.mark.parametrize("keep", [0.5, 0])
+@torch.no_grad()
+def test_every_family(kind, keep):
+    base = tiny(kind)
+    ids = prompts(9)[0]
+    before, prints = base(ids).logits, fingerprint(base)
+    model = caprese.apply(base, caprese.Mamba(keep_attention=keep))
+    assert fingerprint(model) == prints
+    assert sum(isinstance(m, Replacement) for m in model.modules()) == (1 if keep else 2)
+    whole = model(ids).logits
+    assert not torch.allclose(whole, before)
+    with caprese.dense(model):
+        assert torch.equal(model(ids).logits, before)
+    out = model(ids[:, :4], use_cache=True)
+    parts = [out.logits]
+    for t in (slice(4, 5), slice(5, 6), slice(6, 9)):  # decoding, then a second turn
+        out = model(ids[:, t], past_key_values=out.past_key_values, use_cache=True)
+        parts.append(out.logits)
+    assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-4)
+    how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    rows = prompts(9) + prompts(4)
+    batch, mask = padded(rows)
+    together = model.generate(input_ids=batch, attention_mask=mask, **how)
+    for row, alone in zip(together, rows, strict=True):
+        assert torch.equal(row[-6:], model.generate(input_ids=alone, **how)[0, -6:])
+    beams = [model.generate(input_ids=ids, num_beams=3, use_cache=cached, **how) for cached in (True, False)]
+    assert torch.equal(*beams)
+    caprese.remove(model)
+    assert torch.equal(base(ids).logits, before)
+
+
+def test_which_layers_keep_their_attention():
+    def replaced(count, **how):
+        return caprese.Mamba(**how).layer_indices(count)
+
+    assert replaced(4) == [0, 2] and replaced(8, keep_attention=0.25) == [0, 1, 3, 4, 5, 7]
+    assert replaced(3, keep_attention=0) == [0, 1, 2] and replaced(4, keep_attention=[0, 3]) == [1, 2]
+    assert replaced(6, keep_attention=[1], layers=[0, 1, 2]) == [0, 2]
+    for wrong in (1, -0.1, 1.5, "half", [0.5]):
+        with pytest.raises(ValueError, match="fraction from 0"):
+            caprese.Mamba(keep_attention=wrong)
+    with pytest.raises(caprese.CapreseError, match="a model of 4 layers has 0-3"):
+        replaced(4, keep_attention=[4])
+    with pytest.raises(caprese.CapreseError, match="leaves no layer"):
+        replaced(2, keep_attention=[0, 1])
+
+
+def test_what_a_mixer_has_no_place_for_is_named():
+    model = caprese.apply(tiny("qwen3"), caprese.Mamba(keep_attention=0))
+    lost = next(m for m in model.modules() if isinstance(m, Replacement)).lost
+    assert any("q_norm" in each for each in lost) and "rope" in lost
+    model = caprese.apply(tiny("gpt2"), caprese.Mamba(keep_attention=0))
+    assert next(m for m in model.modules() if isinstance(m, Replacement)).lost == ()
+
+
+def test_with_ffn_sparsity_and_a_branch_in_one_model():
+    model = caprese.apply(tiny_llama(), [caprese.Mamba(keep_attention=[1]), caprese.Griffin(sparsity=0.5)])
+    adapted = recovered(model, scale=0.0)
+    ids = prompts(8)[0]
+    with torch.no_grad(), caprese.phases(adapted, [3]):
+        both = adapted(input_ids=ids).logits
+    trained = branch_parameters(adapted)
+    mixers = [p for m in adapted.modules() if isinstance(m, Mixer) for p in m.parameters()]
+    assert len(trained) == len(mixers) + 6
+    alone = caprese.apply(tiny_llama(), caprese.Griffin(sparsity=0.5))
+    with torch.no_grad(), caprese.phases(alone, [3]):
+        assert not torch.allclose(alone(input_ids=ids).logits, both)
+    with pytest.raises(caprese.CapreseError, match="one replaces the attention that the other would thin"):
+        caprese.apply(tiny_llama(), [caprese.Mamba(), caprese.Teal(where="attention")])
+
+
+def test_a_cache_that_the_dense_model_filled_is_refused():
+    model = caprese.apply(tiny_llama(), caprese.Mamba())
+    ids = prompts(6)[0]
+    with caprese.dense(model):
+        cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(caprese.CapreseError, match="filled by the dense model"):
+        model(ids, past_key_values=cache)
