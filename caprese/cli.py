@@ -139,6 +139,14 @@ def _sparsity(text: str | None) -> float | list[float] | str | None:
     return numbers if len(numbers) > 1 else numbers[0]
 
 
+def _keep_attention(text: str | None) -> Any:
+    """A fraction, or numbers and ranges."""
+    try:
+        return None if text is None else float(text) if "." in text or text == "0" else _layers(text)
+    except ValueError:
+        raise CapreseError(f"--keep-attention {text!r}: use a fraction like 0.5, or numbers like 0,5,11") from None
+
+
 def _rank(text: str | None) -> int | str | None:
     if text is None or text == "auto":
         return text
@@ -168,6 +176,9 @@ def recover(
     threshold: Annotated[str | None, typer.Option(help="cats: prompt or calibrated.")] = None,
     shared_choice: Annotated[
         bool | None, typer.Option("--shared-choice/--own-choice", help="One choice for all sequences of a batch.")
+    ] = None,
+    keep_attention: Annotated[
+        str | None, typer.Option(help="mamba: fraction of layers that keep attention, or which: 0,5,11.")
     ] = None,
     reselect_every: Annotated[
         int | None, typer.Option(help="Generated tokens after which the choice is made anew.")
@@ -215,6 +226,7 @@ def recover(
         "target_active": target_active,
         "threshold": threshold,
         "shared_choice": shared_choice,
+        "keep_attention": _keep_attention(keep_attention),
         "reselect_every": reselect_every,
         "layers": _layers(layers),
         "rank": _rank(rank),

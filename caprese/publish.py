@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from caprese.adapters import Sidecar, check_base, check_files, hub, load_base_for, locate, ranks_of, read_sidecar
-from caprese.adapters.storage import CALIBRATION, CONFIG, FILES, SIDECAR
+from caprese.adapters.storage import CALIBRATION, CONFIG, FILES, MIXERS, SIDECAR
 from caprese.efficient_methods import describe_methods
 from caprese.errors import CapreseError
 from caprese.evaluation import summary
@@ -45,7 +45,8 @@ def push(
     terms = {key: report[key] for key in TERMS if report and report.get(key)}
     if not terms and hub.is_hub_id(sidecar.base.id):
         terms = base_terms(sidecar.base.id)
-    own = [name for name in FILES if name != CALIBRATION or sidecar.calibration_sha256 is not None]
+    left_out = {CALIBRATION: sidecar.calibration_sha256, MIXERS: sidecar.mixers_sha256}
+    own = [name for name in FILES if name not in left_out or left_out[name] is not None]
     files: dict[str, Path | bytes] = {name: source / name for name in own}
     if report is not None:
         files |= {name: source / name for name in _RUN if (source / name).is_file()}

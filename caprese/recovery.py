@@ -50,7 +50,7 @@ from caprese.data_gen import (
     make_samples,
     trained_prompts,
 )
-from caprese.distill import HeldOut, accumulate, allocate_ranks, fit_layer, make_batches, new_moments
+from caprese.distill import HeldOut, accumulate, align, allocate_ranks, fit_layer, make_batches, new_moments
 from caprese.distill.adam import fit_adam
 from caprese.distill.batches import Batch, device_of
 from caprese.distill.end_to_end import train
@@ -68,6 +68,7 @@ from caprese.efficient_methods import (
     make_method,
     methods_by_layer,
     needs_calibration,
+    phases_of,
     remove,
 )
 from caprese.errors import CapreseError
@@ -138,6 +139,7 @@ def recover(
     chosen = list(methods_by_layer(methods, len(sites)))
     adapted: nn.Module = apply(model, methods, calibration=calibration, reselect_every=recipe.reselect_every)
     try:
+        aligned = _alignment(model, samples, recipe, state, identity)
         validation = make_batches(samples["validation"], recipe.layerwise.batch_size)
         held_out = HeldOut(model, validation, recipe.end_to_end.cache_gigabytes)
         with _stage(state, "layerwise", 2) as stage:
@@ -188,6 +190,7 @@ def recover(
             **measured,
             "stages": stages,
             "curves": {
+                "alignment": aligned,
                 "end_to_end": curve,
                 "validation": [
                     {"stage": "efficient", "step": 0, "kl": fitted["kl"]["efficient"]},
@@ -464,6 +467,21 @@ def _layerwise(
     tensors, facts = read_tensors(path, _AGAIN)
     set_branches(adapted, tensors)
     return adapted, facts
+
+
+def _alignment(
+    model: nn.Module, samples: Mapping[str, list[Sample]], recipe: Recipe, state: Path, identity: str
+) -> list[dict[str, float]]:
+    """Before anything else, mixers learn what the attentions gave that they replace; the training curve."""
+    if not phases_of(model).mixes:
+        return []
+    config = recipe.alignment
+    with _stage(state, "alignment", 2) as stage:
+        train, held_out = (make_batches(samples[s], config.micro_batch) for s in ("train", "validation"))
+        path = state / "alignment.safetensors"
+        before, after, curve = align(model, train, held_out, config, recipe.seed, path, identity)
+        stage.update(kept=after < before, note=f"held-out error of mixers {before:.4f} -> {after:.4f}")
+    return curve
 
 
 def _attach(model: nn.Module, ranks: list[int], recipe: Recipe) -> nn.Module:

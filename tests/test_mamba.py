@@ -118,7 +118,7 @@ def test_a_text_in_pieces_or_behind_pads(cuts, pads):
 
 @torch.no_grad()
 def test_it_starts_as_linear_attention():
-    """Without what Mamba adds (decay, skip, silu, norm), the start is sum_s v_s (k_s q_t), q, k and v the attention's."""
+    """x, B and C are the attention's v, k and q; the gate is open."""
     model = tiny_llama()
     attention = read_attention(model.model.layers[0].self_attn, model.config)
     made = Mixer(attention, 1e-6, 0)
@@ -213,3 +213,78 @@ def test_a_cache_that_the_dense_model_filled_is_refused():
         cache = model(ids, use_cache=True).past_key_values
     with pytest.raises(caprese.CapreseError, match="filled by the dense model"):
         model(ids, past_key_values=cache)
+
+
+@pytest.fixture
+def distilled(tiny_dir, tmp_path):
+    """A hybrid with FFN sparsity and branches, recovered in seconds."""
+    model, tokenizer = caprese.load_base(str(tiny_dir))
+    recipe = caprese.Recipe(
+        model=str(tiny_dir),
+        method="mamba:keep_attention=0.34+griffin:0.5",
+        rank=4,
+        output=str(tmp_path / "out"),
+        samples={"prompts": "gym:simple_equations", "train": 24, "validation": 6, "test": 6, "max_new_tokens": 16},
+        alignment={"epochs": 2, "batch_size": 4, "micro_batch": 4, "learning_rate": 3e-3},
+        layerwise={"how": "none"},
+        end_to_end={"epochs": 2, "batch_size": 4, "micro_batch": 4, "learning_rate": 3e-3},
+        evaluation={"latency_tokens": 8, "batch_size": 4},
+    )
+    return model, recipe, caprese.recover(model, tokenizer, recipe)
+
+
+def test_recovered_saved_and_loaded(distilled, tiny_dir, tmp_path):
+    model, recipe, report = distilled
+    quality = report["quality"]
+    assert quality["recovered"]["kl"] < 0.9 * quality["efficient"]["kl"]
+    assert {s["name"] for s in report["stages"]} >= {"alignment", "end_to_end"}
+    curve = report["curves"]["alignment"]
+    assert curve[-1]["loss"] < curve[0]["loss"]
+    assert not any(isinstance(m, Replacement) for m in model.modules())  # the base comes back as it was
+    ids = prompts(9)[0]
+    adapted = caprese.load(tiny_llama(), recipe.output)
+    assert report["parameters"]["mixers"] == sum(
+        p.numel() for m in adapted.modules() if isinstance(m, Mixer) for p in m.parameters()
+    )
+    tokens = adapted.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+    caprese.save(adapted, tmp_path / "again")
+    again = caprese.load(tiny_llama(), tmp_path / "again", fused=True)
+    assert torch.equal(again.generate(input_ids=ids, max_new_tokens=8, do_sample=False), tokens)
+    weights = tmp_path / "again" / "caprese_mixers.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(caprese.CapreseError, match=r"caprese_mixers\.safetensors of .* was altered"):
+        caprese.load(tiny_llama(), tmp_path / "again")
+    weights.unlink()
+    with pytest.raises(caprese.CapreseError, match=r"holds no caprese_mixers\.safetensors"):
+        caprese.load(tiny_llama(), tmp_path / "again")
+
+
+def test_reselection_is_refused():
+    with pytest.raises(caprese.CapreseError, match="leave it out"):
+        caprese.apply(tiny_llama(), [caprese.Mamba(), caprese.Griffin()], reselect_every=8)
+    recipe = caprese.resolve_recipe("reasoner-tiny", method="mamba")
+    assert recipe.reselect_every is None and recipe.make_methods() == (caprese.Mamba(),)
+
+
+def test_alignment_goes_from_layer_to_attention_only():
+    """The error of a mixer that gives what attention gave is 0, and no layer's error depends on another's mixer."""
+    from caprese.data_gen import Sample
+    from caprese.distill import make_batches
+    from caprese.distill.mixer import alignment
+    from caprese.efficient_methods import replacements
+
+    model = caprese.apply(tiny_llama(), caprese.Mamba(keep_attention=0))
+    rows = torch.randint(2, 258, (3, 20), generator=torch.Generator().manual_seed(0)).tolist()
+    samples = [Sample(row, n, "", "") for row, n in zip(rows, (4, 7, 9), strict=True)]
+    (batch,) = make_batches(samples, 3)
+    before = alignment(model, batch)
+    first, *others = replacements(model)
+    with torch.no_grad():
+        first.mixer.out_proj.weight.mul_(2)
+    after = alignment(model, batch)
+    assert torch.equal(before[1:], after[1:]) and before[0] != after[0]
+    for at in others:
+        at.mixer.forward = lambda x, valid: 0 * x  # type: ignore[method-assign]
+    assert torch.allclose(alignment(model, batch)[1:], torch.ones(len(others)))

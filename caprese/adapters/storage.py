@@ -34,6 +34,7 @@ from caprese.efficient_methods import (
     make_method,
     phases_of,
     remove,
+    replacements,
 )
 from caprese.errors import CapreseError
 from caprese.files import check_writable, put_in_place, sha256, unwritable, write_json
@@ -43,8 +44,9 @@ SIDECAR = "caprese_config.json"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 CALIBRATION = "caprese_calibration.safetensors"
+MIXERS = "caprese_mixers.safetensors"
 #: all that makes an adapter
-FILES = (WEIGHTS, CONFIG, CALIBRATION, SIDECAR)
+FILES = (WEIGHTS, CONFIG, CALIBRATION, MIXERS, SIDECAR)
 
 
 class BaseFacts(BaseModel):
@@ -68,6 +70,8 @@ class Sidecar(BaseModel):
     weights_sha256: str
     calibration_sha256: str | None = None
     """Of the file with what methods chose from samples, where one does."""
+    mixers_sha256: str | None = None
+    """Of the file with what stands in for attentions, where something does."""
 
     def make_methods(self) -> tuple[Method, ...]:
         """The methods, in the order in which they act.
@@ -104,7 +108,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             raise CapreseError(f"adapter weight {name} holds NaN or infinity; not saved. Lower the learning rate")
     check_writable(target)
     phases = phases_of(model)
-    calibration = _calibration(ffns)
+    calibration, mixers = _calibration(ffns), _mixers(model)
     base = base_of(model)
     id_ = public_id(base.model_id)
     for config in model.peft_config.values():
@@ -118,6 +122,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             model.save_pretrained(name, safe_serialization=True, save_embedding_layers=False)
             if calibration:
                 save_file(calibration, scratch / CALIBRATION)
+            if mixers:
+                save_file(mixers, scratch / MIXERS)
             facts = Sidecar(
                 caprese_version=__version__,
                 methods=[{"name": m.name, **m.model_dump(mode="json")} for m in phases.methods],
@@ -127,11 +133,12 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
                 ),
                 weights_sha256=sha256(scratch / WEIGHTS),
                 calibration_sha256=sha256(scratch / CALIBRATION) if calibration else None,
+                mixers_sha256=sha256(scratch / MIXERS) if mixers else None,
             )
             write_json(scratch / SIDECAR, facts.model_dump(mode="json"))
             # only when all are on disk do they take the place of older ones
             for file in FILES:
-                if file != CALIBRATION or calibration:
+                if (scratch / file).exists():
                     put_in_place(scratch / file, target / file)
     except (OSError, SafetensorError) as error:
         raise unwritable(target, error) from error
@@ -145,6 +152,12 @@ def _calibration(ffns: Mapping[str, EfficientFFN]) -> dict[str, torch.Tensor]:
         for m in w.methods
         if "samples" in m.learns
     }
+
+
+def _mixers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What stands in for attentions: parameters by "layer.name"."""
+    named = ((at.layer, n, p) for at in replacements(unwrap(model)) for n, p in at.mixer.named_parameters())
+    return {f"{layer}.{name}": p.detach().cpu().contiguous() for layer, name, p in named}
 
 
 def public_id(name: str) -> str:
@@ -212,17 +225,22 @@ def ranks_of(adapter: str | os.PathLike[str], revision: str | None = None) -> tu
     return config["r"], own
 
 
-def check_files(directory: Path, sidecar: Sidecar, adapter: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """The calibration of an adapter whose files are whole, finite, and as they were saved.
+def check_files(
+    directory: Path, sidecar: Sidecar, adapter: str | os.PathLike[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Calibration and mixers of an adapter whose files are whole, finite, and as they were saved.
 
     Raises:
         CapreseError: naming the file that is not.
     """
     _present(directory, CONFIG, adapter)
     _check_tensors(_present(directory, WEIGHTS, adapter), adapter, sidecar.weights_sha256)
-    if sidecar.calibration_sha256 is None:
-        return {}
-    return _check_tensors(_present(directory, CALIBRATION, adapter), adapter, sidecar.calibration_sha256)
+    more = ((CALIBRATION, sidecar.calibration_sha256), (MIXERS, sidecar.mixers_sha256))
+    calibration, mixers = (
+        {} if digest is None else _check_tensors(_present(directory, name, adapter), adapter, digest)
+        for name, digest in more
+    )
+    return calibration, mixers
 
 
 def check_base(model: nn.Module, facts: BaseFacts) -> None:
@@ -290,7 +308,7 @@ def load(
     directory = locate(adapter, revision, *FILES)
     sidecar = read_sidecar(directory)
     methods = sidecar.make_methods()
-    calibration = check_files(directory, sidecar, adapter)
+    calibration, mixers = check_files(directory, sidecar, adapter)
     if isinstance(base, str):
         base, _ = load_base_for(sidecar, base, dtype=dtype, device=device)
     check_base(base, sidecar.base)
@@ -316,8 +334,18 @@ def load(
             remove(base)
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CapreseError(f"{CONFIG} of {adapter} is damaged ({first}); fetch or make the adapter again") from error
+    _set_mixers(model, mixers, adapter)
     unwrap(model).eval()
     return model
+
+
+def _set_mixers(model: nn.Module, mixers: Mapping[str, torch.Tensor], adapter: str | os.PathLike[str]) -> None:
+    with torch.no_grad():
+        own = {f"{at.layer}.{n}": p for at in replacements(unwrap(model)) for n, p in at.mixer.named_parameters()}
+        if own.keys() != mixers.keys() or any(own[name].shape != t.shape for name, t in mixers.items()):
+            raise CapreseError(f"{MIXERS} of {adapter} does not fit its methods; fetch or make the adapter again")
+        for name, value in mixers.items():
+            own[name].copy_(value)
 
 
 def _check_tensors(path: Path, adapter: str | os.PathLike[str], digest: str) -> dict[str, torch.Tensor]:

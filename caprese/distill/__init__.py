@@ -3,13 +3,16 @@
 from caprese.distill.batches import Batch, make_batches
 from caprese.distill.end_to_end import EndToEnd, HeldOut
 from caprese.distill.layerwise import Layerwise, accumulate, allocate_ranks, fit_layer, new_moments
+from caprese.distill.mixer import Alignment, align
 
 __all__ = [
+    "Alignment",
     "Batch",
     "EndToEnd",
     "HeldOut",
     "Layerwise",
     "accumulate",
+    "align",
     "allocate_ranks",
     "fit_layer",
     "make_batches",

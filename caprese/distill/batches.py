@@ -84,8 +84,9 @@ def _batch(samples: Sequence[Sample]) -> Batch:
 class Context:
     """What comes before the completion inputs, in blocks: (first, end, KV cache with what the methods learned).
 
-    No block where attentions are replaced: then prompt and completion are one pass. One without reselection. With it, a block for every `reselect_every` tokens, whose cache holds the prompt and
-    the blocks before it as the dense model computes them (arXiv 2505.07861, section 5).
+    No block where attentions are replaced: then prompt and completion are one pass. One without reselection. With it,
+    a block for every `reselect_every` tokens, whose cache holds the prompt and the blocks before it as the dense model
+    computes them (arXiv 2505.07861, section 5).
     """
 
     blocks: list[tuple[int, int, Cache]]
@@ -108,7 +109,7 @@ def prefill(model: nn.Module, batch: Batch) -> Context:
         return Context([])
     lengths = batch.prompt_lengths
     with phases(model, lengths):
-        cache = _decoder(model, batch.prompt, batch.prompt_mask, _positions(batch.prompt_mask), None)
+        cache = _decoder(model, batch.prompt, batch.prompt_mask, positions_of(batch.prompt_mask), None)
     size = batch.inputs.shape[1]
     every = phases_of(model).reselect_every or size
     blocks = []
@@ -132,7 +133,8 @@ def prefill(model: nn.Module, batch: Batch) -> Context:
     return Context(blocks)
 
 
-def _positions(mask: torch.Tensor) -> torch.Tensor:
+def positions_of(mask: torch.Tensor) -> torch.Tensor:
+    """Where each real token stands in its text, [B, T]."""
     return (mask.cumsum(-1) - 1).clamp_min(0)
 
 
@@ -169,7 +171,7 @@ def completion_hidden(
             whole = unwrap(model).get_decoder()(
                 input_ids=torch.cat([batch.prompt, batch.inputs], 1),
                 attention_mask=mask.long(),
-                position_ids=_positions(mask),
+                position_ids=positions_of(mask),
                 use_cache=False,
             )
         return whole.last_hidden_state[:, batch.prompt.shape[1] :]

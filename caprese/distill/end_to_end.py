@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
 from accelerate import PartialState
@@ -27,14 +27,11 @@ from caprese.files import read_tensors, write_tensors
 from caprese.progress import bar
 
 
-class EndToEnd(BaseModel):
-    """Stage 3: how the branches are trained together."""
+class Descent(BaseModel):
+    """How parameters are trained by gradient descent."""
 
     model_config = ConfigDict(extra="forbid")
 
-    objective: Literal["kl", "hidden"] = "kl"
-    """kl: KL(dense || student) of the next-token distributions. hidden: the paper's squared error of final hidden
-    states."""
     epochs: Annotated[int, Field(ge=0)] = 3
     """Passes over the samples; 0 skips the stage."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
@@ -50,16 +47,24 @@ class EndToEnd(BaseModel):
     """Fraction of the steps in which the rate rises."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 5
     """Optimiser steps between two saved states: what a kill can cost."""
-    cache_gigabytes: Annotated[float, Field(ge=0)] = 3.0
-    """Memory for what does not change between epochs: prompt KV caches and the teacher's hidden states."""
 
     @model_validator(mode="after")
-    def _whole_micro_batches(self) -> EndToEnd:
+    def _whole_micro_batches(self) -> Self:
         if self.batch_size % self.micro_batch:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}; change one of them"
             )
         return self
+
+
+class EndToEnd(Descent):
+    """Stage 3: how branches and mixers are trained together."""
+
+    objective: Literal["kl", "hidden"] = "kl"
+    """kl: KL(dense || student) of the next-token distributions. hidden: the paper's squared error of final hidden
+    states."""
+    cache_gigabytes: Annotated[float, Field(ge=0)] = 3.0
+    """Memory for what does not change between epochs: prompt KV caches and the teacher's hidden states."""
 
 
 class _Teacher:
@@ -117,15 +122,43 @@ def train(
     identity: str,
     start_kl: float,
 ) -> tuple[float, list[dict[str, float]], list[dict[str, float]]]:
-    """Train the branches of `model` in place; they end as the best checkpoint by held-out KL, or as they began.
+    """Train branches and mixers of `model` in place by its final output; see `descend`."""
+    teacher = _Teacher(model, batches, config.cache_gigabytes)
+
+    def loss(index: int) -> torch.Tensor:
+        batch, context, target = teacher[index]
+        hidden = completion_hidden(model, batch, context)[batch.mask]
+        if config.objective == "hidden":
+            return hidden_mse(hidden, target)
+        return hidden_kl(hidden, target, lambda h: lm_logits(model, h))
+
+    return descend(model, batches, loss, validation.kl, config, seed, state, identity, start_kl, "3/4 end-to-end")
+
+
+def descend(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    loss_of: Callable[[int], torch.Tensor],
+    check: Callable[[], float],
+    config: Descent,
+    seed: int,
+    state: Path,
+    identity: str,
+    start: float,
+    label: str,
+) -> tuple[float, list[dict[str, float]], list[dict[str, float]]]:
+    """Train branches and mixers of `model` in place; they end as the best checkpoint by `check`, or as they began.
 
     Args:
         batches: micro-batches of the training samples.
+        loss_of: the loss of one of them, summed over its completion tokens.
+        check: asked after every epoch on what is held out; less is better.
         state: file the run is resumed from and kept in.
         identity: what the state must belong to (recipe, samples, start).
-        start_kl: held-out KL of the branches as given.
+        start: what `check` says at the beginning.
+        label: of the progress bar.
 
-    Returns: the best held-out KL, the training curve and the validation curve.
+    Returns: the best of `check`, the training curve and the validation curve.
 
     Raises:
         CapreseError: the loss is not finite, or the state belongs to something else.
@@ -139,8 +172,7 @@ def train(
     total = steps_per_epoch * config.epochs
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = get_linear_schedule_with_warmup(optimizer, round(config.warmup * total), total)
-    teacher = _Teacher(model, batches, config.cache_gigabytes)
-    best_kl, best = start_kl, get_branches(model)
+    best_kl, best = start, get_branches(model)
     curve: list[dict[str, float]] = []
     held_out: list[dict[str, float]] = []
     done = 0
@@ -172,10 +204,7 @@ def train(
         facts = {"identity": identity, "step": step, "best_kl": best_kl, "curve": curve, "validation": held_out}
         write_tensors(state, tensors, facts)
 
-    loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = (
-        hidden_mse if config.objective == "hidden" else lambda s, t: hidden_kl(s, t, lambda h: lm_logits(model, h))
-    )
-    with bar("3/4 end-to-end", total, "steps", done) as advance:
+    with bar(label, total, "steps", done) as advance:
         for step in range(done, total):
             epoch, within = divmod(step, steps_per_epoch)
             order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
@@ -183,9 +212,7 @@ def train(
             tokens = sum(batches[i].tokens for i in chosen)
             summed = torch.zeros((), device=device_of(model))
             for index in chosen[world.process_index :: world.num_processes]:
-                batch, cache, target = teacher[index]
-                hidden = completion_hidden(model, batch, cache)[batch.mask]
-                loss = loss_of(hidden, target) / tokens
+                loss = loss_of(index) / tokens
                 loss.backward()
                 summed += loss.detach()
             if world.num_processes > 1:
@@ -195,8 +222,8 @@ def train(
                     parameter.grad = reduce(grad, "sum")
             if not torch.isfinite(summed):
                 raise CapreseError(
-                    f"the end-to-end loss is {float(summed)} at step {step + 1}; lower end_to_end.learning_rate "
-                    f"(now {config.learning_rate:g})"
+                    f"the loss is {float(summed)} at step {step + 1} of {label[4:]}; lower its learning_rate (now "
+                    f"{config.learning_rate:g})"
                 )
             nn.utils.clip_grad_norm_(parameters, config.clip)
             rate = schedule.get_last_lr()[0]
@@ -205,7 +232,7 @@ def train(
             schedule.step()
             curve.append({"step": step + 1, "epoch": (step + 1) / steps_per_epoch, "loss": float(summed), "lr": rate})
             if within == steps_per_epoch - 1:
-                kl = broadcast_object_list([validation.kl()])[0]  # all keep the same checkpoint
+                kl = broadcast_object_list([check()])[0]  # all keep the same checkpoint
                 held_out.append({"step": step + 1, "kl": kl})
                 if kl < best_kl:
                     best_kl, best = kl, get_branches(model)

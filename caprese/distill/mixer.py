@@ -7,18 +7,17 @@ arXiv 2408.10189, section 4.2, on mixers instead of blocks). No gradient goes fr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import nn
 
-from caprese.distill.batches import Batch, _positions
-from caprese.efficient_methods import Replacement, dense, phases, phases_of
+from caprese.distill.batches import Batch, device_of, positions_of
+from caprese.distill.end_to_end import Descent, descend
+from caprese.efficient_methods import dense, phases, phases_of, replacements
 from caprese.models import unwrap
-
-
-def replacements(model: nn.Module) -> list[Replacement]:
-    """The replaced attentions of a model, in layer order."""
-    return [m for m in unwrap(model).modules() if isinstance(m, Replacement)]
 
 
 @torch.no_grad()
@@ -27,13 +26,13 @@ def teacher_mixing(model: nn.Module, batch: Batch) -> tuple[dict[int, tuple[torc
     seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     mask = torch.cat([batch.prompt_mask, batch.mask], 1)
     shared = phases_of(model)
-    shared.mixer_observer = lambda at, x, out, _: seen.__setitem__(at.layer, (x, out))
+    shared.mixer_observer = lambda at, x, out: seen.__setitem__(at.layer, (x, out))
     try:
         with dense(model), phases(model, batch.prompt_lengths):
             unwrap(model).get_decoder()(
                 input_ids=torch.cat([batch.prompt, batch.inputs], 1),
                 attention_mask=mask.long(),
-                position_ids=_positions(mask),
+                position_ids=positions_of(mask),
                 use_cache=False,
             )
     finally:
@@ -53,27 +52,41 @@ def alignment(model: nn.Module, batch: Batch) -> torch.Tensor:
     return torch.stack(errors)
 
 
+class Alignment(Descent):
+    """Stage 2, where attentions are replaced: mixers learn what attention gave."""
+
+    epochs: Annotated[int, Field(ge=0)] = 1
+    """Passes over the samples; 0 skips the stage."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak of a linear schedule with 2% warm-up."""
+
+
 def align(
-    model: nn.Module, batches: Sequence[Batch], steps: int, learning_rate: float, seed: int
-) -> list[dict[str, float]]:
-    """Prototype loop."""
-    parameters = [p for at in replacements(model) for p in at.mixer.parameters()]
-    for p in parameters:
-        p.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 20) * max(0.0, 1 - s / steps))
-    generator = torch.Generator().manual_seed(seed)
-    curve, tokens = [], 0
-    for number in range(steps):
-        batch = batches[int(torch.randint(len(batches), (1,), generator=generator))]
-        tokens += batch.tokens
-        loss = alignment(model, batch)
-        loss.sum().backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0 * len(loss))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        curve.append({"step": number + 1, "tokens": tokens, "error": float(loss.detach().mean())})
-    for p in parameters:
-        p.requires_grad_(False)
-    return curve
+    model: nn.Module,
+    batches: Sequence[Batch],
+    validation: Sequence[Batch],
+    config: Alignment,
+    seed: int,
+    state: Path,
+    identity: str,
+) -> tuple[float, float, list[dict[str, float]]]:
+    """Train the mixers of `model` in place by `alignment`; see `descend`.
+
+    Returns: the mean error on `validation` before and after, and the training curve.
+    """
+    held_out = [batch.to(device_of(model)) for batch in validation]
+
+    @torch.no_grad()
+    def check() -> float:
+        tokens = sum(batch.tokens for batch in held_out)
+        return sum(float(alignment(model, batch).mean()) * batch.tokens for batch in held_out) / max(1, tokens)
+
+    def loss(index: int) -> torch.Tensor:
+        batch = batches[index].to(device_of(model))
+        return alignment(model, batch).mean() * batch.tokens
+
+    before = check()
+    if config.epochs == 0:
+        return before, before, []
+    after, curve, _ = descend(model, batches, loss, check, config, seed, state, identity, before, "2/4 alignment")
+    return before, after, curve

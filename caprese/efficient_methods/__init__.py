@@ -27,7 +27,7 @@ from caprese.efficient_methods.compose import (
     refusal,
 )
 from caprese.efficient_methods.griffin import Griffin
-from caprese.efficient_methods.mamba import Mamba, Mixer, MixerState, Replacement
+from caprese.efficient_methods.mamba import Mamba, Mixer, MixerState, Replacement, mixers_at_start, replacements
 from caprese.efficient_methods.none import Nothing
 from caprese.efficient_methods.phases import Observer, dense, phases, phases_of, reselection
 from caprese.efficient_methods.quantized import Int8, Nf4
@@ -71,12 +71,14 @@ __all__ = [
     "known_methods",
     "make_method",
     "methods_by_layer",
+    "mixers_at_start",
     "needs_calibration",
     "parse_methods",
     "phases",
     "phases_of",
     "refusal",
     "remove",
+    "replacements",
     "reselection",
     "weights_saved",
 ]

@@ -89,7 +89,8 @@ class Method(BaseModel):
     """One line for `caprese methods`."""
     parts: ClassVar[frozenset[Part]] = frozenset()
     """What it acts on: width (one fixed set of neurons), weights (how they are stored), rows (neurons by sequence),
-    neurons (by token), inputs (input channels by token), attention, mixer (what stands in for it). Two methods on one part do not compose."""
+    neurons (by token), inputs (input channels by token), attention, mixer (what stands in for it). Two
+    methods on one part do not compose."""
 
     layers: Layers = "all"
     """Which decoder layers: "all", "first-half", or a list of layer numbers from 0."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from caprese.distill.batches import Batch, completion_hidden, device_of, lm_logits, prefill
 from caprese.distill.layerwise import Moments, accumulate, new_moments
 from caprese.distill.losses import CHUNK, kl_divergence
-from caprese.efficient_methods import applied_ffns, dense
+from caprese.efficient_methods import applied_ffns, dense, mixers_at_start
 from caprese.progress import bar
 
 VARIANTS = ("dense", "efficient", "recovered")
@@ -22,15 +22,14 @@ VARIANTS = ("dense", "efficient", "recovered")
 
 @contextmanager
 def variant(model: nn.Module, name: str) -> Iterator[None]:
-    """Run an applied model as "dense", "efficient" (without its adapter) or "recovered" (with it)."""
-    context: AbstractContextManager[Any]
-    if name == "dense":
-        context = dense(model)
-    elif name == "efficient" and isinstance(model, PeftModel):
-        context = model.disable_adapter()
-    else:
-        context = nullcontext()
-    with context:
+    """Run an applied model as "dense", "efficient" (before anything was distilled) or "recovered"."""
+    with ExitStack() as stack:
+        if name == "dense":
+            stack.enter_context(dense(model))
+        elif name == "efficient":
+            stack.enter_context(mixers_at_start(model))
+            if isinstance(model, PeftModel):
+                stack.enter_context(model.disable_adapter())
         yield
 
 

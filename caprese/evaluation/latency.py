@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from caprese.distill.batches import device_of
-from caprese.efficient_methods import applied_ffns, phases_of, weights_saved
+from caprese.efficient_methods import applied_ffns, phases_of, replacements, weights_saved
 from caprese.evaluation.fidelity import VARIANTS, variant
 from caprese.inference import fuse, is_fused, unfuse
 from caprese.models import active_parameters, count_parameters, unwrap
@@ -94,9 +94,12 @@ def parameter_counts(model: nn.Module) -> dict[str, Any]:
     every = phases_of(model).reselect_every if applied_ffns(model) else None
     again = 0 if every is None else round(active / every)
     removed = sum(weights_saved(w.site, w.methods) for w in applied_ffns(model).values())
+    mixers = sum(p.numel() for at in replacements(base) for p in at.mixer.parameters())
+    removed += sum(p.numel() for at in replacements(base) for p in at.attention.parameters()) - mixers
     return {
         "base": total,
         "adapter": adapter,
+        "mixers": mixers,
         "fraction": adapter / total,
         "active_dense": active,
         "active_efficient": active - removed + again,

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
 from caprese.data_gen import Samples
-from caprese.distill import EndToEnd, Layerwise
+from caprese.distill import Alignment, EndToEnd, Layerwise
 from caprese.efficient_methods import (
     Layers,
     Method,
@@ -65,6 +65,8 @@ class Recipe(BaseModel):
     """cats: tau from each prompt, or from samples once for all."""
     shared_choice: bool | None = None
     """griffin, cats: one choice for all sequences of a batch."""
+    keep_attention: float | list[int] | None = None
+    """mamba: the fraction of layers that keep their attention, or which do; null: the method's default, 0.5."""
     reselect_every: Annotated[int, Field(ge=1)] | None = None
     """Generated tokens after which they pass through the dense model once and the choice is made anew; null: never.
     Distillation and evaluation see the same."""
@@ -80,6 +82,7 @@ class Recipe(BaseModel):
     output: str = "out"
     """Directory for the result; a rerun goes on there."""
     samples: Samples = Samples()
+    alignment: Alignment = Alignment()
     layerwise: Layerwise = Layerwise()
     end_to_end: EndToEnd = EndToEnd()
     evaluation: Evaluation = Evaluation()
@@ -120,7 +123,7 @@ class Recipe(BaseModel):
 
 
 #: settings of methods that a recipe, or a flag, gives to all that leave them open
-_SETTINGS = ("sparsity", "threshold", "shared_choice")
+_SETTINGS = ("sparsity", "threshold", "shared_choice", "keep_attention")
 
 
 def names() -> list[str]:
@@ -191,6 +194,8 @@ def resolve_recipe(recipe: str | None = None, model: str | None = None, **overri
         overrides["model"] = model
     if isinstance(method := overrides.get("method"), str):
         raw = {key: value for key, value in raw.items() if key not in _SETTINGS or _leaves_open(method, key)}
+        if any(f["name"] == "mamba" for f in parse_methods(method)):
+            raw.pop("reselect_every", None)
     try:
         return Recipe.model_validate(merge(raw, overrides))
     except ValidationError as error:

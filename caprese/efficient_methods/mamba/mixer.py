@@ -105,37 +105,34 @@ class Mixer(nn.Module):
         dt = torch.exp(drawn(a.heads) * math.log(_DT[1] / _DT[0]) + math.log(_DT[0]))
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
         self.A_log.copy_(torch.log(_A[0] + (_A[1] - _A[0]) * drawn(a.heads)))
-        bound = a.q.shape[1] ** -0.5
-        weight = (2 * drawn(*self.in_proj.weight.shape) - 1) * bound
-        bias = torch.zeros(len(weight))
-        conv = torch.zeros(3 * inner, 1, KERNEL)
-        if start == "attention":
-            repeat = a.heads // a.groups
-            values, keys = (_by_head(t, a.groups, repeat) for t in (a.v, a.k))
-            weight[:inner] = 0
-            bias[:inner] = _OPEN
-            for place, rows, extra, factor in (
-                (1, values, a.v_bias, 1.0),
-                (2, keys, a.k_bias, 1.0),
-                (3, a.q, a.q_bias, a.scaling),
-            ):
-                part = slice(place * inner, (place + 1) * inner)
-                weight[part] = factor * rows.float().cpu()
-                if extra is not None:
-                    extra = extra if place == 3 else _by_head(extra, a.groups, repeat)
-                    bias[part] = factor * extra.float().cpu()
-            conv[:, :, -1] = 1
-            self.out_proj.weight.copy_(a.out)
-            self.out_proj.bias.copy_(torch.zeros_like(self.out_proj.bias) if a.out_bias is None else a.out_bias)
-        else:
-            conv = (2 * drawn(*conv.shape) - 1) * KERNEL**-0.5
-            out = (2 * drawn(*self.out_proj.weight.shape) - 1) * inner**-0.5
-            self.out_proj.weight.copy_(out)
-            self.out_proj.bias.zero_()
-        self.in_proj.weight.copy_(weight)
-        self.in_proj.bias.copy_(bias)
-        self.conv1d.weight.copy_(conv)
-        self.conv1d.bias.zero_()
+        weight, bias = self.in_proj.weight, self.in_proj.bias
+        hidden = weight.shape[1]
+        for p in (bias, self.conv1d.weight, self.conv1d.bias, self.out_proj.bias):
+            assert p is not None
+            p.zero_()
+        weight[4 * inner :] = (2 * drawn(a.heads, hidden) - 1) * hidden**-0.5
+        bias[:inner] = _OPEN
+        weight[:inner] = 0
+        if start == "random":
+            weight[: 4 * inner] = (2 * drawn(4 * inner, hidden) - 1) * hidden**-0.5
+            bias[:inner] = 0
+            self.conv1d.weight.copy_((2 * drawn(*self.conv1d.weight.shape) - 1) * KERNEL**-0.5)
+            self.out_proj.weight.copy_((2 * drawn(hidden, inner) - 1) * inner**-0.5)
+            return
+        repeat = a.heads // a.groups
+        for place, rows, extra, factor in (
+            (1, _by_head(a.v, a.groups, repeat), a.v_bias, 1.0),
+            (2, _by_head(a.k, a.groups, repeat), a.k_bias, 1.0),
+            (3, a.q, a.q_bias, a.scaling),
+        ):
+            part = slice(place * inner, (place + 1) * inner)
+            weight[part] = factor * rows
+            if extra is not None:
+                bias[part] = factor * (extra if place == 3 else _by_head(extra, a.groups, repeat))
+        self.conv1d.weight[:, :, -1] = 1
+        self.out_proj.weight.copy_(a.out)
+        if a.out_bias is not None:
+            self.out_proj.bias.copy_(a.out_bias)
 
     def forward(
         self, x: torch.Tensor, valid: torch.Tensor | None = None, cache: MixerState | None = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +19,8 @@ from caprese.models.attention import read_attention
 if TYPE_CHECKING:
     from caprese.efficient_methods.phases import Phases
 
-#: called with (layer, x [B, T, D], out [B, T, D], valid [B, T] or None) by every replaced attention in a dense pass
-MixerObserver = Callable[["Replacement", torch.Tensor, torch.Tensor, "torch.Tensor | None"], None]
+#: called with (replacement, x [B, T, D], out [B, T, D]) by every replaced attention in a dense pass
+MixerObserver = Callable[["Replacement", torch.Tensor, torch.Tensor], None]
 
 
 class Replacement(nn.Module):
@@ -33,18 +34,24 @@ class Replacement(nn.Module):
         super().__init__()
         self.attention = site.attention()
         self.layer, self.phases = site.index, phases
-        weights = read_attention(self.attention, config)
-        self.lost = weights.lost
-        eps = next((e for k in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon") if (e := getattr(config, k, 0))), 1e-6)
-        self.mixer = Mixer(weights, eps, method.seed * 1_000_003 + site.index, method.start)
-        self.mixer.requires_grad_(False)
+        self.config, self.method = config, method
+        self.lost = read_attention(self.attention, config).lost
+        self.mixer = self.fresh()
+
+    def fresh(self) -> Mixer:
+        """The mixer as it was at the start."""
+        names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+        eps = next((found for name in names if (found := getattr(self.config, name, None))), 1e-6)
+        seed = self.method.seed * 1_000_003 + self.layer
+        made = Mixer(read_attention(self.attention, self.config), eps, seed, self.method.start)
+        return made.requires_grad_(False).train(self.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs["hidden_states"]
         if self.phases.dense:
             out = self.attention(*args, **kwargs)
             if self.phases.mixer_observer is not None:
-                self.phases.mixer_observer(self, x, out[0], None)
+                self.phases.mixer_observer(self, x, out[0])
             return out
         cache = next((v for v in (*kwargs.values(), *args) if isinstance(v, Cache)), None)
         state = None if cache is None else self._state(cache)
@@ -74,3 +81,21 @@ class Replacement(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("attention"), name)
+
+
+def replacements(model: nn.Module) -> list[Replacement]:
+    """The replaced attentions of a model, in layer order."""
+    return [m for m in model.modules() if isinstance(m, Replacement)]
+
+
+@contextmanager
+def mixers_at_start(model: nn.Module) -> Iterator[None]:
+    """Inside, the mixers are as they were before anything was trained."""
+    trained = {at: at.mixer for at in replacements(model)}
+    try:
+        for at in trained:
+            at.mixer = at.fresh()
+        yield
+    finally:
+        for at, mixer in trained.items():
+            at.mixer = mixer
