@@ -422,6 +422,8 @@ def _layerwise(
     PartialState().wait_for_everyone()  # all have looked before the first can write
     config = recipe.layerwise
     count = len(applied_ffns(model))
+    if phases_of(model).only_mixes:  # no FFN lost anything: the smallest branch there is, at zero
+        config, recipe = config.model_copy(update={"how": "none"}), recipe.model_copy(update={"rank": 1})
     hidden = next(iter(applied_ffns(model).values())).view.hidden_size
     if exists:
         tensors, facts = read_tensors(path, _AGAIN)

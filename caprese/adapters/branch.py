@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from caprese.efficient_methods import applied_ffns
+from caprese.efficient_methods import applied_ffns, phases_of
 from caprese.errors import CapreseError
 from caprese.models import base_of, unwrap
 
@@ -69,8 +69,12 @@ def empty_slots(model: nn.Module) -> None:
 
 
 def branch_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What is trained: the parameters of the recovery branches and of the mixers, in layer order."""
-    return [p for n, p in unwrap(model).named_parameters() if _BRANCH in n or _MIXER in n]
+    """What is trained: the parameters of the recovery branches and of the mixers, in layer order.
+
+    Branches stay at zero where nothing is taken from FFNs.
+    """
+    wanted = (_MIXER,) if phases_of(model).only_mixes else (_BRANCH, _MIXER)
+    return [p for n, p in unwrap(model).named_parameters() if any(part in n for part in wanted)]
 
 
 def get_branches(model: nn.Module) -> dict[str, torch.Tensor]:

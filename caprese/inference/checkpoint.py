@@ -3,6 +3,8 @@
 Exact, not fitted. With a gate: gate row 0 with a bias b for which act(b) = 1, up row L', down column R', so that the
 neuron adds act(b) (L' x) R'. Without one: two neurons for each of the branch's, since act(z) - act(-z) = z for ReLU,
 GELU and SiLU. What is exported acts on all tokens, prompts too: an ordinary checkpoint knows no phases.
+
+A hybrid with Mamba layers becomes a GraniteMoeHybrid without experts, whose mixers are ours. Its FFN has no biases.
 """
 
 from __future__ import annotations
@@ -20,22 +22,32 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteMoeHybridConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
 
 from caprese.adapters import public_id
 from caprese.efficient_methods import (
     Method,
+    Mixer,
     Static,
     applied_ffns,
     describe_methods,
     methods_by_layer,
     phases,
     phases_of,
+    replacements,
 )
+from caprese.efficient_methods.mamba.mixer import KERNEL
 from caprese.errors import CapreseError
 from caprese.files import check_writable, put_in_place, unwritable, write_text
 from caprese.inference.fused import branch_of
+from caprese.kernels.scan import CHUNK
 from caprese.models import (
     FFN,
     Weights,
@@ -55,6 +67,8 @@ Branch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 _WITH_BIAS = ("llama", "smollm3")
 #: gated families without, which are Llamas in all but name
 _AS_LLAMA = ("mistral", "qwen2")
+#: families whose attention, norms and FFN GraniteMoeHybrid has
+_AS_GRANITE = ("llama", *_AS_LLAMA)
 # widths are filled up with zero neurons to a multiple of it: what 4-bit blocks and tensor parallelism divide
 _MULTIPLE = 32
 _SENTENCES = ("The sun is a star, and the moon goes around the earth.", "12 * 12 = 144, because 12 * 10 = 120 and")
@@ -79,16 +93,27 @@ def check_exportable(config: PretrainedConfig, methods: Sequence[Method], branch
     Raises:
         CapreseError: with the reason.
     """
+    mixed = any(method.name == "mamba" for method in methods)
     for method in methods:
-        if method.name not in ("static", "none"):
+        if method.name not in ("static", "none", "mamba"):
             raise CapreseError(
                 f"{method.name} decides anew for each prompt or token, or packs the weights: no ordinary checkpoint "
                 "computes that; recover with --method static (or none), and export the result"
             )
     family, kind = family_of(config), config.model_type
-    if not branch or not family.gate:
+    if mixed and (kind not in _AS_GRANITE or getattr(config, "mlp_bias", False)):
+        raise CapreseError(
+            f"transformers' GraniteMoeHybrid, which holds hybrids, has no place for what {kind!r} has beside Llama; "
+            f"{', '.join(_AS_GRANITE)} without FFN biases fit"
+        )
+    if mixed and branch:
+        raise CapreseError(
+            "the FFN of transformers' GraniteMoeHybrid, which holds hybrids, has no biases and so no place for a "
+            "recovery branch; a hybrid by --method mamba alone, or with static but without an adapter, is exported"
+        )
+    if not mixed and (not branch or not family.gate):
         return
-    if kind not in (*_WITH_BIAS, *_AS_LLAMA):
+    if not mixed and kind not in (*_WITH_BIAS, *_AS_LLAMA):
         raise CapreseError(
             f"the FFN of {kind!r} has no biases in transformers, and without one a gated FFN has no place for a "
             f"recovery branch; {', '.join([*_WITH_BIAS, *_AS_LLAMA])} and FFNs without a gate have"
@@ -97,13 +122,21 @@ def check_exportable(config: PretrainedConfig, methods: Sequence[Method], branch
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kind == "mistral" and window is not None and window < config.max_position_embeddings:
         kinds.add("sliding_attention")
-    if kind in _AS_LLAMA and kinds != {"full_attention"}:
+    if (mixed or kind in _AS_LLAMA) and kinds != {"full_attention"}:
         raise CapreseError(f"this {kind!r} attends to a sliding window, which no Llama checkpoint does; not exported")
 
 
-def exported_config(config: PretrainedConfig, widths: Sequence[int], branch: bool) -> PretrainedConfig:
-    """The config of the checkpoint, for layers of these widths; the narrower ones will be filled up with zeros."""
+def exported_config(
+    config: PretrainedConfig, widths: Sequence[int], branch: bool, mixers: Mapping[int, Mixer] | None = None
+) -> PretrainedConfig:
+    """The config of the checkpoint, for layers of these widths; the narrower ones will be filled up with zeros.
+
+    Raises:
+        CapreseError: mixers of a size that a GraniteMoeHybrid cannot have.
+    """
     facts = config.to_dict()
+    if mixers:
+        return _hybrid_config(facts, -(-max(widths) // _MULTIPLE) * _MULTIPLE, mixers)
     if branch and config.model_type in _AS_LLAMA:
         known = {key: facts[key] for key in LlamaConfig().to_dict() if key in facts and key != "model_type"}
         made: PretrainedConfig = LlamaConfig(**{**known, "attention_bias": config.model_type == "qwen2"})
@@ -113,6 +146,39 @@ def exported_config(config: PretrainedConfig, widths: Sequence[int], branch: boo
     if branch and made.model_type in _WITH_BIAS:
         made.mlp_bias = True
     return made
+
+
+def _hybrid_config(facts: dict[str, Any], width: int, mixers: Mapping[int, Mixer]) -> PretrainedConfig:
+    mixer = next(iter(mixers.values()))
+    if mixer.inner % facts["hidden_size"]:
+        raise CapreseError(
+            f"a GraniteMoeHybrid's mixers are a multiple of the hidden size {facts['hidden_size']} wide, and these "
+            f"{mixer.inner}; not exported"
+        )
+    known = {key: facts[key] for key in GraniteMoeHybridConfig().to_dict() if key in facts and key != "model_type"}
+    head_dim = facts.get("head_dim") or facts["hidden_size"] // facts["num_attention_heads"]
+    own = {
+        "head_dim": head_dim,
+        "attention_multiplier": head_dim**-0.5,
+        "attention_bias": bool(facts.get("attention_bias")) or facts["model_type"] == "qwen2",
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "shared_intermediate_size": width,
+        "position_embedding_type": "rope",
+        "layer_types": [
+            "linear_attention" if i in mixers else "full_attention" for i in range(facts["num_hidden_layers"])
+        ],
+        "mamba_n_heads": mixer.heads,
+        "mamba_n_groups": mixer.heads,
+        "mamba_d_head": mixer.size,
+        "mamba_d_state": mixer.size,
+        "mamba_d_conv": KERNEL,
+        "mamba_expand": mixer.inner // facts["hidden_size"],
+        "mamba_chunk_size": CHUNK,
+        "mamba_conv_bias": True,
+        "mamba_proj_bias": True,
+    }
+    return GraniteMoeHybridConfig(**{**known, **own})
 
 
 def plan_export(config: PretrainedConfig, methods: Sequence[Method], rank: Callable[[int], int]) -> dict[str, Any]:
@@ -175,7 +241,7 @@ def export(
         CapreseError: a method or family that no checkpoint can carry, a target in use, a full disk, or no converter.
     """
     base = unwrap(model)
-    parts: dict[int, Branch | None] = {w.layer: branch_of(w.recovery) for w in applied_ffns(model).values()}
+    parts = {w.layer: _branch(w.recovery) for w in applied_ffns(model).values()}
     check_exportable(base.config, phases_of(model).methods, any(part is not None for part in parts.values()))
     target = Path(to).expanduser()
     _check_target(target, Path(base_of(model).source), overwrite)
@@ -207,6 +273,12 @@ def export(
     except OSError as error:
         raise unwritable(target, error) from error
     return facts
+
+
+def _branch(recovery: nn.Module) -> Branch | None:
+    """What the slot adds, if it adds anything."""
+    found = branch_of(recovery)
+    return None if found is None or (not found[1].any() and found[2] is None) else found
 
 
 def _check_target(target: Path, source: Path, overwrite: bool) -> None:
@@ -248,15 +320,26 @@ def _write(model: nn.Module, parts: Mapping[int, Branch | None], path: Path, dty
             views.append(FFN(getattr(layer, family.ffn) if family.ffn else layer, family))
             pieces.append(views[i].weights())
     branch = any(part is not None for part in parts.values())
-    config = exported_config(base.config, [len(piece.up) for piece in pieces], branch)
+    mixers = {at.layer: at.mixer for at in replacements(base)}
+    config = exported_config(base.config, [len(piece.up) for piece in pieces], branch, mixers)
     config.dtype = dtype
-    state = {name: p.detach() for name, group, p in base_parameters(model) if group != "ffn"}
+    gone = tuple(f"{family.layers}.{i}.self_attn." for i in mixers)
+    kept = ((n, p) for n, group, p in base_parameters(model) if group != "ffn" and not n.startswith(gone))
+    state = {name: p.detach() for name, p in kept}
+    for i, mixer in mixers.items():
+        state |= {f"{family.layers}.{i}.mamba.{name}": p.detach() for name, p in mixer.named_parameters()}
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(config, dtype=dtype)
     wanted = dict(made.named_parameters())
     for i, (view, piece) in enumerate(zip(views, pieces, strict=True)):
+        width = config.shared_intermediate_size if mixers else getattr(config, family.width)
+        if mixers:
+            gate, up, down = (_named(view, piece, width)[f"{n}_proj.weight"] for n in ("gate", "up", "down"))
+            place = f"{family.layers}.{i}.shared_mlp"
+            state |= {f"{place}.input_linear.weight": torch.cat([gate, up]), f"{place}.output_linear.weight": down}
+            continue
         place = ".".join(part for part in (family.layers, str(i), family.ffn) if part)
-        state |= {f"{place}.{key}": value for key, value in _named(view, piece, getattr(config, family.width)).items()}
+        state |= {f"{place}.{key}": value for key, value in _named(view, piece, width).items()}
     for name, like in wanted.items():  # a Llama's biases that this base does not have
         if name.endswith("bias") and name not in state:
             state[name] = torch.zeros(like.shape)
@@ -271,7 +354,7 @@ def _write(model: nn.Module, parts: Mapping[int, Branch | None], path: Path, dty
     made.save_pretrained(path)
     return {
         "architecture": type(made).__name__,
-        "ffn_width": getattr(config, family.width),
+        "ffn_width": width,
         "base_ffn_width": views[0].width,
         "parameters": count_parameters(made),
         "base_parameters": count_parameters(model),
