@@ -388,7 +388,8 @@ def evaluate(
     latency_tokens: Annotated[int, typer.Option(help="Tokens over which TTNT is measured; 0 skips it.", min=0)] = 64,
     reselect_every: Reselect = None,
     tasks: Annotated[
-        str | None, typer.Option(help="lm-eval tasks instead: names or YAML files, with commas (needs caprese[eval]).")
+        str | None,
+        typer.Option(help="lm-eval tasks instead: names or YAML files, with commas (needs caprese\\[eval])."),
     ] = None,
     include_path: Annotated[str | None, typer.Option(help="--tasks: a directory with more task YAMLs.")] = None,
     limit: Annotated[int | None, typer.Option(help="--tasks: problems of each.", min=1)] = None,
@@ -720,9 +721,13 @@ def info(
 @app.command()
 @_verb
 def export(
-    adapter: Annotated[str, typer.Argument(help="What caprese recover wrote, or a hub id: static pruning, or none.")],
+    adapter: Annotated[
+        str, typer.Argument(help="An adapter made with method static or none: a directory, or a hub id.")
+    ],
     to: Annotated[str, typer.Option(help="Directory for the checkpoint.")],
-    model: Annotated[str | None, typer.Option("--model", "-m", help="The base, where its name is not enough.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The base, where it was a local directory.")
+    ] = None,
     format: Annotated[str, typer.Option(help="hf, or gguf for llama.cpp.")] = "hf",
     outtype: Annotated[str, typer.Option(help="Of a GGUF: f32, f16, bf16, q8_0.")] = "f16",
     dtype: Annotated[str, typer.Option(help="Of the weights: auto (the checkpoint's), float32, bfloat16.")] = "auto",
@@ -755,7 +760,8 @@ def export(
         figures = write(
             lm, tokenizer, to, format=cast(Any, format), dtype=kind, outtype=outtype, overwrite=overwrite, say=say
         )
-    print(json.dumps(figures, indent=2)) if as_json else _print_table("would write" if dry_run else "written", figures)
+    shown = {key: value for key, value in figures.items() if value is not None}
+    print(json.dumps(figures, indent=2)) if as_json else _print_table("would write" if dry_run else "written", shown)
 
 
 @app.command("methods")

@@ -665,8 +665,8 @@ def test_hub_refuses(desk: Desk, hub: str):
         (desk.generate("--model", "owner/asked"), ("owner/asked is gated", "accept its licence", "hf auth login")),
         (desk.recover("--model", "owner/bare"), ("owner/bare has no config.json that names", "choose")),
         (desk.recover("--model", "owner/old", "--revision", "v9"), ("owner/old", "no revision 'v9'", "--revision")),
-        (desk.generate("--adapter", "nobody/nothing"), ("cannot get caprese_config.json of 'nobody/nothing'", "check")),
-        (desk.generate("--adapter", "owner/gated"), ("cannot get caprese_config.json of 'owner/gated'", "access")),
+        (desk.generate("--adapter", "nobody/nothing"), ("no repository 'nobody/nothing' on the hub", "check")),
+        (desk.generate("--adapter", "owner/gated"), ("owner/gated is gated", "accept its terms", "hf auth login")),
         (desk.recover("--overwrite", "--prompts", "nobody/nothing"), ("prompts 'nobody/nothing'", "gym:TASK")),
     ]
     for (code, stderr), (_, fragments) in zip(on_hub(hub, desk, [c for c, _ in table]), table, strict=True):
@@ -682,7 +682,7 @@ def test_no_network(desk: Desk):
     commands = [desk.recover("--model", "owner/name"), desk.generate("--adapter", "owner/name")]
     model, adapter = on_hub(endpoint, desk, commands)
     told(*model, "cannot reach the model hub for owner/name", "check the network", "local directory")
-    told(*adapter, "cannot get caprese_config.json of 'owner/name'", "network")
+    told(*adapter, "cannot reach the hub for owner/name", "check the network")
     assert digests(desk.out) == before
 
 

@@ -99,8 +99,9 @@ def test_layers_of_several_widths_and_ranks(here, tmp_path):
     adapted = attach_adapter(model, [3, 7])
     for p in branch_parameters(adapted):
         p.data.normal_(0, 0.2)
-    caprese.export(adapted.eval(), None, tmp_path / "out")
+    facts = caprese.export(adapted.eval(), None, tmp_path / "out")
     assert difference(adapted, tmp_path / "out") < 1e-4
+    assert facts["ffn_width"] >= facts["base_ffn_width"] and "prune all of them" in facts["note"]
 
 
 def test_two_adapters_and_their_sum(here, tmp_path):
@@ -150,7 +151,9 @@ def test_it_is_read_back_where_caprese_is_not(tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", [caprese.Griffin(), caprese.Cats()], ids=lambda m: m.name)
 def test_what_depends_on_the_prompt_is_refused(method, tmp_path):
     model = recovered(caprese.apply(tiny_llama(), method))
-    with pytest.raises(caprese.CapreseError, match=f"{method.name} decides anew.*--method static"):
+    with pytest.raises(
+        caprese.CapreseError, match=f"{method.name} decides anew for each prompt or token.*--method static"
+    ):
         caprese.export(model, None, tmp_path / "out")
 
 

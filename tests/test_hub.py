@@ -325,7 +325,7 @@ def test_a_connection_cut_in_the_middle_of_an_upload(finished, hub, repo):
 def test_a_rerun_sends_only_what_is_missing(finished, hub, repo):
     _, out = finished
     hub.fail("POST", "/commit/", after=10, times=9)
-    with pytest.raises(caprese.CapreseError, match="cannot reach the hub.*what was sent is kept"):
+    with pytest.raises(caprese.CapreseError, match="cannot reach the hub.*whatever was sent is kept"):
         caprese.push(out, repo)
     hub.faults.clear()
     sent = [line for line in hub.log if line.startswith("PUT /lfs/")]

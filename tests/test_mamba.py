@@ -11,10 +11,11 @@ from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_phases import padded, prompts, recovered
+from transformers import AutoModelForCausalLM
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridMambaLayer
 
 import caprese
-from caprese.adapters import branch_parameters, fingerprint
+from caprese.adapters import attach_adapter, branch_parameters, fingerprint
 from caprese.efficient_methods import Mixer, MixerState, Replacement
 from caprese.kernels.scan import chunk_scan, recurrence
 from caprese.models import FAMILIES
@@ -259,6 +260,34 @@ def test_recovered_saved_and_loaded(distilled, tiny_dir, tmp_path):
     weights.unlink()
     with pytest.raises(caprese.CapreseError, match=r"holds no caprese_mixers\.safetensors"):
         caprese.load(tiny_llama(), tmp_path / "again")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
+@torch.no_grad()
+def test_a_hybrid_is_a_granite_checkpoint(kind, tmp_path):
+    plain = {"mlp_bias": False} if kind == "llama" else {"sliding_window": None} if kind == "mistral" else {}
+    model = attach_adapter(caprese.apply(tiny(kind, **plain), caprese.Mamba()), 1).eval()
+    for p in branch_parameters(model):
+        p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    facts = caprese.export(model, None, tmp_path / "out")
+    assert facts["architecture"] == "GraniteMoeHybridForCausalLM" and facts["largest_logit_difference"] < 1e-4
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = prompts(9)[0]
+    how = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(stock.generate(ids, **how), model.generate(input_ids=ids, **how))
+
+
+def test_hybrids_that_no_checkpoint_holds_are_refused(tmp_path):
+    def refused(model, why: str) -> None:
+        with pytest.raises(caprese.CapreseError, match=why):
+            caprese.export(model, None, tmp_path / "out")
+
+    refused(
+        attach_adapter(caprese.apply(tiny_llama(), caprese.Mamba(keep_attention=0)), 1), "without an attention layer"
+    )
+    refused(recovered(caprese.apply(tiny_llama(), caprese.Mamba())), "no place for a recovery branch")
+    refused(attach_adapter(caprese.apply(tiny("gemma2"), caprese.Mamba()), 1), "no place for what 'gemma2' has")
+    refused(attach_adapter(caprese.apply(tiny("mistral"), caprese.Mamba()), 1), "sliding window")
 
 
 def test_reselection_is_refused():

@@ -281,6 +281,7 @@ def test_plots_follow_the_theme(report: dict[str, Any]) -> None:
 def test_card_front_matter(report: dict[str, Any]) -> None:
     assert front_matter(render_card(report)) == {
         "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "base_model_revision": report["revision"],
         "base_model_relation": "adapter",
         "library_name": "peft",
         "pipeline_tag": "text-generation",
@@ -293,7 +294,8 @@ def test_card_body(report: dict[str, Any]) -> None:
     card = render_card(report)
     assert "| recovered | 0.1033 | 90.3% | 2.57 | 36.0% | 120.5 | 31.60 ± 0.90 |" in card
     assert all(f"(plots/{name}.png)" in card for name in plot_names(report))
-    assert 'caprese.load_base("HuggingFaceTB/SmolLM2-135M-Instruct")' in card
+    revision = report["revision"]
+    assert f'caprese.load_base("HuggingFaceTB/SmolLM2-135M-Instruct", revision="{revision}")' in card
     assert report["command"] in card
     assert yaml.safe_load(card.split("```yaml\n")[1].split("```")[0]) == report["recipe"]
 
@@ -309,7 +311,7 @@ def test_no_local_path_is_published(report: dict[str, Any]) -> None:
     for text in (render_card(report), render_html(report), " ".join(summary_lines(report))):
         assert "anna" not in text and "/home" not in text
     card = render_card(report)
-    assert front_matter(card)["base_model"] == "my-llama" and 'load_base("my-llama")' in card
+    assert front_matter(card)["base_model"] == "my-llama" and 'load_base("my-llama"' in card
     assert "caprese recover my-llama --out='one' -c y" in card
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -119,6 +119,8 @@ def _check_private(api: HfApi, repo: str, private: bool | None) -> None:
 
 def _patiently(work: Callable[[], T], repo: str) -> T:
     """`work()`, again after a while where that can help."""
+    if get_token() is None:
+        raise CapreseError(f"the hub knows no valid token here; {_LOGIN} with one that may write")
     for wait in (*_WAITS, None):
         try:
             return work()
@@ -170,7 +172,7 @@ def explain(error: Exception, repo: str, *, revision: str | None = None, writing
     if status >= 500:
         return CapreseError(f"the hub has trouble ({status}); run the same again later: what was sent is kept")
     if isinstance(error, LocalEntryNotFoundError) or _is_connection(error):
-        again = "; run the same again: what was sent is kept" if writing else ""
+        again = "; run the same again, whatever was sent is kept" if writing else ""
         return CapreseError(f"cannot reach the hub for {repo}; check the network and HF_ENDPOINT{again}")
     if isinstance(error, EntryNotFoundError):
         return CapreseError(f"{repo} lacks a file ({first}); is it a caprese adapter?")

@@ -96,9 +96,10 @@ def check_exportable(config: PretrainedConfig, methods: Sequence[Method], branch
     mixed = any(method.name == "mamba" for method in methods)
     for method in methods:
         if method.name not in ("static", "none", "mamba"):
+            why = "packs the FFN weights" if "weights" in method.acts_on else "decides anew for each prompt or token"
             raise CapreseError(
-                f"{method.name} decides anew for each prompt or token, or packs the weights: no ordinary checkpoint "
-                "computes that; recover with --method static (or none), and export the result"
+                f"{method.name} {why}, which no ordinary checkpoint does; recover with --method static (or none), and "
+                "export the result"
             )
     family, kind = family_of(config), config.model_type
     if mixed and (kind not in _AS_GRANITE or getattr(config, "mlp_bias", False)):
@@ -150,6 +151,10 @@ def exported_config(
 
 def _hybrid_config(facts: dict[str, Any], width: int, mixers: Mapping[int, Mixer]) -> PretrainedConfig:
     mixer = next(iter(mixers.values()))
+    if len(mixers) == facts["num_hidden_layers"]:
+        raise CapreseError(
+            "transformers' GraniteMoeHybrid does not generate without an attention layer; keep one (--keep-attention)"
+        )
     if mixer.inner % facts["hidden_size"]:
         raise CapreseError(
             f"a GraniteMoeHybrid's mixers are a multiple of the hidden size {facts['hidden_size']} wide, and these "
@@ -210,7 +215,14 @@ def plan_export(config: PretrainedConfig, methods: Sequence[Method], rank: Calla
         "parameters": count_parameters(made),
         "base_parameters": count_parameters(model),
         "bytes": count_parameters(made) * size,
+        "note": _note(methods, find_ffns(made)[0].ffn.width, sites[0].ffn.width),
     }
+
+
+def _note(methods: Sequence[Method], width: int, before: int) -> str | None:
+    if width < before or not any(isinstance(method, Static) for method in methods):
+        return None
+    return "nothing is saved: all layers are as wide as the widest, so prune all of them (recover --layers all)"
 
 
 @torch.no_grad()
@@ -235,7 +247,8 @@ def export(
         outtype: of the GGUF: f32, f16, bf16, q8_0.
 
     Returns: {"to", "architecture", "ffn_width", "base_ffn_width", "parameters", "base_parameters", "bytes", "dtype",
-        "largest_logit_difference", "largest_logit", "gguf"}; the difference is to this model, all tokens generated.
+        "note", "largest_logit_difference", "largest_logit", "gguf"}; the difference is to this model, all tokens
+        generated.
 
     Raises:
         CapreseError: a method or family that no checkpoint can carry, a target in use, a full disk, or no converter.
@@ -356,9 +369,10 @@ def _write(model: nn.Module, parts: Mapping[int, Branch | None], path: Path, dty
         "architecture": type(made).__name__,
         "ffn_width": width,
         "base_ffn_width": views[0].width,
-        "parameters": count_parameters(made),
+        "parameters": sum(p.numel() for p in made.parameters()),
         "base_parameters": count_parameters(model),
         "dtype": str(dtype).removeprefix("torch."),
+        "note": _note(phases_of(model).methods, width, views[0].width),
     }
 
 
