@@ -282,10 +282,12 @@ def test_hybrids_that_no_checkpoint_holds_are_refused(tmp_path):
         with pytest.raises(caprese.CapreseError, match=why):
             caprese.export(model, None, tmp_path / "out")
 
-    refused(
-        attach_adapter(caprese.apply(tiny_llama(), caprese.Mamba(keep_attention=0)), 1), "without an attention layer"
-    )
-    refused(recovered(caprese.apply(tiny_llama(), caprese.Mamba())), "no place for a recovery branch")
+    pure = caprese.apply(tiny_llama(), caprese.Mamba(keep_attention=0))
+    refused(attach_adapter(pure, 1), "without an attention layer")
+    branched = attach_adapter(caprese.apply(tiny_llama(), caprese.Mamba()), 1)
+    for name, p in branched.named_parameters():
+        p.data += 0.1 if ".lora_B." in name else 0
+    refused(branched, "no place for a recovery branch")
     refused(attach_adapter(caprese.apply(tiny("gemma2"), caprese.Mamba()), 1), "no place for what 'gemma2' has")
     refused(attach_adapter(caprese.apply(tiny("mistral"), caprese.Mamba()), 1), "sliding window")
 
