@@ -127,9 +127,11 @@ def test_what_goes_together_and_what_does_not():
         reason = refusal(METHODS[one](), METHODS[other]())
         if "none" in (one, other):
             assert reason and "takes nothing away" in reason
+        elif {one, other} == {"teal", "mamba"}:
+            assert reason and "replaces the attention" in reason
         elif {one, other} == packed:
             assert reason and "same part" in reason
-        elif packed & {one, other} and "static" not in (one, other):
+        elif packed & {one, other} and not {"static", "mamba"} & {one, other}:
             assert reason and "rows or columns" in reason
         else:
             assert reason is None, (one, other)

@@ -1,0 +1,109 @@
+"""Time to next token and cache memory against context length: dense, hybrid, pure Mamba.
+
+    python benchmarks/context.py --shape llama-3.2-1b --output benchmarks/results/context-llama-3.2-1b.json
+
+Random weights. The caches are filled with random keys, values and states of the given length instead of by a prefill,
+which a decode step cannot tell apart. Variants take turns; medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+import caprese
+from caprese.efficient_methods import MixerState, replacements
+from caprese.efficient_methods.mamba.mixer import KERNEL
+from caprese.evaluation import environment
+from caprese.models import random_model, shape_config
+from caprese.models.cache import RoomyCache
+
+
+def filled(model: Any, length: int, mixed: set[int]) -> DynamicCache:
+    """A cache as after `length` tokens."""
+    config, kind = model.config, model.dtype
+    heads, size = (
+        config.num_key_value_heads,
+        getattr(config, "head_dim", None) or (config.hidden_size // config.num_attention_heads),
+    )
+    cache = RoomyCache(config)
+    mixers = {at.layer: at.mixer for at in replacements(model)}
+    for i in range(config.num_hidden_layers):
+        if i in mixed:
+            state = MixerState()
+            m = mixers[i]
+            state.keep(
+                torch.randn(1, 3 * m.inner, KERNEL - 1, dtype=kind), torch.randn(1, m.heads, m.size, m.size), length
+            )
+            cache.layers[i] = state
+        else:
+            cache.layers[i].update(*(torch.randn(1, heads, length, size, dtype=kind) for _ in range(2)))
+    return cache
+
+
+def nbytes(cache: Any) -> int:
+    total = 0
+    for layer in cache.layers:
+        if isinstance(layer, MixerState):
+            total += layer.window.nbytes + layer.state.nbytes
+        else:
+            total += layer.keys.nbytes + layer.values.nbytes
+    return total
+
+
+@torch.no_grad()
+def measure(model: Any, length: int, mixed: set[int], steps: int) -> dict[str, dict[str, float]]:
+    """TTNT and bytes of dense and of what is applied, in turns."""
+    caches = {"dense": filled(model, length, set()), "mixed": filled(model, length, mixed)}
+    held = {name: nbytes(cache) for name, cache in caches.items()}
+    times: dict[str, list[float]] = {name: [] for name in caches}
+    token = torch.tensor([[5]])
+    for turn in range(steps + 1):
+        for name, cache in caches.items():
+            with caprese.dense(model) if name == "dense" else nullcontext():
+                begin = time.perf_counter()
+                model(input_ids=token, past_key_values=cache, use_cache=True)
+                if turn:
+                    times[name].append(1000 * (time.perf_counter() - begin))
+    return {name: {"ttnt_ms": statistics.median(times[name]), "cache_bytes": held[name]} for name in caches}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", default="llama-3.2-1b")
+    parser.add_argument("--contexts", default="1024,2048,4096,8192,16384,32768")
+    parser.add_argument("--keep", default="0.5,0.25,0")
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--output", required=True)
+    args = parser.parse_args()
+    model = random_model(shape_config(args.shape), torch.float32, "cpu")
+    rows = []
+    for keep in map(float, args.keep.split(",")):
+        caprese.apply(model, caprese.Mamba(keep_attention=keep))
+        mixed = {at.layer for at in replacements(model)}
+        for length in map(int, args.contexts.split(",")):
+            found = measure(model, length, mixed, args.steps)
+            row = {"keep_attention": keep, "context": length, **found}
+            row["ratio"] = found["mixed"]["ttnt_ms"] / found["dense"]["ttnt_ms"]
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+        caprese.remove(model)
+    facts = {
+        "command": f"python benchmarks/context.py --shape {args.shape} --contexts {args.contexts} --keep {args.keep}",
+        "shape": args.shape,
+        "rows": rows,
+        "environment": environment(model),
+    }
+    Path(args.output).write_text(json.dumps(facts, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
