@@ -622,6 +622,8 @@ def scale(
 
     _quiet(as_json)
     sidecar = read_sidecar(adapter)
+    if any(facts["name"] == "mamba" for facts in sidecar.methods):
+        reselect_every = 0  # a state cannot be read again
     over = choose(reselect_every or None, contenders.split(",") if contenders else None)
     asked, trained = beside(adapter)
     if prompts is not None and column is None:

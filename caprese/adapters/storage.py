@@ -323,6 +323,7 @@ def load(
     ):
         raise CapreseError("this method is applied with another calibration; caprese.remove(model) first")
     if applied:
+        phases_of(base).check_reselect(every)
         phases_of(base).reselect_every = every
     else:
         apply(base, methods, calibration=calibration, reselect_every=every)

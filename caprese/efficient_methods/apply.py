@@ -54,11 +54,10 @@ def apply(
     chosen = compose(methods)
     sites = find_ffns(model)
     layers = methods_by_layer(chosen, len(sites))
-    if reselect_every is not None and any("mixer" in method.acts_on for method in chosen):
-        raise CapreseError("reselection reads generated tokens again, which a Mamba layer's state cannot: leave it out")
     facts = {i: _fixed(own, i, sites[i], calibration) for i, own in layers.items()}
     learners = {i: [m for m in own if "prompt" in m.learns] for i, own in layers.items()}
     phases = Phases(chosen, learners)
+    phases.check_reselect(reselect_every)
     phases.reselect_every = check_reselect(reselect_every)
     try:
         for i, own in layers.items():

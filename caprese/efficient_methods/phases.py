@@ -68,6 +68,11 @@ class Phases:
         self.static = False
         self.undo: list[Callable[[], None]] = []
 
+    def check_reselect(self, every: int | None) -> None:
+        """Raise CapreseError if generated tokens cannot be read again."""
+        if every is not None and any("mixer" in method.acts_on for method in self.methods):
+            raise CapreseError("reselection reads generated tokens again, which a Mamba layer's state cannot")
+
     @property
     def only_mixes(self) -> bool:
         """Whether FFNs are as they were, so that branches have nothing to give back."""
@@ -343,9 +348,10 @@ def reselection(model: nn.Module, every: int | None) -> Iterator[None]:
     """Inside, generated tokens go through the dense model once every `every` of them; None: never.
 
     Raises:
-        CapreseError: no method applied, or `every` below 1.
+        CapreseError: no method applied, `every` below 1, or a Mamba layer.
     """
     shared = phases_of(model)
+    shared.check_reselect(every)
     before, shared.reselect_every = shared.reselect_every, check_reselect(every)
     try:
         yield
