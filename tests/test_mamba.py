@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -322,3 +323,10 @@ def test_alignment_goes_from_layer_to_attention_only():
     for at in others:
         at.mixer.forward = lambda x, valid: 0 * x  # type: ignore[method-assign]
     assert torch.allclose(alignment(model, batch)[1:], torch.ones(len(others)))
+
+
+def test_the_report_says_what_was_trained(distilled):
+    _, recipe, report = distilled
+    card = (Path(recipe.output) / "README.md").read_text()
+    assert f"distilling {report['parameters']['mixers']:,} parameters of Mamba mixers" in card
+    assert "mamba (34% attention)" in card

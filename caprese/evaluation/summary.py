@@ -121,10 +121,10 @@ def headline(report: dict[str, Any]) -> str:
     """The run in a sentence or two."""
     report = portable(report)
     share = number(report["parameters"]["fraction"], ".2%")
-    sentence = (
-        f"{report['model_id']} made cheaper with {method_text(report)}, "
-        f"then repaired by a low-rank adapter of {share} of its parameters"
-    )
+    what = f"a low-rank adapter of {share} of its parameters"
+    if mixers := report["parameters"].get("mixers"):
+        what = f"distilling {mixers:,} parameters of Mamba mixers"
+    sentence = f"{report['model_id']} made cheaper with {method_text(report)}, then repaired by {what}"
     fraction = recovered(report)
     return f"{sentence}. Of the quality lost, it recovers {fraction}." if fraction else f"{sentence}."
 
@@ -137,6 +137,10 @@ def method_text(report: dict[str, Any]) -> str:
         if isinstance(sparsity, list):
             parts.append(f"{method['name']} {number(sum(sparsity) / len(sparsity), '.0%')} on average")
         else:
+            kept = method.get("keep_attention")
+            if isinstance(kept, float):
+                parts.append(f"{method['name']} ({number(kept, '.0%')} attention)")
+                continue
             parts.append(method["name"] + ("" if sparsity is None else f" {number(sparsity, '.0%')}"))
     every = report.get("reselect_every")
     return " + ".join(parts) + (f", reselected every {every} tokens" if every else "")
@@ -169,6 +173,7 @@ def facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("Rank", rank_text(report["rank"])),
         ("Layers", f"{len(report['layers'])} ({spans(report['layers'])})"),
         ("Adapter", f"{parameters['adapter']:,} parameters ({number(parameters['fraction'], '.2%')} of the base)"),
+        ("Mixers", f"{parameters['mixers']:,} parameters, trained" if parameters.get("mixers") else ""),
         ("Active parameters", "; ".join(active)),
         ("Samples", "; ".join(samples)),
         ("Seed", str(report["seed"])),
@@ -209,7 +214,7 @@ def summary_table(report: dict[str, Any]) -> Table:
 
 def summary_lines(report: dict[str, Any]) -> list[str]:
     """The few lines below the table, without markup."""
-    wanted = ("Adapter", "Active parameters", "TTNT ratio")
+    wanted = ("Adapter", "Mixers", "Active parameters", "TTNT ratio")
     lines = [f"Recovered: {recovered(report) or 'not measured'}"]
     lines += [f"{label}: {text}" for label, text in facts(report) if label in wanted]
     if stages := report["stages"]:
