@@ -97,7 +97,7 @@ def main() -> None:
             print(json.dumps(row), flush=True)
         caprese.remove(model)
     facts = {
-        "command": f"python benchmarks/context.py --shape {args.shape} --contexts {args.contexts} --keep {args.keep}",
+        "command": f"python benchmarks/context.py --shape {args.shape} --contexts {args.contexts} --keep {args.keep} --steps {args.steps}",
         "shape": args.shape,
         "rows": rows,
         "environment": environment(model),

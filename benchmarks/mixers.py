@@ -1,9 +1,9 @@
 """What a mixer's start and its alignment are worth: held-out KL over tokens seen, at equal tokens.
 
-    python benchmarks/mixers.py --samples out-reasoner-hybrid/samples --output benchmarks/results/mixers-reasoner
+    python benchmarks/mixers.py --samples out-reasoner-mamba/samples --output benchmarks/results/mixers-reasoner
 
 Mixers started from attention or at random, trained by KL alone, or half of the tokens by alignment first. Samples are
-those of a finished run (`caprese recover --model reasoner-tiny --method mamba --output out-reasoner-hybrid`).
+those of a finished run (`caprese recover --recipe reasoner-tiny-mamba`).
 """
 
 from __future__ import annotations
