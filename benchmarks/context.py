@@ -96,8 +96,10 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
         caprese.remove(model)
+    command = f"python benchmarks/context.py --shape {args.shape} --contexts {args.contexts} --keep {args.keep}"
+    command += f" --steps {args.steps} --output {args.output}"
     facts = {
-        "command": f"python benchmarks/context.py --shape {args.shape} --contexts {args.contexts} --keep {args.keep} --steps {args.steps}",
+        "command": command,
         "shape": args.shape,
         "rows": rows,
         "environment": environment(model),
