@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from caprese.distill.sensitivity import LEVELS
 from caprese.distill.sequential import check_sequential
-from caprese.efficient_methods import describe_methods, methods_by_layer, weights_saved
+from caprese.efficient_methods import Mamba, Mixer, describe_methods, methods_by_layer, weights_saved
 from caprese.errors import CapreseError
 from caprese.files import free_bytes
 from caprese.models import active_parameters, count_parameters, find_ffns
+from caprese.models.attention import read_attention
 from caprese.models.loading import pick_device, pick_dtype
 from caprese.recipes import Recipe
 
@@ -54,6 +55,14 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     layers = len(own)
     base, dense = count_parameters(model), active_parameters(model)
     efficient = dense - sum(weights_saved(sites[i], each) for i, each in own.items())
+    mixers = 0
+    for method in methods:
+        for i in method.layer_indices(len(sites)) if isinstance(method, Mamba) else []:
+            with torch.device("meta"):
+                mixer = Mixer(read_attention(sites[i].attention(), config), 1e-6, 0)
+            count = sum(p.numel() for p in mixer.parameters())
+            mixers, efficient = mixers + count, efficient + count
+            efficient -= sum(p.numel() for p in sites[i].attention().parameters())
     if recipe.target_active is not None:
         efficient = int(recipe.target_active * dense)
     if recipe.reselect_every is not None:
@@ -77,6 +86,8 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     calibration += len(LEVELS) * layers * s.validation if recipe.sparsity == "auto" else 0
     seconds = {
         "samples": forward * (prompt + 2.5 * completion),  # decoding in batches runs below a plain pass's rate
+        # the dense pass, and forward and backward of the mixers
+        "alignment": train * recipe.alignment.epochs * (forward + 6 * mixers / rate) if mixers else 0,
         "calibration": forward * calibration * (s.max_new_tokens + _PROMPT_TOKENS),
         "layerwise": forward * train * passes * 1.3,
         "end_to_end": forward * s.train * (2 * s.max_new_tokens + _PROMPT_TOKENS)
@@ -92,6 +103,7 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
         "base_parameters": base,
         "adapter_parameters": adapter,
         "adapter_fraction": round(adapter / base, 5),
+        "mixer_parameters": mixers,
         "active_parameters_dense": dense,
         "active_parameters_recovered": efficient + adapter,
         "byte_floor_ratio": round((efficient + adapter) / dense, 4),

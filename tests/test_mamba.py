@@ -18,9 +18,11 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import Grani
 import caprese
 from caprese.adapters import attach_adapter, branch_parameters, fingerprint
 from caprese.efficient_methods import Mixer, MixerState, Replacement
+from caprese.inference import plan_export
 from caprese.kernels.scan import chunk_scan, recurrence
 from caprese.models import FAMILIES
 from caprese.models.attention import read_attention
+from caprese.plan import plan
 
 
 def drawn(length: int, heads: int = 3, size: int = 4, width: int = 5, seed: int = 0):
@@ -272,6 +274,8 @@ def test_a_hybrid_is_a_granite_checkpoint(kind, tmp_path):
         p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     facts = caprese.export(model, None, tmp_path / "out")
     assert facts["architecture"] == "GraniteMoeHybridForCausalLM" and facts["largest_logit_difference"] < 1e-4
+    planned = plan_export(tiny(kind, **plain).config, [caprese.Mamba()], lambda layer: 1)
+    assert planned.items() <= {**facts, "bytes": planned["bytes"]}.items()
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = prompts(9)[0]
     how = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
@@ -325,8 +329,14 @@ def test_alignment_goes_from_layer_to_attention_only():
     assert torch.allclose(alignment(model, batch)[1:], torch.ones(len(others)))
 
 
-def test_the_report_says_what_was_trained(distilled):
+def test_the_report_and_the_plan_say_what_is_trained(distilled):
     _, recipe, report = distilled
+    planned = plan(tiny_llama().config, recipe)
+    assert planned["mixer_parameters"] == report["parameters"]["mixers"]
+    many = recipe.model_copy(update={"samples": recipe.samples.model_copy(update={"train": 10**6})})
+    assert plan(tiny_llama().config, many)["estimated_seconds"]["alignment"] > 0
+    active = report["parameters"]["active_recovered"]
+    assert abs(planned["active_parameters_recovered"] - active) < 0.02 * active
     card = (Path(recipe.output) / "README.md").read_text()
     assert f"distilling {report['parameters']['mixers']:,} parameters of Mamba mixers" in card
     assert "mamba (34% attention)" in card

@@ -33,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from caprese.adapters import public_id
 from caprese.efficient_methods import (
+    Mamba,
     Method,
     Mixer,
     Static,
@@ -59,6 +60,7 @@ from caprese.models import (
     find_ffns,
     unwrap,
 )
+from caprese.models.attention import read_attention
 
 Format = Literal["hf", "gguf"]
 #: a branch as `branch_of` gives it: L' [r, D], R' [D, r], bias [D] or None
@@ -195,27 +197,34 @@ def plan_export(config: PretrainedConfig, methods: Sequence[Method], rank: Calla
     Raises:
         CapreseError: what `export` would refuse.
     """
-    check_exportable(config, methods)
+    mamba = next((method for method in methods if isinstance(method, Mamba)), None)
+    check_exportable(config, methods, branch=mamba is None)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         sites = find_ffns(model)
         applied = methods_by_layer(methods, len(sites))
-        widths = []
+        widths, mixers = [], {}
         for site in sites:
             width = site.ffn.width
             for method in applied.get(site.index, []):
                 width = method.kept(width) if isinstance(method, Static) else width
-            widths.append(width + (rank(site.index) * (1 if site.ffn.gated else 2) if site.index in applied else 0))
-        made = AutoModelForCausalLM.from_config(exported_config(config, widths, True))
-    size = (getattr(config, "dtype", None) or torch.float32).itemsize
+            if site.index in applied and mamba is None:
+                width += rank(site.index) * (1 if site.ffn.gated else 2)
+            widths.append(width)
+            if mamba is not None and site.index in mamba.layer_indices(len(sites)):
+                mixers[site.index] = Mixer(read_attention(site.attention(), config), 1e-6, 0)
+        planned = exported_config(config, widths, mamba is None, mixers)
+        made = AutoModelForCausalLM.from_config(planned)
+    width = planned.shared_intermediate_size if mixers else getattr(planned, family_of(config).width)
+    parameters = sum(p.numel() for p in made.parameters())
     return {
         "architecture": type(made).__name__,
-        "ffn_width": find_ffns(made)[0].ffn.width,
+        "ffn_width": width,
         "base_ffn_width": sites[0].ffn.width,
-        "parameters": count_parameters(made),
+        "parameters": parameters,
         "base_parameters": count_parameters(model),
-        "bytes": count_parameters(made) * size,
-        "note": _note(methods, find_ffns(made)[0].ffn.width, sites[0].ffn.width),
+        "bytes": parameters * (getattr(config, "dtype", None) or torch.float32).itemsize,
+        "note": _note(methods, width, sites[0].ffn.width),
     }
 
 
