@@ -27,7 +27,6 @@ from transformers import PreTrainedTokenizerBase
 from caprese import __version__
 from caprese.adapters import (
     attach_adapter,
-    branch_parameters,
     empty_slots,
     fingerprint,
     get_branches,
@@ -216,7 +215,9 @@ def recover(
 def _identity(recipe: Recipe, prints: Mapping[str, str]) -> str:
     """What a result depends on, as one digest: the recipe without its places, the base's weights, how samples are
     made."""
-    facts = recipe.model_dump(mode="json", exclude={"output", "model", "revision", "device"})
+    places = {"output", "model", "revision", "device"}
+    mixing = set() if "mamba" in recipe.method else {"alignment", "keep_attention"}
+    facts = recipe.model_dump(mode="json", exclude=places | mixing)
     return hashlib.sha256(json.dumps([facts, dict(prints), VERSION], sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -491,9 +492,7 @@ def _attach(model: nn.Module, ranks: list[int], recipe: Recipe) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         adapted = attach_adapter(model, ranks, recipe.bias)
-    for parameter in branch_parameters(adapted):
-        parameter.requires_grad_(False)
-    return adapted
+    return adapted.requires_grad_(False)
 
 
 def _rank_error(curves: list[torch.Tensor]) -> dict[str, list[float]]:

@@ -340,3 +340,57 @@ def test_the_report_and_the_plan_say_what_is_trained(distilled):
     card = (Path(recipe.output) / "README.md").read_text()
     assert f"distilling {report['parameters']['mixers']:,} parameters of Mamba mixers" in card
     assert "mamba (34% attention)" in card
+
+
+def test_what_a_cache_is_not_for_is_refused():
+    model = caprese.apply(tiny_llama(), caprese.Mamba())
+    ids = prompts(40)[0]
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+    state = next(layer for layer in cache.layers if isinstance(layer, MixerState))
+    assert state.window.untyped_storage().nbytes() == state.window.nbytes  # not a view on all 40 tokens
+    with pytest.raises(caprese.CapreseError, match="filled by a hybrid"), caprese.dense(model):
+        model(ids[:, :1], past_key_values=cache)
+    with pytest.raises(caprese.CapreseError, match="static cache"):
+        model.generate(input_ids=ids, max_new_tokens=3, cache_implementation="static")
+
+
+def test_mixers_of_a_bfloat16_base_train():
+    model = caprese.apply(tiny_llama().to(torch.bfloat16), caprese.Mamba(keep_attention=0))
+    adapted = attach_adapter(model, 1)
+    parameters = branch_parameters(adapted)
+    before = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    for p in parameters:
+        p.requires_grad_(True)
+    ids = prompts(12)[0]
+    for _ in range(3):
+        with caprese.phases(adapted, [3]):
+            adapted(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = [float((p != old).float().mean()) for p, old in zip(parameters, before, strict=True)]
+    assert min(moved) > 0.9
+    assert adapted(input_ids=ids).logits.dtype == torch.bfloat16
+
+
+def test_mixers_are_not_mixed_up_or_saved_broken(tmp_path):
+    def hybrid(seed: int):
+        model = attach_adapter(caprese.apply(tiny_llama(), caprese.Mamba()), 1)
+        for p in branch_parameters(model):
+            p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+        return model
+
+    one = hybrid(1)
+    caprese.save(one, tmp_path / "one")
+    caprese.save(hybrid(2), tmp_path / "two")
+    base = caprese.load(tiny_llama(), tmp_path / "one").get_base_model()
+    ids = prompts(7)[0]
+    before = base(ids).logits
+    with pytest.raises(caprese.CapreseError, match="mixers of another adapter"):
+        caprese.load(base, tmp_path / "two")
+    assert torch.equal(base(ids).logits, before)
+    branch_parameters(one)[0].data.fill_(torch.nan)
+    with pytest.raises(caprese.CapreseError, match="holds NaN"):
+        caprese.save(one, tmp_path / "one")
+    caprese.load(tiny_llama(), tmp_path / "one")

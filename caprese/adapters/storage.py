@@ -104,7 +104,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if not ffns:
         raise CapreseError("no efficient method is applied to this model; nothing to save")
     for name, parameter in model.named_parameters():
-        if ".lora_" in name and not torch.isfinite(parameter).all():
+        if (".lora_" in name or ".mixer." in name) and not torch.isfinite(parameter).all():
             raise CapreseError(f"adapter weight {name} holds NaN or infinity; not saved. Lower the learning rate")
     check_writable(target)
     phases = phases_of(model)
@@ -322,20 +322,28 @@ def load(
         and all(torch.equal(choice, calibration[name].to(choice.dtype)) for name, choice in known.items())
     ):
         raise CapreseError("this method is applied with another calibration; caprese.remove(model) first")
+    if applied and any(
+        not torch.equal(value, mixers[name].to(value.dtype)) for name, value in _mixers(base).items() if name in mixers
+    ):
+        raise CapreseError("this model has the mixers of another adapter; caprese.remove(model) first")
     if applied:
         phases_of(base).check_reselect(every)
         phases_of(base).reselect_every = every
     else:
         apply(base, methods, calibration=calibration, reselect_every=every)
     try:
+        _set_mixers(base, mixers, adapter)
         model = PeftModel.from_pretrained(base, str(directory))
+    except CapreseError:
+        if not applied:
+            remove(base)
+        raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         if not applied:  # the base goes back as it came
             empty_slots(base)
             remove(base)
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CapreseError(f"{CONFIG} of {adapter} is damaged ({first}); fetch or make the adapter again") from error
-    _set_mixers(model, mixers, adapter)
     unwrap(model).eval()
     return model
 

@@ -128,6 +128,8 @@ class Phases:
 
     def _around(self, model: Any, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """A compiled decode step with the bookkeeping done before it, so that it is not part of the graph."""
+        if self.mixes:  # the states of mixers are not static
+            return model
         wrappers: list[EfficientFFN] = [m for m in model.modules() if getattr(m, "phases", None) is self]
         decoder = model.get_decoder()
 

@@ -300,7 +300,7 @@ def export(
 def _branch(recovery: nn.Module) -> Branch | None:
     """What the slot adds, if it adds anything."""
     found = branch_of(recovery)
-    return None if found is None or (not found[1].any() and found[2] is None) else found
+    return None if found is None or not any(part is not None and part.any() for part in found[1:]) else found
 
 
 def _check_target(target: Path, source: Path, overwrite: bool) -> None:
@@ -513,11 +513,16 @@ def _card(model: nn.Module, facts: Mapping[str, Any]) -> str:
         **base_terms(Path(base.source)),
     }
     what = describe_methods(phases_of(model).methods)
+    changed = (
+        f"{name} with {facts['ffn_width']} instead of {facts['base_ffn_width']} neurons in each FFN, the recovery "
+        "adapter among them, on prompts too"
+    )
+    if mixers := [at.layer for at in replacements(unwrap(model))]:
+        changed = f"{name} with Mamba-2 in place of attention in layers {', '.join(map(str, mixers))}"
     return (
         f"---\n{yaml.safe_dump(matter, sort_keys=False)}---\n\n# {name}, {what}\n\n"
-        f"{name} with {facts['ffn_width']} instead of {facts['base_ffn_width']} neurons in each FFN, the recovery "
-        f"adapter among them; {facts['parameters']:,} instead of {facts['base_parameters']:,} parameters. Exported by "
+        f"{changed}; {facts['parameters']:,} instead of {facts['base_parameters']:,} parameters. Exported by "
         f"caprese as an ordinary {facts['architecture']}: it needs caprese no more. Read back by transformers alone, "
         f"its logits differ from the caprese model's by {facts['largest_logit_difference']:.1e} at most (the largest "
-        f"is {facts['largest_logit']:.1f}). It runs pruned on prompts too.\n"
+        f"is {facts['largest_logit']:.1f}).\n"
     )

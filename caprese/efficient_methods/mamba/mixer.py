@@ -50,6 +50,15 @@ class MixerState(DynamicLayer):
     def get_seq_length(self, *_: Any) -> int:
         return self.length
 
+    def update(self, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        raise CapreseError("this KV cache was filled by a hybrid; the dense model starts with an empty one")
+
+    def offload(self) -> None:
+        """It is small."""
+
+    def prefetch(self) -> None:
+        """It is where it is used."""
+
     def _each(self, change: Any) -> None:
         if self.window is not None and self.state is not None:
             self.window, self.state = change(self.window), change(self.state)
@@ -83,7 +92,8 @@ class Mixer(nn.Module):
         self.heads, self.size, self.eps = a.heads, a.head_dim, eps
         self.inner = inner = a.heads * a.head_dim
         hidden = like.shape[1]
-        kind: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        # float32 whatever the base is: Adam's small steps are lost in bfloat16
+        kind: dict[str, Any] = {"device": like.device, "dtype": torch.float32}
         self.in_proj = nn.Linear(hidden, 4 * inner + a.heads, **kind)
         self.conv1d = nn.Conv1d(3 * inner, 3 * inner, KERNEL, groups=3 * inner, padding=KERNEL - 1, **kind)
         self.dt_bias = nn.Parameter(torch.empty(a.heads, device=like.device))
@@ -139,6 +149,7 @@ class Mixer(nn.Module):
     ) -> torch.Tensor:
         """x [B, T, D]; tokens that are not `valid` [B, T] leave no trace, which is meant for pads before a text."""
         batch, length, _ = x.shape
+        dtype, x = x.dtype, x.float()
         z, mixed, dt = self.in_proj(x).split([self.inner, 3 * self.inner, self.heads], dim=-1)
         if valid is not None:
             mixed = mixed * valid.unsqueeze(-1).to(mixed.dtype)
@@ -147,13 +158,13 @@ class Mixer(nn.Module):
         if window is None:
             window = mixed.new_zeros(batch, mixed.shape[1], KERNEL - 1)
         mixed = torch.cat([window, mixed], -1)
-        kept = mixed[..., 1 - KERNEL :]
+        kept = mixed[..., 1 - KERNEL :].clone()  # and not a view on the whole text
         mixed = F.silu(F.conv1d(mixed, self.conv1d.weight, self.conv1d.bias, groups=mixed.shape[1])).transpose(1, 2)
-        dt = F.softplus(dt.float() + self.dt_bias)
+        dt = F.softplus(dt + self.dt_bias)
         if valid is not None:
             dt = dt * valid.unsqueeze(-1)
-        v, b, c = (t.unflatten(-1, (self.heads, self.size)).float() for t in mixed.chunk(3, dim=-1))
-        a = -self.A_log.float().exp()
+        v, b, c = (t.unflatten(-1, (self.heads, self.size)) for t in mixed.chunk(3, dim=-1))
+        a = -self.A_log.exp()
         state = None if cache is None else cache.state
         if length == 1 and state is not None:
             y, state = step(v[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], state)
@@ -161,11 +172,11 @@ class Mixer(nn.Module):
         else:
             y, state = chunk_scan(v, dt, a, b, c, state)
         y = y + self.D[:, None] * v
-        y = y * F.silu(z.float()).unflatten(-1, (self.heads, self.size))
+        y = y * F.silu(z).unflatten(-1, (self.heads, self.size))
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         if cache is not None:
             cache.keep(kept, state, length)
-        return self.out_proj(self.norm.weight * y.flatten(-2).to(x.dtype))
+        return self.out_proj(self.norm.weight * y.flatten(-2)).to(dtype)
 
 
 def _by_head(t: torch.Tensor, groups: int, repeat: int) -> torch.Tensor:

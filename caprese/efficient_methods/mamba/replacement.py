@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import Cache
+from transformers.cache_utils import StaticLayer
 
 from caprese.efficient_methods.mamba.method import Mamba
 from caprese.efficient_methods.mamba.mixer import Mixer, MixerState
@@ -70,6 +71,8 @@ class Replacement(nn.Module):
             layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]
         found = layers[self.layer]
         if not isinstance(found, MixerState):
+            if isinstance(found, StaticLayer):
+                raise CapreseError("a hybrid does not run with a static cache yet; leave out cache_implementation")
             if found.get_seq_length():
                 raise CapreseError("this KV cache was filled by the dense model; a hybrid starts with an empty one")
             layers[self.layer] = found = MixerState()
