@@ -175,6 +175,14 @@ class _Handler(BaseHTTPRequestHandler):
             return repo
         return None
 
+    def at(self, name: str, revision: str) -> Commit | None:
+        """A repository's commit, if it is there and may be seen; else the answer is sent."""
+        repo = self.repo(name)
+        commit = None if repo is None else repo.at(revision)
+        if repo is not None and commit is None:
+            self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return commit
+
     # the API
     def whoami(self) -> None:
         user = self.user()
@@ -274,19 +282,16 @@ class _Handler(BaseHTTPRequestHandler):
         return self.json({"success": True, "commitOid": made.oid, "commitUrl": url, "hookOutput": ""})
 
     def info(self, name: str, revision: str = "main") -> None:
-        repo = self.repo(name)
-        if repo is None:
-            return None
-        commit = repo.at(revision)
+        commit = self.at(name, revision)
         if commit is None:
-            return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return None
         card = commit.files.get("README.md", b"").decode().split("---")
         facts = {
             "_id": "0",
             "id": name,
             "modelId": name,
             "sha": commit.oid,
-            "private": repo.private,
+            "private": self.hub.repos[name].private,
             "tags": [],
             "downloads": 0,
             "likes": 0,
@@ -296,12 +301,9 @@ class _Handler(BaseHTTPRequestHandler):
         return self.json(facts)
 
     def tree(self, name: str, revision: str) -> None:
-        repo = self.repo(name)
-        if repo is None:
-            return None
-        commit = repo.at(revision)
+        commit = self.at(name, revision)
         if commit is None:
-            return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return None
         entries = []
         for path, data in sorted(commit.files.items()):
             entry: dict[str, Any] = {"type": "file", "oid": git_oid(data), "size": len(data), "path": path}
@@ -311,12 +313,9 @@ class _Handler(BaseHTTPRequestHandler):
         return self.json(entries)
 
     def resolve(self, name: str, revision: str, path: str) -> None:
-        repo = self.repo(name)
-        if repo is None:
-            return None
-        commit = repo.at(revision)
+        commit = self.at(name, revision)
         if commit is None:
-            return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return None
         if path not in commit.files:
             return self.refuse(404, "EntryNotFound", "Entry not found", X_Repo_Commit=commit.oid)
         data = commit.files[path]
