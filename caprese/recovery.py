@@ -7,6 +7,7 @@ was stopped goes on where it was. A stage that does not help on held-out samples
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import json
 import os
@@ -49,14 +50,25 @@ from caprese.data_gen import (
     make_samples,
     trained_prompts,
 )
-from caprese.distill import HeldOut, accumulate, align, allocate_ranks, fit_layer, make_batches, new_moments
+from caprese.distill import (
+    HeldOut,
+    accumulate,
+    align,
+    alignment,
+    allocate_ranks,
+    fit_layer,
+    hidden_alignment,
+    make_batches,
+    new_moments,
+)
 from caprese.distill.adam import fit_adam
 from caprese.distill.batches import Batch, device_of
 from caprese.distill.end_to_end import train
 from caprese.distill.layerwise import Fit, Moments
-from caprese.distill.sensitivity import LEVELS, Sensitivity, allocate_sparsity
+from caprese.distill.sensitivity import LEVELS, Sensitivity, allocate_sparsity, select_attention
 from caprese.distill.sequential import check_sequential, fit_sequential
 from caprese.efficient_methods import (
+    Mamba,
     Method,
     Sparse,
     applied_ffns,
@@ -67,6 +79,7 @@ from caprese.efficient_methods import (
     make_method,
     methods_by_layer,
     needs_calibration,
+    only,
     phases_of,
     remove,
 )
@@ -189,7 +202,7 @@ def recover(
             **measured,
             "stages": stages,
             "curves": {
-                "alignment": aligned,
+                **aligned,
                 "end_to_end": curve,
                 "validation": [
                     {"stage": "efficient", "step": 0, "kl": fitted["kl"]["efficient"]},
@@ -316,11 +329,13 @@ def _prepare(
     state: Path,
     identity: str,
 ) -> tuple[tuple[Method, ...], dict[str, torch.Tensor] | None]:
-    """What the methods learn from samples: their calibration, and with sparsity auto how much each layer gets.
+    """What the methods learn from samples: their calibration, with sparsity auto how much each layer gets, and which
+    layers keep their attention where that is to be measured.
 
     Every process goes on from what the main one wrote, which its own may miss by a rounding.
     """
-    if recipe.sparsity != "auto" and not needs_calibration(methods):
+    measured = recipe.sparsity == "auto" or any(_selects(method) for method in methods)
+    if not measured and not needs_calibration(methods):
         return methods, None
     path = state / "methods.safetensors"
     exists = path.exists()
@@ -345,6 +360,10 @@ def _learn(
     identity: str,
 ) -> None:
     """Write what `_prepare` reads."""
+    methods = tuple(
+        _select(model, method, samples, recipe, path.parent, identity) if _selects(method) else method
+        for method in methods
+    )
     rows = make_batches(samples["train"][: recipe.calibration_samples], recipe.layerwise.batch_size)
     if recipe.sparsity == "auto":
         one = methods[0]
@@ -472,19 +491,53 @@ def _layerwise(
     return adapted, facts
 
 
+def _selects(method: Method) -> bool:
+    return isinstance(method, Mamba) and method.selected == "sensitivity"
+
+
+def _select(
+    model: nn.Module,
+    method: Method,
+    samples: Mapping[str, list[Sample]],
+    recipe: Recipe,
+    state: Path,
+    identity: str,
+) -> Mamba:
+    """Which layers keep their attention, by what their mixers cost alone."""
+    assert isinstance(method, Mamba)
+    config = recipe.alignment
+    rows = make_batches(samples["train"][: recipe.calibration_samples], config.micro_batch)
+    held_out = make_batches(samples["validation"], config.micro_batch)
+    path, limit = state / "sensitivity.safetensors", recipe.end_to_end.cache_gigabytes
+    selected, cost = select_attention(model, method, rows, held_out, config, recipe.seed, path, identity, limit)
+    say("KL of each layer's mixer alone: " + ", ".join(f"{layer} {kl:.3f}" for layer, kl in cost.items()))
+    return selected
+
+
 def _alignment(
     model: nn.Module, samples: Mapping[str, list[Sample]], recipe: Recipe, state: Path, identity: str
-) -> list[dict[str, float]]:
-    """Before anything else, mixers learn what the attentions gave that they replace; the training curve."""
+) -> dict[str, list[dict[str, float]]]:
+    """Before anything else, mixers learn what the attentions gave that they replace; the training curves."""
     if not phases_of(model).mixes:
-        return []
+        return {}
     config = recipe.alignment
-    with _stage(state, "alignment", 2) as stage:
-        train, held_out = (make_batches(samples[s], config.micro_batch) for s in ("train", "validation"))
-        path = state / "alignment.safetensors"
-        before, after, curve = align(model, train, held_out, config, recipe.seed, path, identity)
-        stage.update(kept=after < before, note=f"held-out error of mixers {before:.4f} -> {after:.4f}")
-    return curve
+    curves = {}
+    parts = (
+        ("alignment", config.epochs, functools.partial(alignment, matrices=config.matrices), "error of mixers"),
+        ("hidden_states", config.hidden_epochs, hidden_alignment, "error of hidden states"),
+    )
+    train, held_out = (make_batches(samples[s], config.micro_batch) for s in ("train", "validation"))
+    for name, epochs, measure, what in parts:
+        if not epochs:
+            continue
+        with _stage(state, name, 2) as stage:
+            how = config.model_copy(update={"epochs": epochs})
+            path, label = state / f"{name}.safetensors", f"2/4 {name.replace('_', ' ')}"
+            before, after, curves[name] = align(
+                model, measure, train, held_out, how, recipe.seed, path, identity, label
+            )
+            stage.update(kept=after < before, note=f"held-out {what} {before:.4f} -> {after:.4f}")
+    return curves
 
 
 def _attach(model: nn.Module, ranks: list[int], recipe: Recipe) -> nn.Module:
@@ -514,13 +567,34 @@ def _end_to_end(
     identity: str,
     start: float,
 ) -> tuple[float, list[dict[str, float]], list[dict[str, float]]]:
-    """Stage 3, in place: the best held-out KL, the training curve and the validation curve."""
+    """Stage 3, in place: the best held-out KL, the training curve and the validation curve of the last round."""
     config = recipe.end_to_end
     if config.epochs == 0:
         return start, [], []
     batches = make_batches(samples["train"], config.micro_batch)
-    path = state / "end_to_end.safetensors"
-    return train(adapted, batches, held_out, config, recipe.seed, path, identity, start)
+    before = get_branches(adapted)
+    acting = sorted({w.layer for w in applied_ffns(adapted).values()})
+    paths = [state / f"round-{number}.safetensors" for number in range(1, config.rounds)]
+    paths.append(state / "end_to_end.safetensors")
+    done = max((i for i, path in enumerate(paths) if path.exists()), default=0)
+    PartialState().wait_for_everyone()  # all have looked before the first can write
+    for number, path in enumerate(paths[done:-1], done + 1):
+        with only(adapted, joined(acting, number / config.rounds)):
+            own = f"{identity}, round {number}"
+            train(adapted, batches, held_out, config, recipe.seed, path, own, held_out.kl())
+    last = start if config.rounds == 1 else held_out.kl()
+    best, curve, checks = train(adapted, batches, held_out, config, recipe.seed, paths[-1], identity, last)
+    if not best < start:
+        set_branches(adapted, before)
+    return min(best, start), curve, checks
+
+
+def joined(layers: list[int], fraction: float) -> set[int]:
+    """The first so many of `layers` in an order that is spread evenly from the beginning, so that each round's hold
+    those of the round before."""
+    bits = (len(layers) - 1).bit_length()
+    order = sorted(range(len(layers)), key=lambda i: int(f"{i:0{bits}b}"[::-1], 2))
+    return {layers[i] for i in order[: max(1, round(fraction * len(layers)))]}
 
 
 def measure(

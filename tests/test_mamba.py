@@ -17,12 +17,17 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import Grani
 
 import caprese
 from caprese.adapters import attach_adapter, branch_parameters, fingerprint
-from caprese.efficient_methods import Mixer, MixerState, Replacement
+from caprese.data_gen import Sample
+from caprese.distill import Alignment, alignment, hidden_alignment, make_batches
+from caprese.distill.mixer import teacher_mixing
+from caprese.distill.sensitivity import select_attention
+from caprese.efficient_methods import Mixer, MixerState, Replacement, only, replacements
 from caprese.inference import plan_export
 from caprese.kernels.scan import chunk_scan, recurrence
 from caprese.models import FAMILIES
 from caprese.models.attention import read_attention
 from caprese.plan import plan
+from caprese.recovery import joined
 
 
 def drawn(length: int, heads: int = 3, size: int = 4, width: int = 5, seed: int = 0):
@@ -122,15 +127,14 @@ def test_a_text_in_pieces_or_behind_pads(cuts, pads):
 
 @torch.no_grad()
 def test_it_starts_as_linear_attention():
-    """x, B and C are the attention's v, k and q; the gate is open."""
+    """x, B and C are the attention's v, k and q."""
     model = tiny_llama()
     attention = read_attention(model.model.layers[0].self_attn, model.config)
     made = Mixer(attention, 1e-6, 0)
     x = torch.randn(1, 7, 32)
     inner = made.inner
-    z, v, k, q = made.in_proj(x)[..., : 4 * inner].split(inner, -1)
+    _, v, k, q = made.in_proj(x)[..., : 4 * inner].split(inner, -1)
     expected = model.model.layers[0].self_attn
-    assert torch.allclose(torch.nn.functional.silu(z), torch.ones_like(z))
     assert torch.allclose(q * attention.head_dim**0.5, expected.q_proj(x), atol=1e-6)
     for ours, theirs in ((k, expected.k_proj(x)), (v, expected.v_proj(x))):
         heads = theirs.unflatten(-1, (2, -1)).repeat_interleave(2, -2)  # each key head serves two query heads
@@ -309,15 +313,8 @@ def test_reselection_is_refused():
 
 def test_alignment_goes_from_layer_to_attention_only():
     """The error of a mixer that gives what attention gave is 0, and no layer's error depends on another's mixer."""
-    from caprese.data_gen import Sample
-    from caprese.distill import make_batches
-    from caprese.distill.mixer import alignment
-    from caprese.efficient_methods import replacements
-
     model = caprese.apply(tiny_llama(), caprese.Mamba(keep_attention=0))
-    rows = torch.randint(2, 258, (3, 20), generator=torch.Generator().manual_seed(0)).tolist()
-    samples = [Sample(row, n, "", "") for row, n in zip(rows, (4, 7, 9), strict=True)]
-    (batch,) = make_batches(samples, 3)
+    (batch,) = texts(3)
     before = alignment(model, batch)
     first, *others = replacements(model)
     with torch.no_grad():
@@ -327,6 +324,79 @@ def test_alignment_goes_from_layer_to_attention_only():
     for at in others:
         at.mixer.forward = lambda x, valid: 0 * x  # type: ignore[method-assign]
     assert torch.allclose(alignment(model, batch)[1:], torch.ones(len(others)))
+
+
+def texts(count: int, size: int = 20):
+    """Batches of random tokens; the first 4 to 9 of each text are its prompt."""
+    rows = torch.randint(2, 258, (count, size), generator=torch.Generator().manual_seed(0)).tolist()
+    return make_batches([Sample(row, 4 + i % 6, "", "") for i, row in enumerate(rows)], 3)
+
+
+@torch.no_grad()
+def test_a_mixing_matrix_is_the_mixer():
+    made, x = mixer()
+    z, v, *_ = made._project(x, None, None)
+    y = (made.matrix(x) @ v.transpose(1, 2)).transpose(1, 2)
+    y = y * torch.nn.functional.silu(z).unflatten(-1, (made.heads, made.size))
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + made.eps)
+    assert torch.allclose(made.out_proj(made.norm.weight * y.flatten(-2)), made(x), atol=1e-5)
+
+
+def test_aligning_matrices_brings_them_nearer():
+    model = caprese.apply(tiny_llama(), caprese.Mamba(keep_attention=0))
+    (batch,) = texts(3)
+    assert torch.allclose(alignment(model, batch, matrices=0.0), alignment(model, batch))
+    with_matrices = alignment(model, batch, matrices=1.0)
+    assert (with_matrices > alignment(model, batch)).all() and model.config._attn_implementation == "sdpa"
+    seen, mask = teacher_mixing(model, batch, matrices=True)
+    for _, _, probabilities in seen.values():  # of each real token, one, on real tokens before it
+        assert torch.allclose(probabilities.sum(-1)[mask[:, None].expand(-1, 4, -1)], torch.ones(()), atol=1e-5)
+    for at in replacements(model):
+        wanted = seen[at.layer][2]
+        at.mixer.matrix = lambda x, valid, wanted=wanted: wanted  # type: ignore[method-assign]
+    assert torch.allclose(alignment(model, batch, matrices=1.0), alignment(model, batch))
+
+
+def test_hidden_states_of_a_dense_model_are_right():
+    model = caprese.apply(tiny_llama(), caprese.Mamba(keep_attention=[0]))
+    (batch,) = texts(3)
+    errors = hidden_alignment(model, batch)
+    assert errors[0] == 0 and (errors[1:] > 0.01).all()  # layer 0 is attention still; what follows is not
+    with caprese.dense(model):
+        assert (hidden_alignment(model, batch) == 0).all()
+
+
+def test_layers_join_in_rounds():
+    assert joined([0, 1, 2, 3, 4, 5, 6, 7], 0.5) == {0, 2, 4, 6} and joined([3], 0.1) == {3}
+    before: set[int] = set()
+    for part in (0.2, 0.4, 0.6, 0.8, 1):
+        after = joined(list(range(30)), part)
+        assert before < after and len(after) == round(30 * part)
+        before = after
+    model = caprese.apply(tiny_llama(), caprese.Mamba(keep_attention=0))
+    (batch,) = texts(3)
+    with only(model, {1}):
+        errors = hidden_alignment(model, batch)
+    assert errors[0] == 0 and errors[1] > 0
+
+
+def test_attention_stays_where_a_mixer_costs_most(tmp_path):
+    torch.manual_seed(0)
+    model = tiny_llama(num_hidden_layers=3).requires_grad_(False)
+    with torch.no_grad():
+        for layer in (0, 2):
+            model.model.layers[layer].self_attn.o_proj.weight.mul_(0.002)  # what these say hardly matters
+    method = caprese.Mamba(keep_attention=0.34, selected="sensitivity")
+    rows = texts(12)
+    config = Alignment(batch_size=3, micro_batch=3)
+    chosen, cost = select_attention(model, method, rows, rows, config, 0, tmp_path / "s.safetensors", "", 1.0)
+    assert max(cost, key=cost.get) == 1 and chosen == caprese.Mamba(keep_attention=[1])
+    assert not any(isinstance(m, Replacement) for m in model.modules())
+    with pytest.raises(caprese.CapreseError, match="measured by caprese recover"):
+        caprese.apply(model, method)
+    for wrong in (0.0, [1]):
+        with pytest.raises(ValueError, match="goes with keep_attention a fraction"):
+            caprese.Mamba(keep_attention=wrong, selected="sensitivity")
 
 
 def test_the_report_and_the_plan_say_what_is_trained(distilled):

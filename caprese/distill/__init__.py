@@ -3,7 +3,7 @@
 from caprese.distill.batches import Batch, make_batches
 from caprese.distill.end_to_end import EndToEnd, HeldOut
 from caprese.distill.layerwise import Layerwise, accumulate, allocate_ranks, fit_layer, new_moments
-from caprese.distill.mixer import Alignment, align
+from caprese.distill.mixer import Alignment, align, alignment, hidden_alignment
 
 __all__ = [
     "Alignment",
@@ -13,8 +13,10 @@ __all__ = [
     "Layerwise",
     "accumulate",
     "align",
+    "alignment",
     "allocate_ranks",
     "fit_layer",
+    "hidden_alignment",
     "make_batches",
     "new_moments",
 ]

@@ -63,6 +63,9 @@ class EndToEnd(Descent):
     objective: Literal["kl", "hidden"] = "kl"
     """kl: KL(dense || student) of the next-token distributions. hidden: the paper's squared error of final hidden
     states."""
+    rounds: Annotated[int, Field(ge=1)] = 1
+    """Rounds of `epochs` each, in which ever more layers act, the last with all of them (stepwise replacement,
+    arXiv 2408.15237, section 4.1)."""
     cache_gigabytes: Annotated[float, Field(ge=0)] = 3.0
     """Memory for what does not change between epochs: prompt KV caches and the teacher's hidden states."""
 

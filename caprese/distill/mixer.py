@@ -1,14 +1,16 @@
-"""Aligning mixers with the attentions they replace: every layer alone, all in parallel, on the teacher's inputs.
+"""Aligning mixers with the attentions they replace, before they are trained by what the whole model says.
 
-Each mixer sees what its attention saw in the dense model and is to give what it gave (the second stage of MOHAWK,
-arXiv 2408.10189, section 4.2, on mixers instead of blocks). No gradient goes from layer to layer.
+First every layer alone, all in parallel: each mixer sees what its attention saw in the dense model and is to give what
+it gave, and to mix tokens as it did if asked (the second and first stage of MOHAWK, arXiv 2408.10189, section 4, on
+mixers instead of blocks). No gradient goes from layer to layer. Then, if asked, the model on its own inputs: hidden
+states after every layer are to be the dense model's (Zebra-HyLo, arXiv 2604.24715).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -17,60 +19,110 @@ from torch import nn
 from caprese.distill.batches import Batch, device_of, positions_of
 from caprese.distill.end_to_end import Descent, descend
 from caprese.efficient_methods import dense, phases, phases_of, replacements
+from caprese.errors import CapreseError
 from caprese.models import unwrap
 
-
-@torch.no_grad()
-def teacher_mixing(model: nn.Module, batch: Batch) -> tuple[dict[int, tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
-    """By layer, what each replaced attention saw and gave in the dense model, [B, T, D], and which tokens are real."""
-    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    mask = torch.cat([batch.prompt_mask, batch.mask], 1)
-    shared = phases_of(model)
-    shared.mixer_observer = lambda at, x, out: seen.__setitem__(at.layer, (x, out))
-    try:
-        with dense(model), phases(model, batch.prompt_lengths):
-            unwrap(model).get_decoder()(
-                input_ids=torch.cat([batch.prompt, batch.inputs], 1),
-                attention_mask=mask.long(),
-                position_ids=positions_of(mask),
-                use_cache=False,
-            )
-    finally:
-        shared.mixer_observer = None
-    return seen, mask
-
-
-def alignment(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """||mixer(x) - attention(x)||^2 / ||attention(x)||^2 over the real tokens of a batch, by layer [layers]."""
-    seen, mask = teacher_mixing(model, batch)
-    errors = []
-    for at in replacements(model):
-        x, out = seen[at.layer]
-        y = at.mixer(x, mask)
-        wanted = out[mask].float()
-        errors.append((y[mask].float() - wanted).square().sum() / wanted.square().sum())
-    return torch.stack(errors)
+#: by layer, what a replaced attention saw and gave in the dense model, [B, T, D], and its probabilities [B, H, T, T]
+Seen = dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
 
 
 class Alignment(Descent):
     """Stage 2, where attentions are replaced: mixers learn what attention gave."""
 
     epochs: Annotated[int, Field(ge=0)] = 1
-    """Passes over the samples; 0 skips the stage."""
+    """Passes over the samples with every mixer alone, on what its attention saw; 0 skips this part."""
+    hidden_epochs: Annotated[int, Field(ge=0)] = 0
+    """Passes after those with all mixers in place, learning the dense model's hidden states after every layer."""
+    matrices: Annotated[float, Field(ge=0)] = 0.0
+    """With every mixer alone: the weight, beside what it gives, of how it mixes tokens; takes memory by the square of
+    the text's length."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Peak of a linear schedule with 2% warm-up."""
 
 
+def _whole(model: nn.Module, batch: Batch, **more: Any) -> tuple[Any, torch.Tensor]:
+    """One pass over prompts and completions, and which tokens are real."""
+    mask = torch.cat([batch.prompt_mask, batch.mask], 1)
+    with phases(model, batch.prompt_lengths):
+        out = unwrap(model).get_decoder()(
+            input_ids=torch.cat([batch.prompt, batch.inputs], 1),
+            attention_mask=mask.long(),
+            position_ids=positions_of(mask),
+            use_cache=False,
+            **more,
+        )
+    return out, mask
+
+
+@torch.no_grad()
+def teacher_mixing(model: nn.Module, batch: Batch, matrices: bool = False) -> tuple[Seen, torch.Tensor]:
+    """What each replaced attention saw and gave in the dense model, and which tokens are real [B, T]."""
+    seen: Seen = {}
+    shared, base = phases_of(model), unwrap(model)
+    how = base.config._attn_implementation
+    shared.mixer_observer = lambda at, *facts: seen.__setitem__(at.layer, facts)
+    try:
+        if matrices:  # other implementations do not say their probabilities
+            base.set_attn_implementation("eager")
+        with dense(model):
+            _, mask = _whole(model, batch)
+    finally:
+        shared.mixer_observer = None
+        if matrices:
+            base.set_attn_implementation(how)
+    return seen, mask
+
+
+def alignment(model: nn.Module, batch: Batch, matrices: float = 0.0) -> torch.Tensor:
+    """||mixer(x) - attention(x)||^2 / ||attention(x)||^2 over the real tokens of a batch, by layer [layers].
+
+    Args:
+        matrices: how much is added of the same error of the mixing matrices, by Frobenius norm.
+
+    Raises:
+        CapreseError: an attention that does not give its probabilities, which `matrices` needs.
+    """
+    seen, mask = teacher_mixing(model, batch, matrices > 0)
+    errors = []
+    for at in replacements(model):
+        x, out, probabilities = seen[at.layer]
+        error = _relative(at.mixer(x, mask)[mask], out[mask])
+        if matrices:
+            if probabilities is None:
+                raise CapreseError(
+                    f"{type(at.attention).__name__} does not give its probabilities; set alignment.matrices to 0"
+                )
+            rows = mask[:, None, :, None]
+            error = error + matrices * _relative(at.mixer.matrix(x, mask) * rows, probabilities * rows)
+        errors.append(error)
+    return torch.stack(errors)
+
+
+def hidden_alignment(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """||h - dense h||^2 / ||dense h||^2 of the hidden states after each layer, over real tokens, [layers]."""
+    with torch.no_grad(), dense(model):
+        wanted = _whole(model, batch, output_hidden_states=True)[0].hidden_states[1:]
+    out, mask = _whole(model, batch, output_hidden_states=True)
+    return torch.stack([_relative(h[mask], w[mask]) for h, w in zip(out.hidden_states[1:], wanted, strict=True)])
+
+
+def _relative(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    wanted = wanted.float()
+    return (given.float() - wanted).square().sum() / wanted.square().sum()
+
+
 def align(
     model: nn.Module,
+    measure: Callable[[nn.Module, Batch], torch.Tensor],
     batches: Sequence[Batch],
     validation: Sequence[Batch],
-    config: Alignment,
+    config: Descent,
     seed: int,
     state: Path,
     identity: str,
+    label: str,
 ) -> tuple[float, float, list[dict[str, float]]]:
-    """Train the mixers of `model` in place by `alignment`; see `descend`.
+    """Train the mixers of `model` in place by `measure`, such as `alignment`; see `descend`.
 
     Returns: the mean error on `validation` before and after, and the training curve.
     """
@@ -79,14 +131,12 @@ def align(
     @torch.no_grad()
     def check() -> float:
         tokens = sum(batch.tokens for batch in held_out)
-        return sum(float(alignment(model, batch).mean()) * batch.tokens for batch in held_out) / max(1, tokens)
+        return sum(float(measure(model, batch).mean()) * batch.tokens for batch in held_out) / max(1, tokens)
 
     def loss(index: int) -> torch.Tensor:
         batch = batches[index].to(device_of(model))
-        return alignment(model, batch).mean() * batch.tokens
+        return measure(model, batch).mean() * batch.tokens
 
     before = check()
-    if config.epochs == 0:
-        return before, before, []
-    after, curve, _ = descend(model, batches, loss, check, config, seed, state, identity, before, "2/4 alignment")
+    after, curve, _ = descend(model, batches, loss, check, config, seed, state, identity, before, label)
     return before, after, curve

@@ -1,24 +1,31 @@
-"""How much each layer minds being made sparse, and how much sparsity each should get.
+"""How much each layer minds being made cheaper: how much sparsity each should get, and which keep their attention.
 
 One layer at a time is made sparse at a few levels, and KL to the dense model measured on held-out samples. Along each
 layer's lower convex hull of KL over weights saved, the cheapest steps of all layers are taken first, until the model
 reads few enough weights, or until the KL measured with all of them together reaches the target.
+
+Attention is kept where a mixer costs most: mixers of all layers are aligned a little, each alone, and KL is measured
+with one layer's at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
 from caprese.distill.batches import Batch
 from caprese.distill.end_to_end import HeldOut
-from caprese.efficient_methods import Sparse, apply, calibrate, needs_calibration, phases_of, remove, weights_saved
+from caprese.distill.mixer import Alignment, align, alignment
+from caprese.efficient_methods import Mamba, Sparse, apply, calibrate, needs_calibration, only, remove, weights_saved
 from caprese.errors import CapreseError
 from caprese.models import active_parameters, find_ffns
 
 LEVELS = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
+# Optimiser steps of alignment before mixers are compared.
+ALIGNED = 100
 Advance = Callable[[int], None]
 
 
@@ -71,8 +78,8 @@ class Sensitivity:
             held_out = self._with(uniform)
             try:
                 for site, known in zip(self.sites, points, strict=True):
-                    phases_of(self.model).only = {site.index}
-                    known.append((float(weights_saved(site, [uniform])), held_out.kl(), level))
+                    with only(self.model, {site.index}):
+                        known.append((float(weights_saved(site, [uniform])), held_out.kl(), level))
                     if advance is not None:
                         advance(1)
             finally:
@@ -143,3 +150,43 @@ def allocate_sparsity(
             f"one layer at sparsity {steps[0].sparsity:g} alone costs more than --target-kl {target_kl:g}; allow more"
         )
     return sensitivity.at(steps[:low])
+
+
+def select_attention(
+    model: nn.Module,
+    method: Mamba,
+    rows: Sequence[Batch],
+    held_out: Sequence[Batch],
+    config: Alignment,
+    seed: int,
+    state: Path,
+    identity: str,
+    cache_gigabytes: float,
+    advance: Advance | None = None,
+) -> tuple[Mamba, dict[int, float]]:
+    """The method with the layers named that keep their attention, and by layer the KL of its mixer alone.
+
+    Args:
+        model: without a method.
+        rows: micro-batches that mixers are aligned on, for `ALIGNED` steps of `config`.
+        held_out: samples that KL is measured on.
+        state: file that alignment resumes from.
+    """
+    candidates = method.model_copy(update={"selected": "evenly", "keep_attention": 0.0})
+    count = len(find_ffns(model))
+    steps = -(-len(rows) * config.micro_batch // config.batch_size)
+    short = config.model_copy(update={"epochs": -(-ALIGNED // steps)})
+    apply(model, candidates)
+    try:
+        align(model, alignment, rows, held_out, short, seed, state, identity, "2/4 sensitivity: mixers")
+        measured = HeldOut(model, held_out, cache_gigabytes)
+        cost = {}
+        for layer in candidates.layer_indices(count):
+            with only(model, {layer}):
+                cost[layer] = measured.kl()
+            if advance is not None:
+                advance(1)
+    finally:
+        remove(model)
+    kept = sorted(sorted(cost, key=cost.__getitem__)[len(cost) - method.kept(count) :])
+    return method.model_copy(update={"selected": "evenly", "keep_attention": kept}), cost

@@ -29,7 +29,7 @@ from caprese.efficient_methods.compose import (
 from caprese.efficient_methods.griffin import Griffin
 from caprese.efficient_methods.mamba import Mamba, Mixer, MixerState, Replacement, mixers_at_start, replacements
 from caprese.efficient_methods.none import Nothing
-from caprese.efficient_methods.phases import Observer, dense, phases, phases_of, reselection
+from caprese.efficient_methods.phases import Observer, dense, only, phases, phases_of, reselection
 from caprese.efficient_methods.quantized import Int8, Nf4
 from caprese.efficient_methods.static import Static
 from caprese.efficient_methods.teal import Teal
@@ -74,6 +74,7 @@ __all__ = [
     "mixers_at_start",
     "needs_calibration",
     "parse_methods",
+    "only",
     "phases",
     "phases_of",
     "refusal",

@@ -77,6 +77,10 @@ def apply(
 
 def put_mixer(site: Site, config: Any, method: Mamba, phases: Phases) -> Callable[[], None]:
     """A mixer in place of a layer's attention; returns the undoing."""
+    if method.selected == "sensitivity":
+        raise CapreseError(
+            "mamba:selected=sensitivity is measured by caprese recover; here, give keep_attention the layers"
+        )
     attention = site.attention()
     replacement = Replacement(site, config, method, phases)
     replacement.train(site.layer.training)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -63,7 +63,7 @@ class Phases:
         self.mixes = False
         self.mixer_observer: MixerObserver | None = None
         #: layers that act, the others staying dense; None is all
-        self.only: set[int] | None = None
+        self.only: frozenset[int] | None = None
         #: inside a compiled decode step, which only computes: what is Python was done before it
         self.static = False
         self.undo: list[Callable[[], None]] = []
@@ -343,6 +343,21 @@ def dense(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         shared.dense = before
+
+
+@contextmanager
+def only(model: nn.Module, layers: Collection[int]) -> Iterator[None]:
+    """Inside, `layers` alone act, and the others compute what the base model does.
+
+    Raises:
+        CapreseError: no method applied.
+    """
+    shared = phases_of(model)
+    before, shared.only = shared.only, frozenset(layers)
+    try:
+        yield
+    finally:
+        shared.only = before
 
 
 @contextmanager

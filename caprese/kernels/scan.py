@@ -1,5 +1,8 @@
 """The state-space recurrence of Mamba-2 (arXiv 2405.21060): token by token, in chunks, and one step of decoding.
 
+`scan`, `decode` and `convolve` are what a mixer calls: on a GPU mamba-ssm's and causal-conv1d's kernels where they are
+installed and load, and torch everywhere else.
+
 S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T,  y_t = S_t C_t, for each head on its own.
 
 Shapes: x [B, T, H, P], dt [B, T, H] (positive; 0 passes a token by), A [H] (negative), B and C [B, T, H, N], S and
@@ -8,7 +11,13 @@ Shapes: x [B, T, H, P], dt [B, T, H] (positive; 0 passes a token by), A [H] (neg
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 
 # Tokens whose products are taken at once; the cost of a token grows with it, that of a chunk does not.
 CHUNK = 64
@@ -54,16 +63,13 @@ def chunk_scan(
     batch, length, heads, size = x.shape
     extra = -length % chunk
     if extra:  # tokens that are passed by
-        x, B, C = (torch.nn.functional.pad(t, (0, 0, 0, 0, 0, extra)) for t in (x, B, C))
-        dt = torch.nn.functional.pad(dt, (0, 0, 0, extra))
+        x, B, C = (F.pad(t, (0, 0, 0, 0, 0, extra)) for t in (x, B, C))
+        dt = F.pad(dt, (0, 0, 0, extra))
     # [B, chunks, H, chunk, ...]
     x, B, C = (t.unflatten(1, (-1, chunk)).transpose(2, 3) for t in (x, B, C))
     dt = dt.unflatten(1, (-1, chunk)).transpose(2, 3)
     total = (dt * A[:, None]).cumsum(-1)
-    gap = total[..., :, None] - total[..., None, :]
-    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
-    mixing = (C @ B.transpose(-1, -2)) * gap.masked_fill(~causal, -torch.inf).exp() * dt[..., None, :]
-    y = mixing @ x
+    y = _mixing(total, dt, B, C) @ x
     weight = (total[..., -1:] - total).exp() * dt
     gathered = (weight[..., None] * x).transpose(-1, -2) @ B  # what each chunk adds to the state, [B, chunks, H, P, N]
     decay = total[..., -1].exp()[..., None, None]
@@ -74,3 +80,88 @@ def chunk_scan(
         state = decay[:, c] * state + gathered[:, c]
     y = y + total.exp()[..., None] * (C @ torch.stack(before, 1).transpose(-1, -2))
     return y.transpose(2, 3).flatten(1, 2)[:, :length], state
+
+
+def mixing_matrix(dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
+    """The recurrence as one matrix, y = M x from an empty state (equation 6): M [B, H, T, T], lower triangular."""
+    dt, B, C = dt.transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2)
+    return _mixing((dt * A[:, None]).cumsum(-1), dt, B, C)
+
+
+def _mixing(total: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
+    """M of a stretch of tokens; `total` [..., T] is dt A summed up to each."""
+    gap = total[..., :, None] - total[..., None, :]
+    causal = torch.ones(gap.shape[-2:], dtype=torch.bool, device=gap.device).tril()
+    return (C @ B.transpose(-1, -2)) * gap.masked_fill(~causal, -torch.inf).exp() * dt[..., None, :]
+
+
+def scan(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    state: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`chunk_scan` by whatever kernel there is for x's device."""
+    kernels = _mamba_ssm(x.device.type)
+    if kernels is None:
+        return chunk_scan(x, dt, A, B, C, state)
+    return kernels.scan(x, dt, A, B, C, CHUNK, initial_states=state, return_final_states=True)
+
+
+def decode(
+    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`step` by whatever kernel there is; mamba-ssm's writes the new state over `state`."""
+    kernels = _mamba_ssm(x.device.type)
+    if kernels is None or (torch.is_grad_enabled() and x.requires_grad):
+        return step(x, dt, A, B, C, state)
+    like = x[0]  # [H, P]
+    none = like.new_zeros(len(A), 1).expand_as(like)  # it takes no D and no bias of dt only by mistake
+    rate = A[:, None, None].expand(*like.shape, B.shape[-1])
+    return kernels.decode(state, x, dt[..., None].expand_as(x), rate, B, C, D=none, dt_bias=none), state
+
+
+def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """SiLU of a causal convolution of each channel alone: x [B, channels, T + k - 1] -> [B, channels, T].
+
+    Args:
+        weight: [channels, 1, k].
+    """
+    kernel = _causal_conv1d(x.device.type)
+    if kernel is None:
+        return F.silu(F.conv1d(x, weight, bias, groups=len(weight)))
+    return kernel(x, weight.squeeze(1), bias, activation="silu")[..., weight.shape[-1] - 1 :]
+
+
+def in_use(device: str) -> dict[str, str]:
+    """Whose kernels a mixer runs on a kind of device: {"scan", "convolution"}."""
+    return {
+        "scan": "torch" if _mamba_ssm(device) is None else "mamba-ssm",
+        "convolution": "torch" if _causal_conv1d(device) is None else "causal-conv1d",
+    }
+
+
+# what is built for another torch, CUDA or GPU fails to import in its own way, and not with ImportError alone
+@functools.cache
+def _mamba_ssm(device: str) -> Any:
+    if device != "cuda":
+        return None
+    try:
+        from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    except Exception:
+        return None
+    return SimpleNamespace(scan=mamba_chunk_scan_combined, decode=selective_state_update)
+
+
+@functools.cache
+def _causal_conv1d(device: str) -> Callable[..., torch.Tensor] | None:
+    if device != "cuda":
+        return None
+    try:
+        from causal_conv1d import causal_conv1d_fn
+    except Exception:
+        return None
+    return causal_conv1d_fn

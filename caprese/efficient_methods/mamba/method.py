@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, PlainValidator
+from pydantic import Field, PlainValidator, model_validator
 
 from caprese.efficient_methods.base import Method, Part
 from caprese.errors import CapreseError
@@ -29,14 +29,27 @@ class Mamba(Method):
     parts: ClassVar[frozenset[Part]] = frozenset({"mixer"})
 
     keep_attention: Annotated[float | list[int], PlainValidator(_keep)] = 0.5
-    """Fraction of the layers that keep their attention, spread evenly, or the numbers of those that do; 0 is none."""
+    """Fraction of the layers that keep their attention, or the numbers of those that do; 0 is none."""
+    selected: Literal["evenly", "sensitivity"] = "evenly"
+    """How that fraction is selected: spread evenly, or those layers where a mixer costs most, measured by `recover`."""
     start: Literal["attention", "random"] = "attention"
     """What mixers start from."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of what is random in a mixer's start."""
 
+    @model_validator(mode="after")
+    def _one_selection(self) -> Self:
+        if self.selected != "evenly" and not (isinstance(self.keep_attention, float) and self.keep_attention):
+            raise ValueError(f"selected={self.selected} goes with keep_attention a fraction above 0")
+        return self
+
+    def kept(self, count: int) -> int:
+        """How many of its layers keep their attention."""
+        assert isinstance(self.keep_attention, float)
+        return round(self.keep_attention * len(super().layer_indices(count)))
+
     def layer_indices(self, count: int) -> list[int]:
-        """The layers that get a mixer.
+        """The layers that get a mixer; before sensitivity is measured, as many of them.
 
         Raises:
             CapreseError: layers that the model does not have, or none left to replace.
@@ -47,7 +60,7 @@ class Mamba(Method):
             if unknown := sorted(kept - set(range(count))):
                 raise CapreseError(f"keep_attention {unknown}: a model of {count} layers has 0-{count - 1}")
         else:
-            many = round(self.keep_attention * len(layers))
+            many = self.kept(count)
             kept = {layers[int((i + 0.5) * len(layers) / many)] for i in range(many)}
         replaced = [layer for layer in layers if layer not in kept]
         if not replaced:

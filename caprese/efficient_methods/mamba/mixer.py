@@ -1,8 +1,8 @@
 """The module that stands in for an attention layer: a Mamba-2 mixer started from the attention's own weights.
 
 V -> x, K -> B, Q -> C, O -> out (arXiv 2408.15237, section 3): linear attention is the recurrence S += v k^T, y = S q,
-and Mamba-2 adds to it a decay, a gate, a short convolution and a norm. Those start so that they change little: the
-convolution passes its input, the gate is 1.
+and Mamba-2 adds to it a decay, a gate, a short convolution and a norm. Those start at random, as in Mamba-2: an open
+gate and a convolution that passes its input are nearer to attention, and learn worse (docs/mamba.md).
 
 Parameters have the names and shapes of transformers' GraniteMoeHybridMambaLayer, which can hold them exactly.
 """
@@ -18,12 +18,10 @@ from torch import nn
 from transformers.cache_utils import DynamicLayer
 
 from caprese.errors import CapreseError
-from caprese.kernels.scan import chunk_scan, step
+from caprese.kernels.scan import convolve, decode, mixing_matrix, scan
 from caprese.models.attention import Attention
 
 KERNEL = 4
-# silu(b) = 1: the gate at its start
-_OPEN = 1.2784645427610738
 # dt from 1/1000 to 1/10, log-uniform, and A from 1 to 16, as in Mamba-2: heads remember from a token to a thousand
 _DT, _A = (1e-3, 1e-1), (1.0, 16.0)
 
@@ -116,18 +114,12 @@ class Mixer(nn.Module):
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
         self.A_log.copy_(torch.log(_A[0] + (_A[1] - _A[0]) * drawn(a.heads)))
         weight, bias = self.in_proj.weight, self.in_proj.bias
-        hidden = weight.shape[1]
-        for p in (bias, self.conv1d.weight, self.conv1d.bias, self.out_proj.bias):
+        for p in (bias, self.conv1d.bias, self.out_proj.bias):
             assert p is not None
             p.zero_()
-        weight[4 * inner :] = (2 * drawn(a.heads, hidden) - 1) * hidden**-0.5
-        bias[:inner] = _OPEN
-        weight[:inner] = 0
+        for p in (weight, self.conv1d.weight, self.out_proj.weight):
+            p.copy_((2 * drawn(*p.shape) - 1) * p[0].numel() ** -0.5)
         if start == "random":
-            weight[: 4 * inner] = (2 * drawn(4 * inner, hidden) - 1) * hidden**-0.5
-            bias[:inner] = 0
-            self.conv1d.weight.copy_((2 * drawn(*self.conv1d.weight.shape) - 1) * KERNEL**-0.5)
-            self.out_proj.weight.copy_((2 * drawn(hidden, inner) - 1) * inner**-0.5)
             return
         repeat = a.heads // a.groups
         for place, rows, extra, factor in (
@@ -139,7 +131,6 @@ class Mixer(nn.Module):
             weight[part] = factor * rows
             if extra is not None:
                 bias[part] = factor * (extra if place == 3 else _by_head(extra, a.groups, repeat))
-        self.conv1d.weight[:, :, -1] = 1
         self.out_proj.weight.copy_(a.out)
         if a.out_bias is not None:
             self.out_proj.bias.copy_(a.out_bias)
@@ -148,35 +139,40 @@ class Mixer(nn.Module):
         self, x: torch.Tensor, valid: torch.Tensor | None = None, cache: MixerState | None = None
     ) -> torch.Tensor:
         """x [B, T, D]; tokens that are not `valid` [B, T] leave no trace, which is meant for pads before a text."""
-        batch, length, _ = x.shape
-        dtype, x = x.dtype, x.float()
-        z, mixed, dt = self.in_proj(x).split([self.inner, 3 * self.inner, self.heads], dim=-1)
-        if valid is not None:
-            mixed = mixed * valid.unsqueeze(-1).to(mixed.dtype)
-        mixed = mixed.transpose(1, 2)
-        window = None if cache is None else cache.window
-        if window is None:
-            window = mixed.new_zeros(batch, mixed.shape[1], KERNEL - 1)
-        mixed = torch.cat([window, mixed], -1)
-        kept = mixed[..., 1 - KERNEL :].clone()  # and not a view on the whole text
-        mixed = F.silu(F.conv1d(mixed, self.conv1d.weight, self.conv1d.bias, groups=mixed.shape[1])).transpose(1, 2)
-        dt = F.softplus(dt + self.dt_bias)
-        if valid is not None:
-            dt = dt * valid.unsqueeze(-1)
-        v, b, c = (t.unflatten(-1, (self.heads, self.size)) for t in mixed.chunk(3, dim=-1))
-        a = -self.A_log.exp()
+        dtype, length = x.dtype, x.shape[1]
+        z, v, dt, a, b, c, kept = self._project(x, valid, None if cache is None else cache.window)
         state = None if cache is None else cache.state
         if length == 1 and state is not None:
-            y, state = step(v[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], state)
+            y, state = decode(v[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], state)
             y = y.unsqueeze(1)
         else:
-            y, state = chunk_scan(v, dt, a, b, c, state)
+            y, state = scan(v, dt, a, b, c, state)
         y = y + self.D[:, None] * v
         y = y * F.silu(z).unflatten(-1, (self.heads, self.size))
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         if cache is not None:
             cache.keep(kept, state, length)
         return self.out_proj(self.norm.weight * y.flatten(-2)).to(dtype)
+
+    def matrix(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        """What mixes the tokens of x [B, T, D], as attention's probabilities do: [B, H, T, T]."""
+        _, _, dt, a, b, c, _ = self._project(x, valid, None)
+        return mixing_matrix(dt, a, b, c) + self.D[:, None, None] * torch.eye(x.shape[1], device=x.device)
+
+    def _project(self, x: torch.Tensor, valid: torch.Tensor | None, window: torch.Tensor | None) -> Any:
+        """z [B, T, H P], x, dt, A, B and C of the recurrence, and the next window [B, 3 H P, KERNEL - 1]."""
+        z, mixed, dt = self.in_proj(x.float()).split([self.inner, 3 * self.inner, self.heads], dim=-1)
+        dt = F.softplus(dt + self.dt_bias)
+        if valid is not None:
+            mixed, dt = (t * valid.unsqueeze(-1).to(t.dtype) for t in (mixed, dt))
+        mixed = mixed.transpose(1, 2)
+        if window is None:
+            window = mixed.new_zeros(*mixed.shape[:2], KERNEL - 1)
+        mixed = torch.cat([window, mixed], -1)
+        kept = mixed[..., 1 - KERNEL :].clone()  # and not a view on the whole text
+        mixed = convolve(mixed, self.conv1d.weight, self.conv1d.bias).transpose(1, 2)
+        v, b, c = (t.unflatten(-1, (self.heads, self.size)) for t in mixed.chunk(3, dim=-1))
+        return z, v, dt, -self.A_log.exp(), b, c, kept
 
 
 def _by_head(t: torch.Tensor, groups: int, repeat: int) -> torch.Tensor:

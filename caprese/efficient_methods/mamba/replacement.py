@@ -20,12 +20,13 @@ from caprese.models.attention import read_attention
 if TYPE_CHECKING:
     from caprese.efficient_methods.phases import Phases
 
-#: called with (replacement, x [B, T, D], out [B, T, D]) by every replaced attention in a dense pass
-MixerObserver = Callable[["Replacement", torch.Tensor, torch.Tensor], None]
+#: called with (replacement, x [B, T, D], out [B, T, D], probabilities [B, H, T, T] if it gives them) by every replaced
+#: attention in a dense pass
+MixerObserver = Callable[["Replacement", torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 
 
 class Replacement(nn.Module):
-    """Called as the attention is; runs the mixer, or inside `dense` the attention.
+    """Called as the attention is; runs the mixer, or the attention where the layer is not to act.
 
     Attributes:
         lost: what of the attention the mixer's start does not have.
@@ -49,10 +50,10 @@ class Replacement(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs["hidden_states"]
-        if self.phases.dense:
+        if self.phases.dense or not self.phases.acts_on(self.layer):
             out = self.attention(*args, **kwargs)
             if self.phases.mixer_observer is not None:
-                self.phases.mixer_observer(self, x, out[0])
+                self.phases.mixer_observer(self, x, *out[:2])
             return out
         cache = next((v for v in (*kwargs.values(), *args) if isinstance(v, Cache)), None)
         state = None if cache is None else self._state(cache)
