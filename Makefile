@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.caprese
 
-.PHONY: help env demo test test-slow llama-cpp lint format check clean
+.PHONY: help env demo test test-slow llama-cpp mamba-ssm lint format check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -37,6 +37,12 @@ llama-cpp: env  ## llama.cpp, compiled from source for the tests of GGUF: some m
 		$$(echo $(LLAMA) | sed 's/-\([0-9]\)/==\1/') && tar xzf $(VENV)/src/$(LLAMA).tar.gz -C $(VENV)/src )
 	$(BIN)/python -c 'import llama_cpp' 2>/dev/null || \
 		$(BIN)/python -m pip install --quiet -c constraints.txt $(VENV)/src/$(LLAMA) protobuf sentencepiece
+
+# Without its CUDA part: its Triton kernels run in the interpreter.
+mamba-ssm: env  ## mamba-ssm, for the test that compares its kernels with ours
+	$(BIN)/python -c 'import sys, importlib.util as i; sys.exit(not i.find_spec("mamba_ssm"))' || \
+		MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
+		$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -c constraints.txt mamba-ssm einops
 
 lint: env  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -204,6 +204,9 @@ def recover(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another recipe's result in --output.")
     ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Also keep the base in OUTPUT/base, so that the directory runs by itself.")
+    ] = False,
     push_to_hub: Annotated[str | None, typer.Option(help="Push the result to this repository, user/name.")] = None,
     private: Private = None,
     dry_run: Annotated[
@@ -213,7 +216,7 @@ def recover(
 ) -> None:
     """Make MODEL cheaper and distil an adapter that gives its quality back. Goes on where a stopped run was."""
     from caprese.efficient_methods import describe_methods
-    from caprese.models import load_base, load_config, resolve
+    from caprese.models import load_base, resolve, save_base
     from caprese.progress import say
     from caprese.recipes import resolve_recipe
 
@@ -256,9 +259,9 @@ def recover(
         f"seed {resolved.seed} -> {resolved.output}"
     )
     if dry_run:
-        from caprese.plan import plan
+        from caprese.plan import config_of, plan
 
-        figures = plan(load_config(resolved.model, resolved.revision), resolved)
+        figures = plan(config_of(resolved), resolved)
         print(json.dumps(figures, indent=2)) if as_json else _print_table("plan", figures)
         return
     from caprese.adapters import hub
@@ -272,6 +275,8 @@ def recover(
     report = run(loaded, tokenizer, resolved, overwrite=overwrite)
     if not _first():
         return
+    if full:
+        save_base(loaded, tokenizer, Path(resolved.output) / "base")
     if push_to_hub is not None:
         from caprese.publish import push as publish
 
@@ -283,7 +288,8 @@ def recover(
         return
     _print_report(report)
     say(f"\nreport: {Path(resolved.output) / 'report.html'}")
-    say(f"try it: caprese generate --model {resolved.model} --adapter {resolved.output} --prompt '...'")
+    name = Path(resolved.output) / "base" if full else resolved.model
+    say(f"try it: caprese generate --model {name} --adapter {resolved.output} --prompt '...'")
 
 
 def _print_report(report: dict[str, Any]) -> None:

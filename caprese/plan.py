@@ -13,13 +13,16 @@ from caprese.distill.sequential import check_sequential
 from caprese.efficient_methods import Mamba, Mixer, describe_methods, methods_by_layer, weights_saved
 from caprese.errors import CapreseError
 from caprese.files import free_bytes
-from caprese.models import active_parameters, count_parameters, find_ffns
+from caprese.models import SHAPES, active_parameters, count_parameters, find_ffns, load_config, shape_config
 from caprese.models.attention import read_attention
 from caprese.models.loading import pick_device, pick_dtype
+from caprese.progress import say
 from caprese.recipes import Recipe
 
 # Assumed mean prompt length: a plan does not load the tokenizer.
 _PROMPT_TOKENS = 128
+# Assumed of a GPU, for `gpu_hours`: an H100's 989 bfloat16 TFLOP/s at 40%.
+_GPU_FLOPS = 0.4 * 989e12
 
 
 def _flops_per_second(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
@@ -34,8 +37,24 @@ def _flops_per_second(device: torch.device, dtype: torch.dtype, seconds: float =
     return done * 2 * 1024**3 / (time.perf_counter() - begin)
 
 
+def config_of(recipe: Recipe) -> PretrainedConfig:
+    """The config of a recipe's model; of a known model that the hub does not give now, its shape.
+
+    Raises:
+        CapreseError: neither.
+    """
+    assert recipe.model is not None
+    try:
+        return load_config(recipe.model, recipe.revision)
+    except CapreseError as error:
+        if recipe.model not in SHAPES:
+            raise
+        say(f"[yellow]{error}; planned with the shape that caprese knows[/yellow]")
+        return shape_config(recipe.model)
+
+
 def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
-    """Parameters, bytes and a rough time for `recipe` on this machine.
+    """Parameters, bytes, tokens and a rough time for `recipe`, on this machine and in hours of a GPU.
 
     Raises:
         CapreseError: what `recover` would refuse about model, method, rank, device or type.
@@ -77,25 +96,36 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     rows = s.train + s.validation + s.test
     completion, prompt = rows * s.max_new_tokens, rows * _PROMPT_TOKENS
     rate = 0.5 * _flops_per_second(torch.device(device), dtype)
-    forward = 2 * dense / rate
+    forward = 2 * dense  # FLOPs of a token
     adam = 0 if recipe.layerwise.cache_activations else recipe.layerwise.epochs - 1
     passes = {"closed": 1, "sequential": 2, "adam": 1 + adam, "none": 0}[recipe.layerwise.how]
     train = s.train * (s.max_new_tokens + _PROMPT_TOKENS)
     # sequences: one pass for each method that learns, and for auto one for each layer and level, on validation samples
     calibration = min(recipe.calibration_samples, s.train) * sum("samples" in m.learns for m in methods)
     calibration += len(LEVELS) * layers * s.validation if recipe.sparsity == "auto" else 0
-    seconds = {
+    epochs = recipe.end_to_end.epochs * recipe.end_to_end.rounds
+    # each mixer alone, beside the dense pass; then forward and backward of everything
+    alone, whole = (train * n if mixers else 0 for n in (recipe.alignment.epochs, recipe.alignment.hidden_epochs))
+    only_mixes = all(m.acts_on == {"mixer"} for m in methods)
+    flops = {
         "samples": forward * (prompt + 2.5 * completion),  # decoding in batches runs below a plain pass's rate
-        # the dense pass, and forward and backward of the mixers
-        "alignment": train * recipe.alignment.epochs * (forward + 6 * mixers / rate) if mixers else 0,
+        "alignment": alone * (forward + 6 * mixers) + whole * 4 * forward,
         "calibration": forward * calibration * (s.max_new_tokens + _PROMPT_TOKENS),
-        "layerwise": forward * train * passes * 1.3,
-        "end_to_end": forward * s.train * (2 * s.max_new_tokens + _PROMPT_TOKENS)
-        + forward * s.train * s.max_new_tokens * 3.5 * recipe.end_to_end.epochs,
+        "layerwise": 0.0 if only_mixes else forward * train * passes * 1.3,
+        "end_to_end": forward * train * (1 + 3.5 * epochs)  # with mixers, prompts run with the completions
+        if mixers
+        else forward * s.train * (2 * s.max_new_tokens + _PROMPT_TOKENS + 3.5 * s.max_new_tokens * epochs),
         "evaluation": forward * s.test * (s.max_new_tokens * (3 + 5 * recipe.evaluation.generate) + 3 * _PROMPT_TOKENS),
     }
+    tokens = {
+        "samples": completion,
+        "alignment": alone + whole,
+        "end_to_end": (train if mixers else s.train * s.max_new_tokens) * epochs,
+    }
+    seconds = {name: value / rate for name, value in flops.items()}
     size = torch.finfo(dtype).bits // 8
-    moments = 2 * layers * 2 * hidden * hidden * 8
+    fits = recipe.layerwise.how == "closed" or recipe.rank == "auto"
+    moments = 2 * layers * 2 * hidden * hidden * 8 if fits and not only_mixes else 0
     return {
         "model": recipe.model,
         "method": f"{describe_methods(methods)} on {layers} of {len(sites)} layers"
@@ -108,14 +138,15 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
         "active_parameters_recovered": efficient + adapter,
         "byte_floor_ratio": round((efficient + adapter) / dense, 4),
         "samples": rows,
-        "completion_tokens_at_most": completion,
+        "tokens_at_most": tokens,
         "model_bytes": base * size,
         "layerwise_bytes": moments + (2 * train * hidden * size if recipe.layerwise.how == "sequential" else 0),
-        "disk_bytes": 4 * (completion + prompt) + moments + 16 * adapter,
+        "disk_bytes": 4 * (completion + prompt) + moments + 16 * (adapter + mixers),
         "disk_free_bytes": free_bytes(_output(recipe)),
         "device": device,
         "estimated_seconds": {name: round(value, 1) for name, value in seconds.items()},
         "estimated_total_seconds": round(sum(seconds.values()), 1),
+        "estimated_gpu_hours": float(f"{sum(flops.values()) / _GPU_FLOPS / 3600:.3g}"),
     }
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,10 +26,11 @@ from caprese.distill.mixer import teacher_mixing
 from caprese.distill.sensitivity import select_attention
 from caprese.efficient_methods import Mixer, MixerState, Replacement, only, replacements
 from caprese.inference import plan_export
+from caprese.kernels import scan
 from caprese.kernels.scan import chunk_scan, recurrence
 from caprese.models import FAMILIES
 from caprese.models.attention import read_attention
-from caprese.plan import plan
+from caprese.plan import config_of, plan
 from caprese.recovery import joined
 
 
@@ -464,3 +468,72 @@ def test_mixers_are_not_mixed_up_or_saved_broken(tmp_path):
     with pytest.raises(caprese.CapreseError, match="holds NaN"):
         caprese.save(one, tmp_path / "one")
     caprese.load(tiny_llama(), tmp_path / "one")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mamba_ssm") is None, reason="mamba-ssm is not here: make mamba-ssm")
+def test_mamba_ssms_kernels_give_the_same():
+    script = Path(__file__).with_name("mamba_ssm_kernels.py")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=500)
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+def test_kernels_that_do_not_load_are_left_alone(tmp_path, monkeypatch):
+    """What is compiled for another torch or CUDA raises whatever it likes, and nothing is said on a CPU."""
+    for name in ("mamba_ssm", "causal_conv1d"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('undefined symbol')")
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    for known in (scan._mamba_ssm, scan._causal_conv1d):
+        known.cache_clear()
+    try:
+        assert set(scan.in_use("cuda").values()) == set(scan.in_use("cpu").values()) == {"torch"}
+    finally:
+        for known in (scan._mamba_ssm, scan._causal_conv1d):
+            known.cache_clear()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.no_grad()
+def test_on_a_gpu_a_mixer_gives_what_it_gives_on_a_cpu():
+    made, x = mixer()
+    wanted, state = made(x), MixerState()
+    made, x = made.cuda(), x.cuda()
+    parts = [made(x[:, t : t + 1] if t else x[:, :1], cache=state) for t in range(x.shape[1])]
+    for result in (made(x), torch.cat(parts, 1)):
+        assert torch.allclose(result.cpu(), wanted, atol=5e-3), scan.in_use("cuda")
+
+
+def test_conv_kernels_are_called_as_they_want(monkeypatch):
+    """causal-conv1d's function as it is documented: x [B, D, T], weight [D, k], zeros before the beginning."""
+
+    def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, activation=None):
+        assert weight.shape == (x.shape[1], 4) and activation in (None, "silu", "swish")
+        padded = torch.nn.functional.pad(x, (3, 0))
+        return torch.nn.functional.silu(torch.nn.functional.conv1d(padded, weight[:, None], bias, groups=len(weight)))
+
+    made, x = mixer()
+    wanted = made(x)
+    monkeypatch.setattr(scan, "_causal_conv1d", lambda device: causal_conv1d_fn)
+    assert torch.allclose(made(x), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b"])
+def test_recipes_for_llama_are_planned_without_the_hub(name, monkeypatch):
+    def no_hub(*_):
+        raise caprese.CapreseError("cannot reach the model hub")
+
+    monkeypatch.setattr("caprese.plan.load_config", no_hub)
+    recipe = caprese.resolve_recipe(f"{name}-mamba")
+    (method,) = recipe.make_methods()
+    config = config_of(recipe)
+    count = config.num_hidden_layers
+    assert method.layer_indices(count) == list(range(0, count, 2))  # as MambaInLlama's
+    planned = plan(config, recipe)
+    inner = config.num_attention_heads * config.head_dim
+    each = config.hidden_size * (5 * inner + config.num_attention_heads)  # and vectors
+    assert planned["mixer_parameters"] == pytest.approx(count / 2 * each, rel=0.01)
+    tokens = planned["tokens_at_most"]
+    assert tokens["alignment"] == tokens["end_to_end"] == 100_000 * (2048 + 128)
+    assert planned["estimated_gpu_hours"] > 1 and planned["layerwise_bytes"] == 0
+    with pytest.raises(caprese.CapreseError, match="cannot reach"):
+        config_of(recipe.model_copy(update={"model": "owner/unknown"}))

@@ -12,7 +12,7 @@ from caprese.models.families import (
     unwrap,
 )
 from caprese.models.ffn import FFN, Weights
-from caprese.models.loading import ALIASES, TERMS, Base, base_of, base_terms, load_base, load_config, resolve
+from caprese.models.loading import ALIASES, TERMS, Base, base_of, base_terms, load_base, load_config, resolve, save_base
 from caprese.models.shapes import SHAPES, random_model, shape_config
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "load_config",
     "random_model",
     "resolve",
+    "save_base",
     "shape_config",
     "unwrap",
 ]

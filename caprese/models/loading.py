@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, hf_hub_download, try_to_load_from_cache
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from caprese.errors import CapreseError
+from caprese.files import put_in_place, unwritable
 from caprese.models.families import family_of
 
 ALIASES: dict[str, str] = {
@@ -259,6 +261,43 @@ def load_base(
     model.to(device).eval().requires_grad_(False)
     model.caprese_base = replace(base, revision=_commit(base), dtype=getattr(config, "dtype", None))
     return model, tokenizer
+
+
+def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """A base model and its tokenizer as a directory that `load_base` reads, in the type of the checkpoint; nothing if
+    it is there.
+
+    Raises:
+        CapreseError: the directory cannot be written, or the disk is full; then it is not there.
+    """
+    if directory.exists():
+        return
+    base = base_of(model)
+    dtype = None if getattr(model, "is_quantized", False) else base.dtype
+    known: dict[tuple[int, torch.Size], torch.Tensor] = {}  # what is tied stays so
+    state = {
+        name: known.setdefault(
+            (t.data_ptr(), t.shape), t if dtype is None or not t.is_floating_point() else t.to(dtype)
+        )
+        for name, t in model.state_dict().items()
+    }
+    made = directory.with_name(f".{directory.name}.tmp")  # always the same, so that a rerun clears a killed run's
+    try:
+        shutil.rmtree(made, ignore_errors=True)
+        model.save_pretrained(made, state_dict=state)
+        tokenizer.save_pretrained(made)
+        config = json.loads((made / "config.json").read_text())
+        config["_name_or_path"] = base.model_id
+        if dtype is not None:
+            config["dtype"] = str(dtype).removeprefix("torch.")
+        (made / "config.json").write_text(json.dumps(config, indent=2))
+        for file in made.iterdir():
+            put_in_place(file, file)
+        os.rename(made, directory)
+    except (OSError, SafetensorError) as error:
+        raise unwritable(directory, error) from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 #: what a card says of a model's licence
