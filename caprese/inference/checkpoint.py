@@ -349,7 +349,7 @@ def _write(model: nn.Module, parts: Mapping[int, Branch | None], path: Path, dty
     kept = ((n, p) for n, group, p in base_parameters(model) if group != "ffn" and not n.startswith(gone))
     state = {name: p.detach() for name, p in kept}
     for i, mixer in mixers.items():
-        state |= {f"{family.layers}.{i}.mamba.{name}": p.detach() for name, p in mixer.named_parameters()}
+        state |= {f"{family.layers}.{i}.mamba.{name}": t for name, t in mixer.unshared().items()}
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(config, dtype=dtype)
     wanted = dict(made.named_parameters())

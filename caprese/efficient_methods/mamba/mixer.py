@@ -4,7 +4,9 @@ V -> x, K -> B, Q -> C, O -> out (arXiv 2408.15237, section 3): linear attention
 and Mamba-2 adds to it a decay, a gate, a short convolution and a norm. Those start at random, as in Mamba-2: an open
 gate and a convolution that passes its input are nearer to attention, and learn worse (docs/mamba.md).
 
-Parameters have the names and shapes of transformers' GraniteMoeHybridMambaLayer, which can hold them exactly.
+Key and value heads that query heads share stay shared: x and B are repeated after the convolution, so that a token
+reads them once. Parameters have the names and, by `unshared`, the shapes of transformers' GraniteMoeHybridMambaLayer,
+which can hold them exactly.
 """
 
 from __future__ import annotations
@@ -88,12 +90,14 @@ class Mixer(nn.Module):
         a = attention
         like = a.q
         self.heads, self.size, self.eps = a.heads, a.head_dim, eps
-        self.inner = inner = a.heads * a.head_dim
-        hidden = like.shape[1]
+        self.inner, self.shared = a.heads * a.head_dim, a.groups * a.head_dim
+        self.channels = self.inner + 2 * self.shared  # x, B and C
+        inner, hidden, channels = self.inner, like.shape[1], self.channels
         # float32 whatever the base is: Adam's small steps are lost in bfloat16
         kind: dict[str, Any] = {"device": like.device, "dtype": torch.float32}
-        self.in_proj = nn.Linear(hidden, 4 * inner + a.heads, **kind)
-        self.conv1d = nn.Conv1d(3 * inner, 3 * inner, KERNEL, groups=3 * inner, padding=KERNEL - 1, **kind)
+        # z, x, B, C, dt
+        self.in_proj = nn.Linear(hidden, inner + channels + a.heads, **kind)
+        self.conv1d = nn.Conv1d(channels, channels, KERNEL, groups=channels, padding=KERNEL - 1, **kind)
         self.dt_bias = nn.Parameter(torch.empty(a.heads, device=like.device))
         self.A_log = nn.Parameter(torch.empty(a.heads, device=like.device))
         self.D = nn.Parameter(torch.ones(a.heads, device=like.device))
@@ -105,7 +109,6 @@ class Mixer(nn.Module):
     @torch.no_grad()
     def _start(self, a: Attention, seed: int, start: str) -> None:
         generator = torch.Generator().manual_seed(seed)
-        inner = self.inner
 
         def drawn(*shape: int) -> torch.Tensor:
             return torch.rand(*shape, generator=generator)
@@ -121,16 +124,13 @@ class Mixer(nn.Module):
             p.copy_((2 * drawn(*p.shape) - 1) * p[0].numel() ** -0.5)
         if start == "random":
             return
-        repeat = a.heads // a.groups
-        for place, rows, extra, factor in (
-            (1, _by_head(a.v, a.groups, repeat), a.v_bias, 1.0),
-            (2, _by_head(a.k, a.groups, repeat), a.k_bias, 1.0),
-            (3, a.q, a.q_bias, a.scaling),
-        ):
-            part = slice(place * inner, (place + 1) * inner)
+        begin = self.inner
+        for rows, extra, factor in ((a.v, a.v_bias, 1.0), (a.k, a.k_bias, 1.0), (a.q, a.q_bias, a.scaling)):
+            part = slice(begin, begin + len(rows))
             weight[part] = factor * rows
             if extra is not None:
-                bias[part] = factor * (extra if place == 3 else _by_head(extra, a.groups, repeat))
+                bias[part] = factor * extra
+            begin += len(rows)
         self.out_proj.weight.copy_(a.out)
         if a.out_bias is not None:
             self.out_proj.bias.copy_(a.out_bias)
@@ -160,8 +160,8 @@ class Mixer(nn.Module):
         return mixing_matrix(dt, a, b, c) + self.D[:, None, None] * torch.eye(x.shape[1], device=x.device)
 
     def _project(self, x: torch.Tensor, valid: torch.Tensor | None, window: torch.Tensor | None) -> Any:
-        """z [B, T, H P], x, dt, A, B and C of the recurrence, and the next window [B, 3 H P, KERNEL - 1]."""
-        z, mixed, dt = self.in_proj(x.float()).split([self.inner, 3 * self.inner, self.heads], dim=-1)
+        """z [B, T, H P], x, dt, A, B and C of the recurrence, and the next window [B, channels, KERNEL - 1]."""
+        z, mixed, dt = self.in_proj(x.float()).split([self.inner, self.channels, self.heads], dim=-1)
         dt = F.softplus(dt + self.dt_bias)
         if valid is not None:
             mixed, dt = (t * valid.unsqueeze(-1).to(t.dtype) for t in (mixed, dt))
@@ -171,10 +171,23 @@ class Mixer(nn.Module):
         mixed = torch.cat([window, mixed], -1)
         kept = mixed[..., 1 - KERNEL :].clone()  # and not a view on the whole text
         mixed = convolve(mixed, self.conv1d.weight, self.conv1d.bias).transpose(1, 2)
-        v, b, c = (t.unflatten(-1, (self.heads, self.size)) for t in mixed.chunk(3, dim=-1))
+        v, b, c = (
+            t.unflatten(-1, (-1, self.size)) for t in mixed.split([self.shared, self.shared, self.inner], dim=-1)
+        )
+        v, b = (t.repeat_interleave(self.inner // self.shared, -2) for t in (v, b))
         return z, v, dt, -self.A_log.exp(), b, c, kept
 
+    def unshared(self) -> dict[str, torch.Tensor]:
+        """The parameters of the same mixer without shared heads, as GraniteMoeHybridMambaLayer has them."""
 
-def _by_head(t: torch.Tensor, groups: int, repeat: int) -> torch.Tensor:
-    """Rows of key or value heads, once for each query head that looks at them."""
-    return t.unflatten(0, (groups, -1)).repeat_interleave(repeat, 0).flatten(0, 1)
+        def by_head(t: torch.Tensor) -> torch.Tensor:
+            return t.unflatten(0, (-1, self.size)).repeat_interleave(self.inner // self.shared, 0).flatten(0, 1)
+
+        made = {name: p.detach() for name, p in self.named_parameters()}
+        convolved = [self.shared, self.shared, self.inner]
+        for name, sizes, first in (("in_proj", [self.inner, *convolved, self.heads], 1), ("conv1d", convolved, 0)):
+            for part in ("weight", "bias"):
+                pieces = list(made[f"{name}.{part}"].split(sizes))
+                pieces[first : first + 2] = map(by_head, pieces[first : first + 2])
+                made[f"{name}.{part}"] = torch.cat(pieces)
+        return made
