@@ -168,6 +168,45 @@ def unbroken(command, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def hybrid(command, tmp_path_factory) -> list[str]:
+    """The same with all that mixers are trained by: which layers, alone, by hidden states, and in rounds."""
+    path = tmp_path_factory.mktemp("recipes") / "hybrid.yaml"
+    steps = "batch_size: 4, micro_batch: 4, checkpoint_every: 2, learning_rate: 0.003"
+    path.write_text(
+        Path(command[2]).read_text().replace("{epochs: 2, ", "{epochs: 1, rounds: 2, ")
+        + "method: mamba:keep_attention=0.34:selected=sensitivity+griffin\n"
+        + f"alignment: {{epochs: 1, hidden_epochs: 1, matrices: 0.1, {steps}}}\n"
+    )
+    return ["recover", "--recipe", str(path), "--json"]
+
+
+@pytest.fixture(scope="module")
+def unbroken_hybrid(hybrid, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    done = run(hybrid, out)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    names = ["samples", "calibration", "alignment", "hidden_states", "layerwise", "end_to_end", "evaluation"]
+    assert [stage["name"] for stage in report["stages"]] == names
+    (kept,) = report["methods"][0]["keep_attention"]
+    assert report["methods"][0]["selected"] == "evenly" and kept in (0, 1, 2)
+    return out
+
+
+@pytest.mark.parametrize(("name", "count"), [("sensitivity", 2), ("round-1", 2)])
+def test_hybrids_go_on_too(hybrid, unbroken_hybrid, tmp_path, name, count):
+    out = tmp_path / "out"
+    assert run(hybrid, out, name, count).returncode == -signal.SIGKILL
+    again = run(hybrid, out)
+    assert again.returncode == 0, again.stderr
+    assert {p.name for p in out.iterdir()} == LEFT | {"caprese_mixers.safetensors"}
+    for file in ("adapter_model.safetensors", "caprese_mixers.safetensors"):
+        assert digest(out / file) == digest(unbroken_hybrid / file)
+    reports = [json.loads((d / "report.json").read_text()) for d in (out, unbroken_hybrid)]
+    assert reports[0]["quality"] == reports[1]["quality"] and reports[0]["curves"] == reports[1]["curves"]
+
+
 @pytest.mark.parametrize(
     ("name", "count"),
     [("train-0000", 2), ("moments", 2), ("layerwise", 1), ("end_to_end", 3), ("recovered-0", 1), ("report.json", 1)],
@@ -190,7 +229,10 @@ def test_kill_minus_nine_costs_nothing_but_time(command, unbroken, tmp_path, nam
     assert reports[0]["curves"] == reports[1]["curves"]
 
 
-def test_two_processes_do_the_work_of_one(command, unbroken, tmp_path):
+@pytest.mark.parametrize("kind", ["sparse", "hybrid"])
+def test_two_processes_do_the_work_of_one(request, kind, tmp_path):
+    names = ("command", "unbroken") if kind == "sparse" else ("hybrid", "unbroken_hybrid")
+    command, unbroken = map(request.getfixturevalue, names)
     out = tmp_path / "out"
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29571", "-m", "caprese"]
     done = subprocess.run(
@@ -200,7 +242,7 @@ def test_two_processes_do_the_work_of_one(command, unbroken, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert {p.name for p in out.iterdir()} == LEFT
+    assert {p.name for p in out.iterdir()} >= LEFT
     two, one = (json.loads((d / "report.json").read_text()) for d in (out, unbroken))
     assert json.loads(done.stdout) == two
     assert two["quality"]["recovered"]["kl"] == pytest.approx(one["quality"]["recovered"]["kl"], rel=0.02)

@@ -76,7 +76,7 @@ def fidelity(
 
 @torch.no_grad()
 def layer_errors(model: nn.Module, batches: Sequence[Batch]) -> list[dict[str, float]]:
-    """Per layer, ||FF(x) - FF_eff(x)|| / ||FF(x)|| with all FFNs dense (mixers stay), without and with the branch."""
+    """Per layer, ||FF(x) - FF_eff(x)|| / ||FF(x)|| with everything else dense, without and with the branch."""
     moments: list[Moments] = new_moments(model)
     accumulate(model, batches, moments)
     rows = []

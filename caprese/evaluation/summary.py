@@ -138,8 +138,9 @@ def method_text(report: dict[str, Any]) -> str:
             parts.append(f"{method['name']} {number(sum(sparsity) / len(sparsity), '.0%')} on average")
         else:
             kept = method.get("keep_attention")
-            if isinstance(kept, float):
-                parts.append(f"{method['name']} ({number(kept, '.0%')} attention)")
+            if kept is not None:
+                of = number(kept, ".0%") if isinstance(kept, float) else f"layers {', '.join(map(str, kept))}:"
+                parts.append(f"{method['name']} ({of} attention)")
                 continue
             parts.append(method["name"] + ("" if sparsity is None else f" {number(sparsity, '.0%')}"))
     every = report.get("reselect_every")
