@@ -25,10 +25,11 @@ from torch import nn
 
 import caprese
 from caprese.data_gen import read_shard
-from caprese.distill import Batch, HeldOut, alignment, hidden_alignment, make_batches
+from caprese.distill import Alignment, Batch, HeldOut, alignment, hidden_alignment, make_batches
 from caprese.distill.batches import completion_hidden, lm_logits, prefill
 from caprese.distill.end_to_end import Descent, descend
 from caprese.distill.losses import hidden_kl
+from caprese.distill.sensitivity import select_attention
 from caprese.efficient_methods import dense, only, replacements
 from caprese.evaluation import environment
 from caprese.files import write_json
@@ -42,6 +43,7 @@ TRAININGS = {
     "alignment with matrices + KL": ("matrices", "kl"),
     "alignment, hidden states, KL": ("align", "hidden", "kl"),
     "alignment, half of the mixers, KL": ("align", "half", "kl"),
+    "alignment + KL, layers by sensitivity": ("align", "kl"),
 }
 STARTS = ("attention", "random")
 CURVES = [
@@ -88,9 +90,17 @@ def acting(model: nn.Module, part: str) -> Iterator[None]:
 
 def run(args: argparse.Namespace, start: str, training: str, data: dict[str, list[Any]]) -> list[dict[str, float]]:
     base, _ = caprese.load_base(args.model)
-    model = caprese.apply(base, caprese.Mamba(keep_attention=args.keep, start=start, seed=args.seed))
-    batches = make_batches(data["train"], args.batch)
-    held_out = HeldOut(model, make_batches(data["validation"], 64), 1.0)
+    batches, validation = make_batches(data["train"], args.batch), make_batches(data["validation"], 64)
+    method = caprese.Mamba(keep_attention=args.keep, start=start, seed=args.seed)
+    if training.endswith("sensitivity"):  # which sees some tokens of its own
+        asked = method.model_copy(update={"selected": "sensitivity"})
+        config = Alignment(learning_rate=args.rate, batch_size=args.batch, micro_batch=args.batch)
+        with tempfile.TemporaryDirectory() as name:
+            path = Path(name) / "state.safetensors"
+            method, cost = select_attention(base, asked, batches, validation, config, args.seed, path, "", 1.0)
+        print(f"attention stays in {method.keep_attention}; a mixer alone costs {cost}", flush=True)
+    model = caprese.apply(base, method)
+    held_out = HeldOut(model, validation, 1.0)
     tokens = sum(batch.tokens for batch in batches)
     parts = TRAININGS[training]
     curve = [{"tokens": 0, "kl": held_out.kl()}]

@@ -113,10 +113,13 @@ def scan(
 def decode(
     x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, state: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`step` by whatever kernel there is; mamba-ssm's writes the new state over `state`."""
-    kernels = _mamba_ssm(x.device.type)
-    if kernels is None or (torch.is_grad_enabled() and x.requires_grad):
+    """`step` by whatever kernel there is; without gradients, the new state is written over `state`."""
+    if torch.is_grad_enabled():
         return step(x, dt, A, B, C, state)
+    kernels = _mamba_ssm(x.device.type)
+    if kernels is None:
+        state.mul_(torch.exp(dt * A)[..., None, None]).addcmul_((dt[..., None] * x)[..., None], B[..., None, :])
+        return (state @ C.unsqueeze(-1)).squeeze(-1), state
     like = x[0]  # [H, P]
     none = like.new_zeros(len(A), 1).expand_as(like)  # it takes no D and no bias of dt only by mistake
     rate = A[:, None, None].expand(*like.shape, B.shape[-1])
@@ -130,6 +133,10 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
         weight: [channels, 1, k].
     """
     kernel = _causal_conv1d(x.device.type)
+    if kernel is None and x.shape[0] == 1 and x.shape[-1] == weight.shape[-1]:
+        # one token of one text: on a CPU core, a tenth of the convolution's time at 384 channels and half at 6,144
+        y = (x * weight[:, 0]).sum(-1, keepdim=True)
+        return F.silu(y if bias is None else y + bias[:, None])
     if kernel is None:
         return F.silu(F.conv1d(x, weight, bias, groups=len(weight)))
     return kernel(x, weight.squeeze(1), bias, activation="silu")[..., weight.shape[-1] - 1 :]
