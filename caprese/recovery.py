@@ -82,6 +82,7 @@ from caprese.efficient_methods import (
     only,
     phases_of,
     remove,
+    settle_mixers,
 )
 from caprese.errors import CapreseError
 from caprese.evaluation import Evaluation, environment, evaluate, finite, variant, write_report
@@ -164,6 +165,7 @@ def recover(
         with _stage(state, "end_to_end", 3) as stage:
             best, curve, checks = _end_to_end(adapted, samples, held_out, recipe, state, identity, start)
             stage.update(kept=best < start, note=f"held-out KL {start:.4f} -> {best:.4f}")
+        settle_mixers(adapted)  # what is evaluated is what is saved
         with _stage(state, "evaluation", 4) as stage:
             settings = {"seed": recipe.seed, "identity": identity}
             measured = evaluate(

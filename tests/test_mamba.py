@@ -427,7 +427,7 @@ def test_what_a_cache_is_not_for_is_refused():
         model.generate(input_ids=ids, max_new_tokens=3, cache_implementation="static")
 
 
-def test_mixers_of_a_bfloat16_base_train():
+def test_mixers_of_a_bfloat16_base_train(tmp_path):
     model = caprese.apply(tiny_llama().to(torch.bfloat16), caprese.Mamba(keep_attention=0))
     adapted = attach_adapter(model, 1)
     parameters = branch_parameters(adapted)
@@ -443,7 +443,22 @@ def test_mixers_of_a_bfloat16_base_train():
         optimizer.zero_grad()
     moved = [float((p != old).float().mean()) for p, old in zip(parameters, before, strict=True)]
     assert min(moved) > 0.9
-    assert adapted(input_ids=ids).logits.dtype == torch.bfloat16
+    with torch.no_grad():
+        before = adapted(input_ids=ids).logits
+    assert before.dtype == torch.bfloat16
+    caprese.save(adapted, tmp_path)
+    run = caprese.load(tiny_llama().to(torch.bfloat16), tmp_path)  # in 16 bit, as what is beside them
+    for mixer in (m for m in run.modules() if isinstance(m, Mixer)):
+        assert mixer.in_proj.weight.dtype == mixer.out_proj.weight.dtype == torch.bfloat16
+        assert mixer.A_log.dtype == mixer.conv1d.weight.dtype == torch.float32
+    with torch.no_grad():
+        after = run(input_ids=ids).logits
+        assert 0 < (after - before).abs().float().mean() < 0.05  # of logits around 1
+        first = run(input_ids=ids[:, :6], use_cache=True)
+        parts = [first.logits]
+        for t in range(6, 12):
+            parts.append(run(input_ids=ids[:, t : t + 1], past_key_values=first.past_key_values, use_cache=True).logits)
+    assert (torch.cat(parts, 1) - after).abs().float().mean() < 0.05
 
 
 def test_mixers_are_not_mixed_up_or_saved_broken(tmp_path):

@@ -35,6 +35,7 @@ from caprese.efficient_methods import (
     phases_of,
     remove,
     replacements,
+    settle_mixers,
 )
 from caprese.errors import CapreseError
 from caprese.files import check_writable, put_in_place, sha256, unwritable, write_json
@@ -344,6 +345,7 @@ def load(
             remove(base)
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CapreseError(f"{CONFIG} of {adapter} is damaged ({first}); fetch or make the adapter again") from error
+    settle_mixers(model)
     unwrap(model).eval()
     return model
 

@@ -27,7 +27,15 @@ from caprese.efficient_methods.compose import (
     refusal,
 )
 from caprese.efficient_methods.griffin import Griffin
-from caprese.efficient_methods.mamba import Mamba, Mixer, MixerState, Replacement, mixers_at_start, replacements
+from caprese.efficient_methods.mamba import (
+    Mamba,
+    Mixer,
+    MixerState,
+    Replacement,
+    mixers_at_start,
+    replacements,
+    settle_mixers,
+)
 from caprese.efficient_methods.none import Nothing
 from caprese.efficient_methods.phases import Observer, dense, only, phases, phases_of, reselection
 from caprese.efficient_methods.quantized import Int8, Nf4
@@ -81,5 +89,6 @@ __all__ = [
     "remove",
     "replacements",
     "reselection",
+    "settle_mixers",
     "weights_saved",
 ]

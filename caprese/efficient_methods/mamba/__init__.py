@@ -2,6 +2,6 @@
 
 from caprese.efficient_methods.mamba.method import Mamba
 from caprese.efficient_methods.mamba.mixer import Mixer, MixerState
-from caprese.efficient_methods.mamba.replacement import Replacement, mixers_at_start, replacements
+from caprese.efficient_methods.mamba.replacement import Replacement, mixers_at_start, replacements, settle_mixers
 
-__all__ = ["Mamba", "Mixer", "MixerState", "Replacement", "mixers_at_start", "replacements"]
+__all__ = ["Mamba", "Mixer", "MixerState", "Replacement", "mixers_at_start", "replacements", "settle_mixers"]

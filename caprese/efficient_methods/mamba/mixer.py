@@ -93,7 +93,7 @@ class Mixer(nn.Module):
         self.inner, self.shared = a.heads * a.head_dim, a.groups * a.head_dim
         self.channels = self.inner + 2 * self.shared  # x, B and C
         inner, hidden, channels = self.inner, like.shape[1], self.channels
-        # float32 whatever the base is: Adam's small steps are lost in bfloat16
+        # float32 whatever the base is: Adam's small steps are lost in bfloat16. See `settle` for running it
         kind: dict[str, Any] = {"device": like.device, "dtype": torch.float32}
         # z, x, B, C, dt
         self.in_proj = nn.Linear(hidden, inner + channels + a.heads, **kind)
@@ -152,7 +152,13 @@ class Mixer(nn.Module):
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         if cache is not None:
             cache.keep(kept, state, length)
-        return self.out_proj(self.norm.weight * y.flatten(-2)).to(dtype)
+        y = self.norm.weight * y.flatten(-2)
+        return self.out_proj(y.to(self.out_proj.weight.dtype)).to(dtype)
+
+    def settle(self, dtype: torch.dtype) -> None:
+        """When nothing is to be trained any more: the projections, nearly all of its weights, in the base's type."""
+        self.in_proj.to(dtype)
+        self.out_proj.to(dtype)
 
     def matrix(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
         """What mixes the tokens of x [B, T, D], as attention's probabilities do: [B, H, T, T]."""
@@ -161,7 +167,8 @@ class Mixer(nn.Module):
 
     def _project(self, x: torch.Tensor, valid: torch.Tensor | None, window: torch.Tensor | None) -> Any:
         """z [B, T, H P], x, dt, A, B and C of the recurrence, and the next window [B, channels, KERNEL - 1]."""
-        z, mixed, dt = self.in_proj(x.float()).split([self.inner, self.channels, self.heads], dim=-1)
+        projected = self.in_proj(x.to(self.in_proj.weight.dtype)).float()
+        z, mixed, dt = projected.split([self.inner, self.channels, self.heads], dim=-1)
         dt = F.softplus(dt + self.dt_bias)
         if valid is not None:
             mixed, dt = (t * valid.unsqueeze(-1).to(t.dtype) for t in (mixed, dt))

@@ -14,7 +14,7 @@ from transformers.cache_utils import StaticLayer
 from caprese.efficient_methods.mamba.method import Mamba
 from caprese.efficient_methods.mamba.mixer import Mixer, MixerState
 from caprese.errors import CapreseError
-from caprese.models import Site
+from caprese.models import Site, unwrap
 from caprese.models.attention import read_attention
 
 if TYPE_CHECKING:
@@ -92,13 +92,20 @@ def replacements(model: nn.Module) -> list[Replacement]:
     return [m for m in model.modules() if isinstance(m, Replacement)]
 
 
+def settle_mixers(model: nn.Module) -> None:
+    """Mixers as they run beside a base of 16 bit (see `Mixer.settle`); nothing changes beside one of 32."""
+    for at in replacements(model):
+        at.mixer.settle(unwrap(model).dtype)
+
+
 @contextmanager
 def mixers_at_start(model: nn.Module) -> Iterator[None]:
     """Inside, the mixers are as they were before anything was trained."""
     trained = {at: at.mixer for at in replacements(model)}
     try:
-        for at in trained:
+        for at, mixer in trained.items():
             at.mixer = at.fresh()
+            at.mixer.settle(mixer.in_proj.weight.dtype)
         yield
     finally:
         for at, mixer in trained.items():
