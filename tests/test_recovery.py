@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 import caprese
 from caprese import recovery
 from caprese.data_gen import Sample, read_shard
-from caprese.models import Base
+from caprese.models import Base, save_base
 from caprese.recipes import Recipe, resolve_recipe
 
 LEFT = {
@@ -227,6 +228,37 @@ def test_kill_minus_nine_costs_nothing_but_time(command, unbroken, tmp_path, nam
     reports = [json.loads((d / "report.json").read_text()) for d in (out, unbroken)]
     assert reports[0]["quality"] == reports[1]["quality"]
     assert reports[0]["curves"] == reports[1]["curves"]
+
+
+def test_full_keeps_the_base_too(command, unbroken, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(unbroken, out)
+    done = run([*command, "--full"], out)  # of a finished run, too
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in out.iterdir()} == LEFT | {"base"}
+    base, tokenizer = caprese.load_base(str(out / "base"))
+    assert tokenizer("a b").input_ids == byte_tokenizer()("a b").input_ids
+    ids = torch.tensor([[40, 41, 42]])
+    tokens = caprese.load(base, out).generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+    own = caprese.load(tiny_llama(), out).generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(tokens, own)
+
+
+def test_a_base_is_kept_in_its_checkpoints_type_or_not_at_all(tmp_path, monkeypatch):
+    tiny_llama(tie_word_embeddings=True).to(torch.bfloat16).save_pretrained(tmp_path / "given")
+    byte_tokenizer().save_pretrained(tmp_path / "given")
+    model, tokenizer = caprese.load_base(str(tmp_path / "given"))
+    assert model.dtype == torch.float32  # on a CPU
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(caprese.CapreseError, match="No space left"):
+            save_base(model, tokenizer, tmp_path / "kept")
+        assert [p.name for p in tmp_path.iterdir()] == ["given"]
+    save_base(model, tokenizer, tmp_path / "kept")
+    given, kept = (load_file(tmp_path / name / "model.safetensors") for name in ("given", "kept"))
+    assert given.keys() == kept.keys() and all(torch.equal(given[n], kept[n]) for n in given)  # type and all
+    again, _ = caprese.load_base(str(tmp_path / "kept"), dtype="bfloat16")
+    assert again.dtype == torch.bfloat16 and caprese.models.base_of(again).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", ["sparse", "hybrid"])
