@@ -2,6 +2,8 @@
 
     caprese recover --model reasoner-tiny        makes the samples
     python benchmarks/reasoner.py methods        or any other table of TABLES
+    python benchmarks/reasoner.py --adapters out-reasoner-mamba out-reasoner-pure --output OUT.json
+                                                 what finished adapters answer, by steps
 
 Every cell applies a method to reasoner-tiny, distils an adapter, and lets dense, efficient and every stage answer test
 problems that neither the model nor the adapter was trained on. Reselection is in training and in the answers, every so
@@ -274,14 +276,35 @@ def plot(found: dict[str, Any], dense: dict[str, Any], path: Path) -> None:
         write_atomic(path, lambda tmp: figure.savefig(tmp, dpi=200, format="png"))
 
 
+def answers_of(yardstick: Yardstick, adapters: Sequence[str], output: Path) -> None:
+    """Accuracy of finished adapters beside the dense model's, by the steps of a problem."""
+    rows = {"dense": yardstick.answers(yardstick.model)}
+    for adapter in adapters:
+        model: Any = caprese.load(yardstick.model, adapter)
+        rows[Path(adapter).name] = yardstick.answers(model)
+        caprese.remove(model)
+    command = f"python benchmarks/reasoner.py --problems {len(yardstick.problems)} --adapters {' '.join(adapters)}"
+    write_json(output, {"command": command, "rows": rows, "environment": environment(yardstick.model)})
+    counts = {n: count for n, (_, count) in rows["dense"]["by_steps"].items()}
+    print("| | accuracy | " + " | ".join(f"{n} steps ({count})" for n, count in counts.items()) + " | new tokens |")
+    print("|---" * (len(counts) + 3) + "|")
+    for name, row in rows.items():
+        low, high = row["interval"]
+        each = " | ".join(f"{row['by_steps'][n][0]:.0%}" for n in counts)
+        print(f"| {name} | {row['accuracy']:.1%} ({low:.0%}-{high:.0%}) | {each} | {row['new_tokens']:.0f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", choices=[*TABLES, []], help="all if none is named")
     parser.add_argument("--samples", type=Path, default=Path("out-reasoner-tiny/samples"))
     parser.add_argument("--problems", type=int, default=200)
+    parser.add_argument("--adapters", nargs="*", help="finished adapters to ask, instead of tables")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/reasoner.json"))
     args = parser.parse_args()
     yardstick = Yardstick(args)
+    if args.adapters:
+        return answers_of(yardstick, args.adapters, args.output)
     settings = {
         "problems": args.problems,
         "base": fingerprint(yardstick.model),
