@@ -82,6 +82,7 @@ from caprese.efficient_methods import (
     only,
     phases_of,
     remove,
+    replacements,
     settle_mixers,
 )
 from caprese.errors import CapreseError
@@ -151,6 +152,9 @@ def recover(
     methods, calibration = _prepare(model, methods, samples, recipe, state, identity)
     chosen = list(methods_by_layer(methods, len(sites)))
     adapted: nn.Module = apply(model, methods, calibration=calibration, reselect_every=recipe.reselect_every)
+    lost = sorted({what for at in replacements(model) for what in at.lost})
+    if lost:
+        say(f"mixers start without their attention's {', '.join(lost)}")
     try:
         aligned = _alignment(model, samples, recipe, state, identity)
         validation = make_batches(samples["validation"], recipe.layerwise.batch_size)
@@ -200,6 +204,7 @@ def recover(
             "reselect_every": recipe.reselect_every,
             "rank": ranks[0] if len(set(ranks)) == 1 else ranks,
             "layers": chosen,
+            "lost": lost,
             "seed": recipe.seed,
             **measured,
             "stages": stages,

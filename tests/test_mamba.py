@@ -411,7 +411,7 @@ def test_the_report_and_the_plan_say_what_is_trained(distilled):
     assert abs(planned["active_parameters_recovered"] - active) < 0.02 * active
     card = (Path(recipe.output) / "README.md").read_text()
     assert f"distilling {report['parameters']['mixers']:,} parameters of Mamba mixers" in card
-    assert "mamba (34% attention)" in card
+    assert "mamba (34% attention)" in card and "started without their attention's rope" in card
 
 
 def test_what_a_cache_is_not_for_is_refused():

@@ -174,7 +174,7 @@ def facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("Rank", rank_text(report["rank"])),
         ("Layers", f"{len(report['layers'])} ({spans(report['layers'])})"),
         ("Adapter", f"{parameters['adapter']:,} parameters ({number(parameters['fraction'], '.2%')} of the base)"),
-        ("Mixers", f"{parameters['mixers']:,} parameters, trained" if parameters.get("mixers") else ""),
+        ("Mixers", _mixers(report)),
         ("Active parameters", "; ".join(active)),
         ("Samples", "; ".join(samples)),
         ("Seed", str(report["seed"])),
@@ -185,6 +185,13 @@ def facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     if latency.get("ratio") is not None:
         out.insert(6, ("TTNT ratio", f"{number(latency['ratio'])} (byte floor {number(latency.get('floor_ratio'))})"))
     return [(label, text) for label, text in out if text]
+
+
+def _mixers(report: dict[str, Any]) -> str:
+    if not (count := report["parameters"].get("mixers")):
+        return ""
+    without = f", started without their attention's {', '.join(lost)}" if (lost := report.get("lost")) else ""
+    return f"{count:,} parameters, trained{without}"
 
 
 def _setting(name: str, value: Any) -> str:
