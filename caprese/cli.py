@@ -216,7 +216,7 @@ def recover(
 ) -> None:
     """Make MODEL cheaper and distil an adapter that gives its quality back. Goes on where a stopped run was."""
     from caprese.efficient_methods import describe_methods
-    from caprese.models import load_base, resolve, save_base
+    from caprese.models import check_keepable, load_base, resolve, save_base
     from caprese.progress import say
     from caprese.recipes import resolve_recipe
 
@@ -272,11 +272,14 @@ def recover(
     loaded, tokenizer = load_base(
         resolved.model, revision=resolved.revision, dtype=resolved.dtype, device=resolved.device
     )
+    whole = Path(resolved.output).expanduser() / "base"
+    if full:
+        check_keepable(loaded)
     report = run(loaded, tokenizer, resolved, overwrite=overwrite)
     if not _first():
         return
     if full:
-        save_base(loaded, tokenizer, Path(resolved.output) / "base")
+        save_base(loaded, tokenizer, whole)
     if push_to_hub is not None:
         from caprese.publish import push as publish
 
@@ -288,7 +291,7 @@ def recover(
         return
     _print_report(report)
     say(f"\nreport: {Path(resolved.output) / 'report.html'}")
-    name = Path(resolved.output) / "base" if full else resolved.model
+    name = whole if full else resolved.model
     say(f"try it: caprese generate --model {name} --adapter {resolved.output} --prompt '...'")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from caprese.distill.sensitivity import LEVELS
+from caprese.distill.sensitivity import ALIGNED, LEVELS
 from caprese.distill.sequential import check_sequential
 from caprese.efficient_methods import Mamba, Mixer, describe_methods, methods_by_layer, weights_saved
 from caprese.errors import CapreseError
@@ -82,16 +82,18 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
             count = sum(p.numel() for p in mixer.parameters())
             mixers, efficient = mixers + count, efficient + count
             efficient -= sum(p.numel() for p in sites[i].attention().parameters())
+    only_mixes = all(method.acts_on == {"mixer"} for method in methods)
+    rank = 1 if only_mixes else recipe.rank  # of branches that stay at zero
     if recipe.target_active is not None:
         efficient = int(recipe.target_active * dense)
     if recipe.reselect_every is not None:
         efficient += round(dense / recipe.reselect_every)
-    if recipe.rank == "auto":
+    if rank == "auto":
         adapter = int(recipe.budget * base)
-    elif recipe.rank > hidden:
-        raise CapreseError(f"rank {recipe.rank} exceeds the hidden size {hidden}; choose 1 to {hidden}, or auto")
+    elif rank > hidden:
+        raise CapreseError(f"rank {rank} exceeds the hidden size {hidden}; choose 1 to {hidden}, or auto")
     else:
-        adapter = layers * (2 * hidden * recipe.rank + (hidden if recipe.bias else 0))
+        adapter = layers * (2 * hidden * rank + (hidden if recipe.bias else 0))
     s = recipe.samples
     rows = s.train + s.validation + s.test
     completion, prompt = rows * s.max_new_tokens, rows * _PROMPT_TOKENS
@@ -103,10 +105,11 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     # sequences: one pass for each method that learns, and for auto one for each layer and level, on validation samples
     calibration = min(recipe.calibration_samples, s.train) * sum("samples" in m.learns for m in methods)
     calibration += len(LEVELS) * layers * s.validation if recipe.sparsity == "auto" else 0
+    if any(isinstance(m, Mamba) and m.selected == "sensitivity" for m in methods):  # trained a little, then measured
+        calibration += 3 * ALIGNED * recipe.alignment.batch_size + len(sites) * s.validation
     epochs = recipe.end_to_end.epochs * recipe.end_to_end.rounds
     # each mixer alone, beside the dense pass; then forward and backward of everything
     alone, whole = (train * n if mixers else 0 for n in (recipe.alignment.epochs, recipe.alignment.hidden_epochs))
-    only_mixes = all(m.acts_on == {"mixer"} for m in methods)
     flops = {
         "samples": forward * (prompt + 2.5 * completion),  # decoding in batches runs below a plain pass's rate
         "alignment": alone * (forward + 6 * mixers) + whole * 4 * forward,
@@ -124,7 +127,9 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     }
     seconds = {name: value / rate for name, value in flops.items()}
     size = torch.finfo(dtype).bits // 8
-    fits = recipe.layerwise.how == "closed" or recipe.rank == "auto"
+    fits = recipe.layerwise.how == "closed" or rank == "auto"
+    # training states of 16 bytes a parameter, and one more while it is written
+    states = 2 + sum(n > 0 for n in (alone, whole)) + recipe.end_to_end.rounds - 1
     moments = 2 * layers * 2 * hidden * hidden * 8 if fits and not only_mixes else 0
     return {
         "model": recipe.model,
@@ -141,7 +146,7 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
         "tokens_at_most": tokens,
         "model_bytes": base * size,
         "layerwise_bytes": moments + (2 * train * hidden * size if recipe.layerwise.how == "sequential" else 0),
-        "disk_bytes": 4 * (completion + prompt) + moments + 16 * (adapter + mixers),
+        "disk_bytes": 4 * (completion + prompt) + moments + 16 * (adapter + mixers) * states,
         "disk_free_bytes": free_bytes(_output(recipe)),
         "device": device,
         "estimated_seconds": {name: round(value, 1) for name, value in seconds.items()},

@@ -88,7 +88,7 @@ from caprese.efficient_methods import (
 from caprese.errors import CapreseError
 from caprese.evaluation import Evaluation, environment, evaluate, finite, variant, write_report
 from caprese.files import check_writable, read_tensors, write_json, write_tensors, write_text
-from caprese.models import base_of, base_terms, count_parameters, find_ffns
+from caprese.models import base_of, base_terms, count_parameters, find_ffns, unwrap
 from caprese.progress import bar, say
 from caprese.recipes import Recipe, resolve_recipe
 
@@ -128,7 +128,8 @@ def recover(
     sites = find_ffns(model)
     chosen = list(methods_by_layer(methods, len(sites)))
     hidden = sites[0].ffn.hidden_size
-    if isinstance(recipe.rank, int) and recipe.rank > hidden:
+    mixes = all(method.acts_on == {"mixer"} for method in methods)  # then no branch has anything to learn
+    if isinstance(recipe.rank, int) and recipe.rank > hidden and not mixes:
         raise CapreseError(f"rank {recipe.rank} exceeds the hidden size {hidden}; choose 1 to {hidden}, or auto")
     if recipe.layerwise.how == "sequential":
         check_sequential(model)
@@ -238,6 +239,8 @@ def _identity(recipe: Recipe, prints: Mapping[str, str]) -> str:
     places = {"output", "model", "revision", "device"}
     mixing = set() if "mamba" in recipe.method else {"alignment", "keep_attention"}
     facts = recipe.model_dump(mode="json", exclude=places | mixing)
+    if recipe.end_to_end.rounds == 1:  # as before there were any
+        del facts["end_to_end"]["rounds"]
     return hashlib.sha256(json.dumps([facts, dict(prints), VERSION], sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -580,16 +583,17 @@ def _end_to_end(
         return start, [], []
     batches = make_batches(samples["train"], config.micro_batch)
     before = get_branches(adapted)
-    acting = sorted({w.layer for w in applied_ffns(adapted).values()})
+    every = {w.layer for w in applied_ffns(adapted).values()}
+    joining = [at.layer for at in replacements(unwrap(adapted))] or sorted(every)
     paths = [state / f"round-{number}.safetensors" for number in range(1, config.rounds)]
     paths.append(state / "end_to_end.safetensors")
     done = max((i for i, path in enumerate(paths) if path.exists()), default=0)
     PartialState().wait_for_everyone()  # all have looked before the first can write
     for number, path in enumerate(paths[done:-1], done + 1):
-        with only(adapted, joined(acting, number / config.rounds)):
-            own = f"{identity}, round {number}"
-            train(adapted, batches, held_out, config, recipe.seed, path, own, held_out.kl())
-    last = start if config.rounds == 1 else held_out.kl()
+        with only(adapted, every - set(joining) | joined(joining, number / config.rounds)):
+            own, now = f"{identity}, round {number}", broadcast_object_list([held_out.kl()])[0]
+            train(adapted, batches, held_out, config, recipe.seed, path, own, now)
+    last = start if config.rounds == 1 else broadcast_object_list([held_out.kl()])[0]
     best, curve, checks = train(adapted, batches, held_out, config, recipe.seed, paths[-1], identity, last)
     if not best < start:
         set_branches(adapted, before)

@@ -242,6 +242,9 @@ def test_full_keeps_the_base_too(command, unbroken, tmp_path):
     tokens = caprese.load(base, out).generate(input_ids=ids, max_new_tokens=4, do_sample=False)
     own = caprese.load(tiny_llama(), out).generate(input_ids=ids, max_new_tokens=4, do_sample=False)
     assert torch.equal(tokens, own)
+    save_base(tiny_llama(seed=1), tokenizer, out / "base")  # another one takes its place
+    with pytest.raises(caprese.CapreseError, match="has other weights"):
+        caprese.load(caprese.load_base(str(out / "base"))[0], out)
 
 
 def test_a_base_is_kept_in_its_checkpoints_type_or_not_at_all(tmp_path, monkeypatch):

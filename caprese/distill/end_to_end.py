@@ -220,9 +220,12 @@ def descend(
                 summed += loss.detach()
             if world.num_processes > 1:
                 summed = reduce(summed, "sum")
-                for parameter in parameters:
-                    grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                    parameter.grad = reduce(grad, "sum")
+                # layers that do not act have no gradient anywhere
+                known = reduce(torch.tensor([float(p.grad is not None) for p in parameters]).to(summed.device), "sum")
+                for parameter, any_has in zip(parameters, known.tolist(), strict=True):
+                    if any_has:
+                        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                        parameter.grad = reduce(grad, "sum")
             if not torch.isfinite(summed):
                 raise CapreseError(
                     f"the loss is {float(summed)} at step {step + 1} of {label[4:]}; lower its learning_rate (now "

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from pydantic import Field
 from torch import nn
 
@@ -41,9 +42,9 @@ class Alignment(Descent):
 
 
 def _whole(model: nn.Module, batch: Batch, **more: Any) -> tuple[Any, torch.Tensor]:
-    """One pass over prompts and completions, and which tokens are real."""
+    """One pass over prompts and completions, all FFNs dense, and which tokens are real."""
     mask = torch.cat([batch.prompt_mask, batch.mask], 1)
-    with phases(model, batch.prompt_lengths):
+    with phases(model, mask.sum(-1)):  # as if all were prompt: what FFN sparsity takes, branches give back later
         out = unwrap(model).get_decoder()(
             input_ids=torch.cat([batch.prompt, batch.inputs], 1),
             attention_mask=mask.long(),
@@ -137,6 +138,6 @@ def align(
         batch = batches[index].to(device_of(model))
         return measure(model, batch).mean() * batch.tokens
 
-    before = check()
+    before = broadcast_object_list([check()])[0]
     after, curve, _ = descend(model, batches, loss, check, config, seed, state, identity, before, label)
     return before, after, curve

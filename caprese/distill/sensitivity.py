@@ -10,6 +10,7 @@ with one layer's at a time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from caprese.distill.mixer import Alignment, align, alignment
 from caprese.efficient_methods import Mamba, Sparse, apply, calibrate, needs_calibration, only, remove, weights_saved
 from caprese.errors import CapreseError
 from caprese.models import active_parameters, find_ffns
+from caprese.progress import bar
 
 LEVELS = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
 # Optimiser steps of alignment before mixers are compared.
@@ -162,7 +164,6 @@ def select_attention(
     state: Path,
     identity: str,
     cache_gigabytes: float,
-    advance: Advance | None = None,
 ) -> tuple[Mamba, dict[int, float]]:
     """The method with the layers named that keep their attention, and by layer the KL of its mixer alone.
 
@@ -171,20 +172,28 @@ def select_attention(
         rows: micro-batches that mixers are aligned on, for `ALIGNED` steps of `config`.
         held_out: samples that KL is measured on.
         state: file that alignment resumes from.
+
+    Raises:
+        CapreseError: no rows.
     """
+    if not rows:
+        raise CapreseError("no sample has more than one token; give --samples prompts that the model answers")
     candidates = method.model_copy(update={"selected": "evenly", "keep_attention": 0.0})
     count = len(find_ffns(model))
     steps = -(-len(rows) * config.micro_batch // config.batch_size)
-    short = config.model_copy(update={"epochs": -(-ALIGNED // steps)})
+    again = list(rows) * -(-ALIGNED // steps)  # one long epoch: held-out samples are looked at once
+    measure = functools.partial(alignment, matrices=config.matrices)
+    short = config.model_copy(update={"epochs": 1})
     apply(model, candidates)
     try:
-        align(model, alignment, rows, held_out, short, seed, state, identity, "2/4 sensitivity: mixers")
+        align(model, measure, again, held_out, short, seed, state, identity, "2/4 sensitivity: mixers")
         measured = HeldOut(model, held_out, cache_gigabytes)
         cost = {}
-        for layer in candidates.layer_indices(count):
-            with only(model, {layer}):
-                cost[layer] = measured.kl()
-            if advance is not None:
+        layers = candidates.layer_indices(count)
+        with bar("2/4 sensitivity", len(layers), "layers") as advance:
+            for layer in layers:
+                with only(model, {layer}):
+                    cost[layer] = measured.kl()
                 advance(1)
     finally:
         remove(model)

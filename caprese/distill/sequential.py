@@ -16,7 +16,7 @@ from torch import nn
 from caprese.adapters import set_branch
 from caprese.distill.batches import Batch, device_of
 from caprese.distill.layerwise import Fit, Moments, fit_layer
-from caprese.efficient_methods import applied_ffns, phases
+from caprese.efficient_methods import applied_ffns, dense, phases
 from caprese.efficient_methods.phases import Pass, phases_of
 from caprese.errors import CapreseError
 from caprese.models import unwrap
@@ -116,7 +116,8 @@ def fit_sequential(
             for stream in group:
                 dense_before, recovered_before = stream.dense, stream.recovered
                 shared.current = None
-                stream.dense = layer(dense_before, **stream.kwargs)
+                with dense(model):
+                    stream.dense = layer(dense_before, **stream.kwargs)
                 shared.prompt_lengths, shared.current = torch.zeros(0), stream.current
                 stream.recovered = layer(recovered_before, **stream.kwargs)  # the branch is still zero
                 shared.prompt_lengths = shared.current = None

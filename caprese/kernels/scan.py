@@ -114,7 +114,7 @@ def decode(
     x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, state: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`step` by whatever kernel there is; without gradients, the new state is written over `state`."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or (state.is_inference() and not torch.is_inference_mode_enabled()):
         return step(x, dt, A, B, C, state)
     kernels = _mamba_ssm(x.device.type)
     if kernels is None:

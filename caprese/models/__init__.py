@@ -12,7 +12,18 @@ from caprese.models.families import (
     unwrap,
 )
 from caprese.models.ffn import FFN, Weights
-from caprese.models.loading import ALIASES, TERMS, Base, base_of, base_terms, load_base, load_config, resolve, save_base
+from caprese.models.loading import (
+    ALIASES,
+    TERMS,
+    Base,
+    base_of,
+    base_terms,
+    check_keepable,
+    load_base,
+    load_config,
+    resolve,
+    save_base,
+)
 from caprese.models.shapes import SHAPES, random_model, shape_config
 
 __all__ = [
@@ -29,6 +40,7 @@ __all__ = [
     "base_of",
     "base_parameters",
     "base_terms",
+    "check_keepable",
     "count_parameters",
     "family_of",
     "find_ffns",

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, hf_hub_download, try_to_load_from_cache
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -263,17 +262,21 @@ def load_base(
     return model, tokenizer
 
 
+def check_keepable(model: PreTrainedModel) -> None:
+    """Raise CapreseError if `save_base` cannot write this model."""
+    if getattr(model, "is_quantized", False):
+        raise CapreseError("a base in 4 or 8 bit is not written again; leave out --full, and keep its checkpoint")
+
+
 def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """A base model and its tokenizer as a directory that `load_base` reads, in the type of the checkpoint; nothing if
-    it is there.
+    """A base model and its tokenizer as a directory that `load_base` reads, in the type of the checkpoint.
 
     Raises:
-        CapreseError: the directory cannot be written, or the disk is full; then it is not there.
+        CapreseError: a quantised base, a directory that cannot be written, a full disk; what was there stays.
     """
-    if directory.exists():
-        return
+    check_keepable(model)
     base = base_of(model)
-    dtype = None if getattr(model, "is_quantized", False) else base.dtype
+    dtype = base.dtype
     known: dict[tuple[int, torch.Size], torch.Tensor] = {}  # what is tied stays so
     state = {
         name: known.setdefault(
@@ -293,8 +296,9 @@ def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direct
         (made / "config.json").write_text(json.dumps(config, indent=2))
         for file in made.iterdir():
             put_in_place(file, file)
+        shutil.rmtree(directory, ignore_errors=True)
         os.rename(made, directory)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # transformers and tokenizers have errors of many kinds for a full disk alone
         raise unwritable(directory, error) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)

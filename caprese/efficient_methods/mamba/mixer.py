@@ -42,6 +42,13 @@ class MixerState(DynamicLayer):
         self.keys = self.values = torch.empty(0)
         self.is_initialized = True
 
+    def __copy__(self) -> MixerState:
+        """One that goes on by itself: decoding writes over a state."""
+        twin = MixerState()
+        twin.window, twin.length = self.window, self.length
+        twin.state = None if self.state is None else self.state.clone()
+        return twin
+
     def keep(self, window: torch.Tensor, state: torch.Tensor, tokens: int) -> None:
         """After `tokens` more tokens."""
         self.window, self.state = window, state
@@ -152,11 +159,11 @@ class Mixer(nn.Module):
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         if cache is not None:
             cache.keep(kept, state, length)
-        y = self.norm.weight * y.flatten(-2)
-        return self.out_proj(y.to(self.out_proj.weight.dtype)).to(dtype)
+        return _in_its_type(self.out_proj, (self.norm.weight * y.flatten(-2)).to(dtype))
 
     def settle(self, dtype: torch.dtype) -> None:
-        """When nothing is to be trained any more: the projections, nearly all of its weights, in the base's type."""
+        """When nothing is to be trained any more: the projections, nearly all of its weights, in the type of what they
+        are multiplied by, so that it need not be made each time."""
         self.in_proj.to(dtype)
         self.out_proj.to(dtype)
 
@@ -167,7 +174,7 @@ class Mixer(nn.Module):
 
     def _project(self, x: torch.Tensor, valid: torch.Tensor | None, window: torch.Tensor | None) -> Any:
         """z [B, T, H P], x, dt, A, B and C of the recurrence, and the next window [B, channels, KERNEL - 1]."""
-        projected = self.in_proj(x.to(self.in_proj.weight.dtype)).float()
+        projected = _in_its_type(self.in_proj, x).float()
         z, mixed, dt = projected.split([self.inner, self.channels, self.heads], dim=-1)
         dt = F.softplus(dt + self.dt_bias)
         if valid is not None:
@@ -198,3 +205,8 @@ class Mixer(nn.Module):
                 pieces[first : first + 2] = map(by_head, pieces[first : first + 2])
                 made[f"{name}.{part}"] = torch.cat(pieces)
         return made
+
+
+def _in_its_type(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """A linear layer computed in x's type, whatever its weights are kept in."""
+    return F.linear(x, linear.weight.to(x.dtype), None if linear.bias is None else linear.bias.to(x.dtype))

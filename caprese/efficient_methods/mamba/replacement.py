@@ -38,10 +38,16 @@ class Replacement(nn.Module):
         self.layer, self.phases = site.index, phases
         self.config, self.method = config, method
         self.lost = read_attention(self.attention, config).lost
-        self.mixer = self.fresh()
+        self.mixer = self._fresh()
+        self._start: list[Mixer] = []  # and no module of it, which it would be by itself
 
-    def fresh(self) -> Mixer:
-        """The mixer as it was at the start."""
+    def start(self) -> Mixer:
+        """The mixer as it was before anything was trained; made once, since it takes seconds in a large model."""
+        if not self._start:
+            self._start.append(self._fresh())
+        return self._start[0]
+
+    def _fresh(self) -> Mixer:
         names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
         eps = next((found for name in names if (found := getattr(self.config, name, None))), 1e-6)
         seed = self.method.seed * 1_000_003 + self.layer
@@ -104,7 +110,7 @@ def mixers_at_start(model: nn.Module) -> Iterator[None]:
     trained = {at: at.mixer for at in replacements(model)}
     try:
         for at, mixer in trained.items():
-            at.mixer = at.fresh()
+            at.mixer = at.start()
             at.mixer.settle(mixer.in_proj.weight.dtype)
         yield
     finally:
