@@ -144,6 +144,22 @@ def test_it_starts_as_linear_attention():
     assert torch.equal(made.out_proj.weight, expected.o_proj.weight)
 
 
+@torch.no_grad()
+def test_biases_of_the_attention_are_the_convolutions():
+    model = tiny("qwen2")
+    attention = model.model.layers[0].self_attn
+    for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+        linear.bias.normal_()
+    made = Mixer(read_attention(attention, model.config), 1e-6, 0)
+    x = torch.randn(1, 9, made.in_proj.in_features)
+    rows = made.in_proj(x)[..., made.inner : made.inner + made.channels].transpose(1, 2)
+    biases = [attention.v_proj.bias, attention.k_proj.bias, attention.q_proj.bias * attention.scaling]
+    wanted = torch.nn.functional.conv1d(rows + torch.cat(biases)[:, None], made.conv1d.weight, groups=made.channels)
+    assert torch.allclose(
+        wanted, torch.nn.functional.conv1d(rows, made.conv1d.weight, made.conv1d.bias, groups=made.channels), atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
 @pytest.mark.parametrize("keep", [0.5, 0])
 @torch.no_grad()
@@ -286,6 +302,9 @@ def test_a_hybrid_is_a_granite_checkpoint(kind, tmp_path):
     ids = prompts(9)[0]
     how = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     assert torch.equal(stock.generate(ids, **how), model.generate(input_ids=ids, **how))
+    batch, mask = padded(prompts(9) + prompts(4))
+    ours, theirs = (m(input_ids=batch, attention_mask=mask).logits[mask.bool()] for m in (model, stock))
+    assert torch.allclose(ours, theirs, atol=1e-4)
 
 
 def test_hybrids_that_no_checkpoint_holds_are_refused(tmp_path):

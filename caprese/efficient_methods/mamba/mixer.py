@@ -5,8 +5,9 @@ and Mamba-2 adds to it a decay, a gate, a short convolution and a norm. Those st
 gate and a convolution that passes its input are nearer to attention, and learn worse (docs/mamba.md).
 
 Key and value heads that query heads share stay shared: x and B are repeated after the convolution, so that a token
-reads them once. Parameters have the names and, by `unshared`, the shapes of transformers' GraniteMoeHybridMambaLayer,
-which can hold them exactly.
+reads them once. Biases of q, k and v are the convolution's, and the projection has none: a pad, masked to 0, then stays
+0 in every implementation. Parameters have the names and, by `unshared`, the shapes of transformers'
+GraniteMoeHybridMambaLayer, which can hold them exactly.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class Mixer(nn.Module):
         # float32 whatever the base is: Adam's small steps are lost in bfloat16. See `settle` for running it
         kind: dict[str, Any] = {"device": like.device, "dtype": torch.float32}
         # z, x, B, C, dt
-        self.in_proj = nn.Linear(hidden, inner + channels + a.heads, **kind)
+        self.in_proj = nn.Linear(hidden, inner + channels + a.heads, bias=False, **kind)
         self.conv1d = nn.Conv1d(channels, channels, KERNEL, groups=channels, padding=KERNEL - 1, **kind)
         self.dt_bias = nn.Parameter(torch.empty(a.heads, device=like.device))
         self.A_log = nn.Parameter(torch.empty(a.heads, device=like.device))
@@ -123,20 +124,20 @@ class Mixer(nn.Module):
         dt = torch.exp(drawn(a.heads) * math.log(_DT[1] / _DT[0]) + math.log(_DT[0]))
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
         self.A_log.copy_(torch.log(_A[0] + (_A[1] - _A[0]) * drawn(a.heads)))
-        weight, bias = self.in_proj.weight, self.in_proj.bias
-        for p in (bias, self.conv1d.bias, self.out_proj.bias):
-            assert p is not None
-            p.zero_()
+        weight, bias = self.in_proj.weight, self.conv1d.bias
+        assert bias is not None
+        bias.zero_()
+        self.out_proj.bias.zero_()
         for p in (weight, self.conv1d.weight, self.out_proj.weight):
             p.copy_((2 * drawn(*p.shape) - 1) * p[0].numel() ** -0.5)
         if start == "random":
             return
-        begin = self.inner
+        begin = 0
         for rows, extra, factor in ((a.v, a.v_bias, 1.0), (a.k, a.k_bias, 1.0), (a.q, a.q_bias, a.scaling)):
             part = slice(begin, begin + len(rows))
-            weight[part] = factor * rows
+            weight[self.inner :][part] = factor * rows
             if extra is not None:
-                bias[part] = factor * extra
+                bias[part] = factor * extra * self.conv1d.weight[part].sum((1, 2))
             begin += len(rows)
         self.out_proj.weight.copy_(a.out)
         if a.out_bias is not None:
@@ -201,10 +202,12 @@ class Mixer(nn.Module):
         convolved = [self.shared, self.shared, self.inner]
         for name, sizes, first in (("in_proj", [self.inner, *convolved, self.heads], 1), ("conv1d", convolved, 0)):
             for part in ("weight", "bias"):
-                pieces = list(made[f"{name}.{part}"].split(sizes))
-                pieces[first : first + 2] = map(by_head, pieces[first : first + 2])
-                made[f"{name}.{part}"] = torch.cat(pieces)
-        return made
+                if f"{name}.{part}" in made:
+                    pieces = list(made[f"{name}.{part}"].split(sizes))
+                    pieces[first : first + 2] = map(by_head, pieces[first : first + 2])
+                    made[f"{name}.{part}"] = torch.cat(pieces)
+        rows = made["in_proj.weight"]
+        return {**made, "in_proj.bias": rows.new_zeros(len(rows))}  # one setting has it with that of out_proj
 
 
 def _in_its_type(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
