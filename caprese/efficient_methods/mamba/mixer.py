@@ -189,7 +189,8 @@ class Mixer(nn.Module):
         v, b, c = (
             t.unflatten(-1, (-1, self.size)) for t in mixed.split([self.shared, self.shared, self.inner], dim=-1)
         )
-        v, b = (t.repeat_interleave(self.inner // self.shared, -2) for t in (v, b))
+        if self.shared != self.inner:
+            v, b = (t.repeat_interleave(self.inner // self.shared, -2) for t in (v, b))
         return z, v, dt, -self.A_log.exp(), b, c, kept
 
     def unshared(self) -> dict[str, torch.Tensor]:
