@@ -25,7 +25,7 @@ from torch import nn
 
 import caprese
 from caprese.data_gen import read_shard
-from caprese.distill import Alignment, Batch, HeldOut, alignment, hidden_alignment, make_batches
+from caprese.distill import Alignment, Batch, HeldOut, alignment, hidden_alignment, make_batches, match_scale
 from caprese.distill.batches import completion_hidden, lm_logits, prefill
 from caprese.distill.end_to_end import Descent, descend
 from caprese.distill.losses import hidden_kl
@@ -100,6 +100,7 @@ def run(args: argparse.Namespace, start: str, training: str, data: dict[str, lis
             method, cost = select_attention(base, asked, batches, validation, config, args.seed, path, "", 1.0)
         print(f"attention stays in {method.keep_attention}; a mixer alone costs {cost}", flush=True)
     model = caprese.apply(base, method)
+    match_scale(model, batches[len(batches) // 2])
     held_out = HeldOut(model, validation, 1.0)
     tokens = sum(batch.tokens for batch in batches)
     parts = TRAININGS[training]

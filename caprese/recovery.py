@@ -59,6 +59,7 @@ from caprese.distill import (
     fit_layer,
     hidden_alignment,
     make_batches,
+    match_scale,
     new_moments,
 )
 from caprese.distill.adam import fit_adam
@@ -527,7 +528,8 @@ def _select(
 def _alignment(
     model: nn.Module, samples: Mapping[str, list[Sample]], recipe: Recipe, state: Path, identity: str
 ) -> dict[str, list[dict[str, float]]]:
-    """Before anything else, mixers learn what the attentions gave that they replace; the training curves."""
+    """Before anything else, mixers learn what the attentions gave that they replace, from its size on; the training
+    curves."""
     if not phases_of(model).mixes:
         return {}
     config = recipe.alignment
@@ -537,6 +539,8 @@ def _alignment(
         ("hidden_states", config.hidden_epochs, hidden_alignment, "error of hidden states"),
     )
     train, held_out = (make_batches(samples[s], config.micro_batch) for s in ("train", "validation"))
+    if train:
+        match_scale(model, train[len(train) // 2].to(device_of(model)))
     for name, epochs, measure, what in parts:
         if not epochs:
             continue

@@ -21,7 +21,7 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import Grani
 import caprese
 from caprese.adapters import attach_adapter, branch_parameters, fingerprint
 from caprese.data_gen import Sample
-from caprese.distill import Alignment, alignment, hidden_alignment, make_batches
+from caprese.distill import Alignment, alignment, hidden_alignment, make_batches, match_scale
 from caprese.distill.mixer import teacher_mixing
 from caprese.distill.sensitivity import select_attention
 from caprese.efficient_methods import Mixer, MixerState, Replacement, only, replacements
@@ -387,6 +387,20 @@ def test_hidden_states_of_a_dense_model_are_right():
     assert torch.equal(hidden_alignment(sparse, batch), errors)  # FFNs are for branches to mend
     with caprese.dense(model):
         assert (hidden_alignment(model, batch) == 0).all()
+
+
+@pytest.mark.parametrize("start", ["attention", "random"])
+@torch.no_grad()
+def test_mixers_start_as_large_as_their_attention(start):
+    model = caprese.apply(tiny_llama(), caprese.Mamba(keep_attention=0, start=start))
+    (batch,) = texts(3)
+    before = [at.mixer.norm.weight.clone() for at in replacements(model)]
+    match_scale(model, batch)
+    seen, mask = teacher_mixing(model, batch)
+    for at, old in zip(replacements(model), before, strict=True):
+        x, out, _ = seen[at.layer]
+        assert torch.allclose(at.mixer(x, mask)[mask].norm(), out[mask].norm(), rtol=1e-4)
+        assert (at.mixer.norm.weight / old).std() < 1e-6 and not torch.equal(at.mixer.norm.weight, old)
 
 
 def test_layers_join_in_rounds():

@@ -3,7 +3,7 @@
 from caprese.distill.batches import Batch, make_batches
 from caprese.distill.end_to_end import EndToEnd, HeldOut
 from caprese.distill.layerwise import Layerwise, accumulate, allocate_ranks, fit_layer, new_moments
-from caprese.distill.mixer import Alignment, align, alignment, hidden_alignment
+from caprese.distill.mixer import Alignment, align, alignment, hidden_alignment, match_scale
 
 __all__ = [
     "Alignment",
@@ -18,5 +18,6 @@ __all__ = [
     "fit_layer",
     "hidden_alignment",
     "make_batches",
+    "match_scale",
     "new_moments",
 ]

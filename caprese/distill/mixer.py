@@ -74,6 +74,19 @@ def teacher_mixing(model: nn.Module, batch: Batch, matrices: bool = False) -> tu
     return seen, mask
 
 
+@torch.no_grad()
+def match_scale(model: nn.Module, batch: Batch) -> None:
+    """Scale every mixer's output to its attention's size: norm weights times ||attention(x)|| / ||mixer(x)||.
+
+    A mixer norms what it gives where attention averages, so that with attention's out projection it starts too large.
+    """
+    seen, mask = teacher_mixing(model, batch)
+    for at in replacements(model):
+        x, out, _ = seen[at.layer]
+        size = out[mask].float().norm() / at.mixer(x, mask)[mask].float().norm()
+        at.mixer.norm.get_parameter("weight").mul_(size)
+
+
 def alignment(model: nn.Module, batch: Batch, matrices: float = 0.0) -> torch.Tensor:
     """||mixer(x) - attention(x)||^2 / ||attention(x)||^2 over the real tokens of a batch, by layer [layers].
 

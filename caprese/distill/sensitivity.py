@@ -17,9 +17,9 @@ from pathlib import Path
 
 from torch import nn
 
-from caprese.distill.batches import Batch
+from caprese.distill.batches import Batch, device_of
 from caprese.distill.end_to_end import HeldOut
-from caprese.distill.mixer import Alignment, align, alignment
+from caprese.distill.mixer import Alignment, align, alignment, match_scale
 from caprese.efficient_methods import Mamba, Sparse, apply, calibrate, needs_calibration, only, remove, weights_saved
 from caprese.errors import CapreseError
 from caprese.models import active_parameters, find_ffns
@@ -186,6 +186,7 @@ def select_attention(
     short = config.model_copy(update={"epochs": 1})
     apply(model, candidates)
     try:
+        match_scale(model, rows[len(rows) // 2].to(device_of(model)))
         align(model, measure, again, held_out, short, seed, state, identity, "2/4 sensitivity: mixers")
         measured = HeldOut(model, held_out, cache_gigabytes)
         cost = {}
