@@ -264,7 +264,7 @@ def test_a_base_is_kept_in_its_checkpoints_type_or_not_at_all(tmp_path, monkeypa
     assert again.dtype == torch.bfloat16 and caprese.models.base_of(again).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", ["sparse", "hybrid"])
+@pytest.mark.parametrize("kind", ["sparse", pytest.param("hybrid", marks=pytest.mark.slow)])
 def test_two_processes_do_the_work_of_one(request, kind, tmp_path):
     names = ("command", "unbroken") if kind == "sparse" else ("hybrid", "unbroken_hybrid")
     command, unbroken = map(request.getfixturevalue, names)
