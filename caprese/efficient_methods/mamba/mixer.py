@@ -32,7 +32,7 @@ _DT, _A = (1e-3, 1e-1), (1.0, 16.0)
 class MixerState(DynamicLayer):
     """A mixer's place in the KV cache: the last inputs of its convolution and its state, however long the text is.
 
-    `window` [B, channels, KERNEL - 1], `state` [B, H, P, N].
+    `window` [B, KERNEL - 1, channels], `state` [B, H, P, N].
     """
 
     def __init__(self) -> None:
@@ -174,18 +174,17 @@ class Mixer(nn.Module):
         return mixing_matrix(dt, a, b, c) + self.D[:, None, None] * torch.eye(x.shape[1], device=x.device)
 
     def _project(self, x: torch.Tensor, valid: torch.Tensor | None, window: torch.Tensor | None) -> Any:
-        """z [B, T, H P], x, dt, A, B and C of the recurrence, and the next window [B, channels, KERNEL - 1]."""
+        """z [B, T, H P], x, dt, A, B and C of the recurrence, and the next window [B, KERNEL - 1, channels]."""
         projected = _in_its_type(self.in_proj, x).float()
         z, mixed, dt = projected.split([self.inner, self.channels, self.heads], dim=-1)
         dt = F.softplus(dt + self.dt_bias)
         if valid is not None:
             mixed, dt = (t * valid.unsqueeze(-1).to(t.dtype) for t in (mixed, dt))
-        mixed = mixed.transpose(1, 2)
         if window is None:
-            window = mixed.new_zeros(*mixed.shape[:2], KERNEL - 1)
-        mixed = torch.cat([window, mixed], -1)
-        kept = mixed[..., 1 - KERNEL :].clone()  # and not a view on the whole text
-        mixed = convolve(mixed, self.conv1d.weight, self.conv1d.bias).transpose(1, 2)
+            window = mixed.new_zeros(len(mixed), KERNEL - 1, self.channels)
+        mixed = torch.cat([window, mixed], 1)
+        kept = mixed[:, 1 - KERNEL :].clone()  # and not a view on the whole text
+        mixed = convolve(mixed, self.conv1d.weight, self.conv1d.bias)
         v, b, c = (
             t.unflatten(-1, (-1, self.size)) for t in mixed.split([self.shared, self.shared, self.inner], dim=-1)
         )
