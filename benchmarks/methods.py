@@ -99,7 +99,7 @@ class Bench:
         kl, same, tokens = 0.0, 0, 0
         for index in range(len(self.batches["test"])):
             batch, context, target = test.teacher[index]
-            hidden = completion_hidden(model, batch, context)[batch.mask]
+            hidden = completion_hidden(model, batch, context)
             student, teacher = lm_logits(model, hidden), lm_logits(model, target)
             kl += float(kl_divergence(student, teacher).sum(dtype=torch.float64))
             same += int((student.argmax(-1) == teacher.argmax(-1)).sum())

@@ -64,8 +64,8 @@ def read(directory: Path, split: str, count: int) -> list[Any]:
 def by_kl(model: nn.Module, batch: Batch) -> torch.Tensor:
     context = prefill(model, batch)
     with torch.no_grad(), dense(model):
-        target = completion_hidden(model, batch, context)[batch.mask]
-    return hidden_kl(completion_hidden(model, batch, context)[batch.mask], target, lambda h: lm_logits(model, h))
+        target = completion_hidden(model, batch, context)
+    return hidden_kl(completion_hidden(model, batch, context), target, lambda h: lm_logits(model, h))
 
 
 def by(measure: Callable[[nn.Module, Batch], torch.Tensor]) -> Callable[[nn.Module, Batch], torch.Tensor]:
@@ -90,7 +90,7 @@ def acting(model: nn.Module, part: str) -> Iterator[None]:
 
 def run(args: argparse.Namespace, start: str, training: str, data: dict[str, list[Any]]) -> list[dict[str, float]]:
     base, _ = caprese.load_base(args.model)
-    batches, validation = make_batches(data["train"], args.batch), make_batches(data["validation"], 64)
+    batches, validation = make_batches(data["train"], args.batch, True), make_batches(data["validation"], 64, True)
     method = caprese.Mamba(keep_attention=args.keep, start=start, seed=args.seed)
     if training.endswith("sensitivity"):  # which sees some tokens of its own
         asked = method.model_copy(update={"selected": "sensitivity"})

@@ -159,7 +159,7 @@ def recover(
         say(f"mixers start without their attention's {', '.join(lost)}")
     try:
         aligned = _alignment(model, samples, recipe, state, identity)
-        validation = make_batches(samples["validation"], recipe.layerwise.batch_size)
+        validation = make_batches(samples["validation"], recipe.layerwise.batch_size, phases_of(model).mixes)
         held_out = HeldOut(model, validation, recipe.end_to_end.cache_gigabytes)
         with _stage(state, "layerwise", 2) as stage:
             adapted, fitted = _layerwise(model, samples, held_out, recipe, state, identity)
@@ -518,7 +518,7 @@ def _select(
     assert isinstance(method, Mamba)
     config = recipe.alignment
     rows = make_batches(samples["train"][: recipe.calibration_samples], config.micro_batch)
-    held_out = make_batches(samples["validation"], config.micro_batch)
+    held_out = make_batches(samples["validation"], config.micro_batch, first=True)
     path, limit = state / "sensitivity.safetensors", recipe.end_to_end.cache_gigabytes
     selected, cost = select_attention(model, method, rows, held_out, config, recipe.seed, path, identity, limit)
     say("KL of each layer's mixer alone: " + ", ".join(f"{layer} {kl:.3f}" for layer, kl in cost.items()))
@@ -585,7 +585,7 @@ def _end_to_end(
     config = recipe.end_to_end
     if config.epochs == 0:
         return start, [], []
-    batches = make_batches(samples["train"], config.micro_batch)
+    batches = make_batches(samples["train"], config.micro_batch, phases_of(adapted).mixes)
     before = get_branches(adapted)
     every = {w.layer for w in applied_ffns(adapted).values()}
     joining = [at.layer for at in replacements(unwrap(adapted))] or sorted(every)

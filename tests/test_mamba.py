@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -22,9 +23,11 @@ import caprese
 from caprese.adapters import attach_adapter, branch_parameters, fingerprint
 from caprese.data_gen import Sample
 from caprese.distill import Alignment, alignment, hidden_alignment, make_batches, match_scale
+from caprese.distill.batches import completion_hidden, lm_logits, prefill
 from caprese.distill.mixer import teacher_mixing
 from caprese.distill.sensitivity import select_attention
 from caprese.efficient_methods import Mixer, MixerState, Replacement, only, replacements
+from caprese.evaluation.fidelity import fidelity
 from caprese.inference import plan_export
 from caprese.kernels import scan
 from caprese.kernels.scan import chunk_scan, recurrence
@@ -389,18 +392,54 @@ def test_hidden_states_of_a_dense_model_are_right():
         assert (hidden_alignment(model, batch) == 0).all()
 
 
-@pytest.mark.parametrize("start", ["attention", "random"])
+@pytest.mark.parametrize(("start", "kind"), [("attention", "llama"), ("random", "llama"), ("attention", "gpt2")])
 @torch.no_grad()
-def test_mixers_start_as_large_as_their_attention(start):
-    model = caprese.apply(tiny_llama(), caprese.Mamba(keep_attention=0, start=start))
+def test_mixers_start_as_large_as_their_attention(start, kind):
+    base = tiny(kind)
+    for name, parameter in base.named_parameters():
+        if name.endswith("attn.c_proj.bias"):
+            parameter.normal_()
+    model = caprese.apply(base, caprese.Mamba(keep_attention=0, start=start))
     (batch,) = texts(3)
     before = [at.mixer.norm.weight.clone() for at in replacements(model)]
     match_scale(model, batch)
     seen, mask = teacher_mixing(model, batch)
     for at, old in zip(replacements(model), before, strict=True):
         x, out, _ = seen[at.layer]
-        assert torch.allclose(at.mixer(x, mask)[mask].norm(), out[mask].norm(), rtol=1e-4)
+        bias = at.mixer.out_proj.bias  # which no norm scales
+        assert torch.allclose((at.mixer(x, mask)[mask] - bias).norm(), (out[mask] - bias).norm(), rtol=1e-4)
         assert (at.mixer.norm.weight / old).std() < 1e-6 and not torch.equal(at.mixer.norm.weight, old)
+
+
+@torch.no_grad()
+def test_an_attention_that_gives_nothing_can_be_replaced():
+    base = tiny_llama()
+    base.model.layers[0].self_attn.o_proj.weight.zero_()  # as in models made deeper by copied layers
+    model = caprese.apply(base, caprese.Mamba(keep_attention=0))
+    (batch,) = texts(3)
+    match_scale(model, batch)
+    assert all(at.mixer.norm.weight.isfinite().all() for at in replacements(model))
+    assert alignment(model, batch).isfinite().all()
+
+
+def test_the_first_token_counts_where_prompts_run_through_mixers():
+    rows = torch.randint(2, 258, (3, 20), generator=torch.Generator().manual_seed(0)).tolist()
+    samples = [Sample(row, 4 + i, "", "") for i, row in enumerate(rows)]
+    (batch,), (dense_prompts,) = make_batches(samples, 3, first=True), make_batches(samples, 3)
+    assert batch.tokens == dense_prompts.tokens + 3 == sum(len(s.completion_ids) for s in samples)
+    model = caprese.apply(tiny_llama(), caprese.Mamba(keep_attention=0.5))
+    ordered = sorted(samples, key=lambda s: s.input_ids)
+    wanted = []
+    for sample in ordered:
+        with caprese.phases(model, [sample.prompt_length]), torch.no_grad():
+            logits = model(torch.tensor([sample.input_ids])).logits[0]
+        wanted.append(logits[sample.prompt_length - 1 : -1])
+    assert batch.predicted.tolist() == [token for s in ordered for token in s.completion_ids]
+    with torch.no_grad():
+        hidden = completion_hidden(model, batch, prefill(model, batch))
+    assert torch.allclose(lm_logits(model, hidden), torch.cat(wanted), atol=1e-4)
+    loss = torch.nn.functional.cross_entropy(torch.cat(wanted), batch.predicted)
+    assert math.isclose(fidelity(model, [batch], ("recovered",))["recovered"]["perplexity"], loss.exp(), rel_tol=1e-3)
 
 
 def test_layers_join_in_rounds():

@@ -502,7 +502,9 @@ def play_training(kind, methods, seed, branch, reselect, lengths, counts) -> Non
                     position_ids=(whole.mask.cumsum(-1) - 1).clamp_min(0),
                     use_cache=False,
                 ).logits[:, -size:]
-            two = completion_hidden(applied.outer, batch, prefill(applied.outer, batch))
+            scored = completion_hidden(applied.outer, batch, prefill(applied.outer, batch))
+            two = scored.new_zeros(*batch.mask.shape, scored.shape[-1])
+            two[batch.mask] = scored
             two = applied.model.get_output_embeddings()(two)
             if cap := getattr(applied.model.config, "final_logit_softcapping", None):
                 two = torch.tanh(two / cap) * cap

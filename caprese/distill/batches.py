@@ -1,7 +1,8 @@
 """Samples as batches, and the two passes that training and evaluation are made of: prompt, then completion.
 
 The prompt runs dense in every phase of every stage, so its KV cache and what a method learns from it do not depend on
-the adapter: one prefill serves teacher and student, and no gradient goes through it.
+the adapter: one prefill serves teacher and student, and no gradient goes through it. Where attentions are replaced, it
+does not: then both are one pass.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from caprese.models import unwrap
 class Batch:
     """Prompts padded left, completions padded right, so that they meet.
 
-    `inputs` are the completion tokens that are read, all but the last; `targets` the tokens they predict.
-    The first completion token is predicted by the dense prompt and cannot differ.
-    Shapes: prompt [B, P], inputs, targets and mask [B, C].
+    `inputs` are the completion tokens that are read, all but the last; `targets` the tokens they predict. `first` is
+    what the prompt predicts: None where the prompt is dense, whose prediction cannot differ.
+    Shapes: prompt [B, P], inputs, targets and mask [B, C], first [B].
     """
 
     prompt: torch.Tensor
@@ -35,14 +36,26 @@ class Batch:
     inputs: torch.Tensor
     targets: torch.Tensor
     mask: torch.Tensor
+    first: torch.Tensor | None = None
 
     @property
     def prompt_lengths(self) -> torch.Tensor:
         return self.prompt_mask.sum(-1)
 
     @property
+    def scored(self) -> torch.Tensor:
+        """From the prompt's last position on, those whose prediction counts, [B, 1 + C]."""
+        return torch.cat([self.mask.new_full((len(self.mask), 1), self.first is not None), self.mask], 1)
+
+    @property
+    def predicted(self) -> torch.Tensor:
+        """The tokens that the scored positions predict, [n]."""
+        before = self.prompt[:, -1] if self.first is None else self.first
+        return torch.cat([before[:, None], self.targets], 1)[self.scored]
+
+    @property
     def tokens(self) -> int:
-        return int(self.mask.sum())
+        return int(self.scored.sum())
 
     def whole(self) -> Tokens:
         """Prompt and completion inputs in one, for calibration."""
@@ -50,20 +63,23 @@ class Batch:
         return Tokens(ids, self.prompt_lengths, mask)
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+        return Batch(*(None if tensor is None else tensor.to(device) for tensor in vars(self).values()))
 
 
-def make_batches(samples: Sequence[Sample], size: int) -> list[Batch]:
+def make_batches(samples: Sequence[Sample], size: int, first: bool = False) -> list[Batch]:
     """Batches of samples of like length; always the same ones for the same samples.
 
     Samples whose completion is a single token have nothing to learn from and are left out.
+
+    Args:
+        first: a completion's first token counts as well: for models whose prompts do not run dense (`Phases.mixes`).
     """
     useful = [s for s in samples if len(s.completion_ids) > 1]
     useful.sort(key=lambda s: (len(s.input_ids), s.input_ids))
-    return [_batch(useful[i : i + size]) for i in range(0, len(useful), size)]
+    return [_batch(useful[i : i + size], first) for i in range(0, len(useful), size)]
 
 
-def _batch(samples: Sequence[Sample]) -> Batch:
+def _batch(samples: Sequence[Sample], first: bool) -> Batch:
     width = max(s.prompt_length for s in samples)
     length = max(len(s.completion_ids) for s in samples) - 1
     prompt = torch.zeros(len(samples), width, dtype=torch.long)
@@ -77,7 +93,8 @@ def _batch(samples: Sequence[Sample]) -> Batch:
         inputs[row, :n] = torch.tensor(sample.completion_ids[:-1])
         targets[row, :n] = torch.tensor(sample.completion_ids[1:])
         mask[row, :n] = True
-    return Batch(prompt, prompt_mask, inputs, targets, mask)
+    begins = torch.tensor([s.completion_ids[0] for s in samples]) if first else None
+    return Batch(prompt, prompt_mask, inputs, targets, mask, begins)
 
 
 @dataclass(frozen=True)
@@ -160,7 +177,7 @@ def fork(cache: Cache) -> Cache:
 def completion_hidden(
     model: nn.Module, batch: Batch, context: Context, observer: Observer | None = None
 ) -> torch.Tensor:
-    """Final hidden states (before the LM head) of the completion inputs after `prefill`, [B, C, D].
+    """Final hidden states (before the LM head) of what counts after `prefill`, [n, D]; they predict `batch.predicted`.
 
     Efficient, with the adapter; dense inside `dense(model)`. The context is left as it was.
     """
@@ -174,7 +191,8 @@ def completion_hidden(
                 position_ids=positions_of(mask),
                 use_cache=False,
             )
-        return whole.last_hidden_state[:, batch.prompt.shape[1] :]
+        return whole.last_hidden_state[:, batch.prompt.shape[1] - 1 :][batch.scored]
+    assert batch.first is None  # no block predicts it
     blocks = context.blocks
     if phases_of(model).dense:
         blocks = [(0, batch.inputs.shape[1], blocks[0][2])]
@@ -189,7 +207,7 @@ def completion_hidden(
                 use_cache=True,
             )
         hidden.append(out.last_hidden_state)
-    return torch.cat(hidden, 1)
+    return torch.cat(hidden, 1)[batch.mask]
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -85,7 +85,7 @@ class _Teacher:
         batch = self.batches[index].to(device_of(self.model))
         context = prefill(self.model, batch)
         with dense(self.model):
-            hidden = completion_hidden(self.model, batch, context)[batch.mask]
+            hidden = completion_hidden(self.model, batch, context)
         item = (batch, context, hidden)
         size = hidden.nbytes + context.nbytes
         if size <= self.left:
@@ -106,7 +106,7 @@ class HeldOut:
         total, tokens = 0.0, 0
         for index in range(len(self.teacher.batches)):
             batch, cache, target = self.teacher[index]
-            hidden = completion_hidden(self.model, batch, cache)[batch.mask]
+            hidden = completion_hidden(self.model, batch, cache)
             for start in range(0, len(hidden), CHUNK):
                 part = slice(start, start + CHUNK)
                 student, teacher = lm_logits(self.model, hidden[part]), lm_logits(self.model, target[part])
@@ -130,7 +130,7 @@ def train(
 
     def loss(index: int) -> torch.Tensor:
         batch, context, target = teacher[index]
-        hidden = completion_hidden(model, batch, context)[batch.mask]
+        hidden = completion_hidden(model, batch, context)
         if config.objective == "hidden":
             return hidden_mse(hidden, target)
         return hidden_kl(hidden, target, lambda h: lm_logits(model, h))

@@ -79,12 +79,15 @@ def match_scale(model: nn.Module, batch: Batch) -> None:
     """Scale every mixer's output to its attention's size: norm weights times ||attention(x)|| / ||mixer(x)||.
 
     A mixer norms what it gives where attention averages, so that with attention's out projection it starts too large.
+    The bias of that projection is not the norm's; and where either gives nothing, there is nothing to match.
     """
     seen, mask = teacher_mixing(model, batch)
     for at in replacements(model):
         x, out, _ = seen[at.layer]
-        size = out[mask].float().norm() / at.mixer(x, mask)[mask].float().norm()
-        at.mixer.norm.get_parameter("weight").mul_(size)
+        bias = at.mixer.out_proj.bias
+        wanted, given = ((t[mask].float() - bias).norm() for t in (out, at.mixer(x, mask)))
+        if wanted and given:
+            at.mixer.norm.get_parameter("weight").mul_(wanted / given)
 
 
 def alignment(model: nn.Module, batch: Batch, matrices: float = 0.0) -> torch.Tensor:
@@ -122,7 +125,8 @@ def hidden_alignment(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 def _relative(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     wanted = wanted.float()
-    return (given.float() - wanted).square().sum() / wanted.square().sum()
+    tiny = torch.finfo(torch.float32).tiny  # an attention may give nothing at all
+    return (given.float() - wanted).square().sum() / wanted.float().square().sum().clamp_min(tiny)
 
 
 def align(

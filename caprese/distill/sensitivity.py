@@ -180,8 +180,8 @@ def select_attention(
         raise CapreseError("no sample has more than one token; give --samples prompts that the model answers")
     candidates = method.model_copy(update={"selected": "evenly", "keep_attention": 0.0})
     count = len(find_ffns(model))
-    steps = -(-len(rows) * config.micro_batch // config.batch_size)
-    again = list(rows) * -(-ALIGNED // steps)  # one long epoch: held-out samples are looked at once
+    need = ALIGNED * (config.batch_size // config.micro_batch)
+    again = (list(rows) * -(-need // len(rows)))[:need]  # one long epoch: held-out samples are looked at once
     measure = functools.partial(alignment, matrices=config.matrices)
     short = config.model_copy(update={"epochs": 1})
     apply(model, candidates)

@@ -39,8 +39,8 @@ def fidelity(
 ) -> dict[str, dict[str, float]]:
     """KL(dense || x), top-1 agreement and perplexity of the teacher's completions, for each variant.
 
-    Means over the completion tokens that an efficient pass predicts (all but a completion's first, which the dense
-    prompt predicts).
+    Means over the completion tokens that an efficient pass predicts (all but a completion's first where the prompt that
+    predicts it is dense).
     """
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in names}
     tokens = 0
@@ -51,8 +51,8 @@ def fidelity(
             hidden = {}
             for name in ("dense", *(n for n in names if n != "dense")):
                 with variant(model, name):
-                    hidden[name] = completion_hidden(model, batch, cache)[batch.mask]
-            targets = batch.targets[batch.mask]
+                    hidden[name] = completion_hidden(model, batch, cache)
+            targets = batch.predicted
             for start in range(0, len(targets), CHUNK):
                 part = slice(start, start + CHUNK)
                 teacher = lm_logits(model, hidden["dense"][part])

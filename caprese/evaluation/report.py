@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from caprese.data_gen import Prompt, Sample, Samples, complete_in_shards
 from caprese.distill import make_batches
 from caprese.distill.batches import device_of
+from caprese.efficient_methods import phases_of
 from caprese.evaluation.accuracy import accuracy, mean_new_tokens
 from caprese.evaluation.config import Evaluation
 from caprese.evaluation.fidelity import VARIANTS, fidelity, layer_errors, variant
@@ -58,7 +59,7 @@ def evaluate(
 
     Latency is measured by the main process alone while the others wait; theirs is None.
     """
-    batches = make_batches(test, config.batch_size)
+    batches = make_batches(test, config.batch_size, phases_of(model).mixes)
     quality: dict[str, dict[str, float | None]] = {n: dict(q) for n, q in fidelity(model, batches).items()}
     answers = {"dense": list(test)}
     if config.generate:
