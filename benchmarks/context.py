@@ -41,7 +41,7 @@ def filled(model: Any, length: int, mixed: set[int]) -> DynamicCache:
             state = MixerState()
             m = mixers[i]
             state.keep(
-                torch.randn(1, m.channels, KERNEL - 1, dtype=kind), torch.randn(1, m.heads, m.size, m.size), length
+                torch.randn(1, KERNEL - 1, m.channels, dtype=kind), torch.randn(1, m.heads, m.size, m.size), length
             )
             cache.layers[i] = state
         else:

@@ -281,7 +281,7 @@ def answers_of(yardstick: Yardstick, adapters: Sequence[str], output: Path) -> N
     rows = {"dense": yardstick.answers(yardstick.model)}
     for adapter in adapters:
         model: Any = caprese.load(yardstick.model, adapter)
-        rows[Path(adapter).name] = yardstick.answers(model)
+        rows[adapter] = yardstick.answers(model)
         caprese.remove(model)
     command = f"python benchmarks/reasoner.py --problems {len(yardstick.problems)} --adapters {' '.join(adapters)}"
     write_json(output, {"command": command, "rows": rows, "environment": environment(yardstick.model)})
@@ -300,8 +300,11 @@ def main() -> None:
     parser.add_argument("--samples", type=Path, default=Path("out-reasoner-tiny/samples"))
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--adapters", nargs="*", help="finished adapters to ask, instead of tables")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/reasoner.json"))
+    parser.add_argument("--output", type=Path, help="of tables: benchmarks/results/reasoner.json if not given")
     args = parser.parse_args()
+    if args.adapters and args.output is None:
+        parser.error("--adapters wants an --output of its own")
+    args.output = args.output or Path("benchmarks/results/reasoner.json")
     yardstick = Yardstick(args)
     if args.adapters:
         return answers_of(yardstick, args.adapters, args.output)

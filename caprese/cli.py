@@ -103,16 +103,23 @@ def main(
 
 
 def _layers(text: str | None) -> str | list[int] | None:
-    """all, first-half, or numbers and ranges: 0,1,4-7."""
+    """all, first-half, or numbers and ranges."""
     if text is None or text in ("all", "first-half"):
         return text
+    return _numbers(text, f"--layers {text!r}: use all, first-half, or numbers like 0,1,4-7")
+
+
+def _numbers(text: str, remedy: str) -> list[int]:
+    """Numbers and ranges: 0,1,4-7."""
     numbers: list[int] = []
     try:
         for part in text.split(","):
             low, _, high = part.strip().partition("-")
+            if int(high or low) < int(low):
+                raise ValueError
             numbers += range(int(low), int(high or low) + 1)
     except ValueError:
-        raise CapreseError(f"--layers {text!r}: use all, first-half, or numbers like 0,1,4-7") from None
+        raise CapreseError(remedy) from None
     return numbers
 
 
@@ -141,10 +148,15 @@ def _sparsity(text: str | None) -> float | list[float] | str | None:
 
 def _keep_attention(text: str | None) -> Any:
     """A fraction, or numbers and ranges."""
+    if text is None:
+        return None
+    remedy = f"--keep-attention {text!r}: use a fraction from 0 to below 1, like 0.5, or numbers like 0,5,11"
+    if "." not in text and text != "0":
+        return _numbers(text, remedy)
     try:
-        return None if text is None else float(text) if "." in text or text == "0" else _layers(text)
+        return float(text)
     except ValueError:
-        raise CapreseError(f"--keep-attention {text!r}: use a fraction like 0.5, or numbers like 0,5,11") from None
+        raise CapreseError(remedy) from None
 
 
 def _rank(text: str | None) -> int | str | None:
@@ -274,7 +286,7 @@ def recover(
     )
     whole = Path(resolved.output).expanduser() / "base"
     if full:
-        check_keepable(loaded)
+        check_keepable(loaded, whole, overwrite)
     report = run(loaded, tokenizer, resolved, overwrite=overwrite)
     if not _first():
         return
@@ -439,14 +451,7 @@ def evaluate(
             tokenizer,
             tasks.split(","),
             Path(output),
-            identity=[
-                sidecar.weights_sha256,
-                sidecar.calibration_sha256,
-                sidecar.methods,
-                sidecar.base.fingerprint,
-                phases_of(fused).reselect_every,
-                str(base.dtype),
-            ],
+            identity=[sidecar.digest, phases_of(fused).reselect_every, str(base.dtype)],
             include=include_path,
             limit=limit,
             num_fewshot=num_fewshot,
@@ -592,8 +597,9 @@ def scale(
         str | None, typer.Option(help="Only these, with commas: dense, efficient, recovered.")
     ] = None,
     reselect_every: Annotated[
-        int, typer.Option(help="One more contender: recovered, choosing anew so often; 0 none.", min=0)
-    ] = 32,
+        int | None,
+        typer.Option(help="One more contender: recovered, choosing anew so often; 0 none.", min=0, show_default="32"),
+    ] = None,
     reward: Annotated[
         str | None,
         typer.Option(help="What weights best-of-N: a sequence classifier, causal:MODEL, oracle, or chains (verifier)."),
@@ -631,8 +637,13 @@ def scale(
 
     _quiet(as_json)
     sidecar = read_sidecar(adapter)
-    if any(facts["name"] == "mamba" for facts in sidecar.methods):
-        reselect_every = 0  # a state cannot be read again
+    mixes = any(facts["name"] == "mamba" for facts in sidecar.methods)
+    if mixes and reselect_every:
+        raise CapreseError(
+            "a hybrid does not choose anew, since a state cannot be taken back; leave out --reselect-every"
+        )
+    if reselect_every is None:
+        reselect_every = 0 if mixes else 32
     over = choose(reselect_every or None, contenders.split(",") if contenders else None)
     asked, trained = beside(adapter)
     if prompts is not None and column is None:
@@ -661,8 +672,7 @@ def scale(
     scorer = None if reward is None else reward_scorer(reward, device)
     scaling = Scaling(lm, tokenizer, rows, config, samples, Path(output), seed, scorer)
     identity = {
-        "base": sidecar.base.fingerprint,
-        "adapter": sidecar.weights_sha256,
+        "adapter": sidecar.digest,
         "type": f"{base.dtype} on {base.device.type}",
         "settings": config.model_dump(mode="json", exclude={"train", "validation", "test", "batch_size", "shard_size"}),
     }
@@ -733,7 +743,7 @@ def info(
 @_verb
 def export(
     adapter: Annotated[
-        str, typer.Argument(help="An adapter made with method static or none: a directory, or a hub id.")
+        str, typer.Argument(help="An adapter made with static, none or mamba: a directory, or a hub id.")
     ],
     to: Annotated[str, typer.Option(help="Directory for the checkpoint.")],
     model: Annotated[
@@ -748,7 +758,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a recovered model as an ordinary checkpoint that needs no caprese: for transformers, vLLM, llama.cpp."""
-    from caprese.adapters import base_revision, load_base_for, ranks_of, read_sidecar
+    from caprese.adapters import base_revision, has_branches, load_base_for, ranks_of, read_sidecar
     from caprese.inference import export as write
     from caprese.inference import load, plan_export
     from caprese.models import load_config
@@ -761,7 +771,7 @@ def export(
     sidecar = read_sidecar(adapter)
     name = model or sidecar.base.name
     if dry_run:
-        rank, others = ranks_of(adapter)
+        rank, others = ranks_of(adapter) if has_branches(adapter) else (0, {})
         config = load_config(name, base_revision(sidecar, name))
         figures = plan_export(config, sidecar.make_methods(), lambda layer: others.get(layer, rank))
     else:

@@ -10,11 +10,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from caprese.distill.sensitivity import ALIGNED, LEVELS
 from caprese.distill.sequential import check_sequential
-from caprese.efficient_methods import Mamba, Mixer, describe_methods, methods_by_layer, weights_saved
+from caprese.efficient_methods import Mamba, describe_methods, methods_by_layer, mixing_weights, weights_saved
 from caprese.errors import CapreseError
 from caprese.files import free_bytes
 from caprese.models import SHAPES, active_parameters, count_parameters, find_ffns, load_config, shape_config
-from caprese.models.attention import read_attention
 from caprese.models.loading import pick_device, pick_dtype
 from caprese.progress import say
 from caprese.recipes import Recipe
@@ -74,14 +73,9 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     layers = len(own)
     base, dense = count_parameters(model), active_parameters(model)
     efficient = dense - sum(weights_saved(sites[i], each) for i, each in own.items())
-    mixers = 0
-    for method in methods:
-        for i in method.layer_indices(len(sites)) if isinstance(method, Mamba) else []:
-            with torch.device("meta"):
-                mixer = Mixer(read_attention(sites[i].attention(), config), 1e-6, 0)
-            count = sum(p.numel() for p in mixer.parameters())
-            mixers, efficient = mixers + count, efficient + count
-            efficient -= sum(p.numel() for p in sites[i].attention().parameters())
+    mixing = mixing_weights(sites, methods, config).values()
+    mixers = sum(mixer for mixer, _ in mixing)
+    efficient += mixers - sum(attention for _, attention in mixing)
     only_mixes = all(method.acts_on == {"mixer"} for method in methods)
     rank = 1 if only_mixes else recipe.rank  # of branches that stay at zero
     if recipe.target_active is not None:

@@ -67,7 +67,7 @@ def push(
 
 
 def _report(source: Path, sidecar: Sidecar) -> dict[str, Any] | None:
-    """report.json, if there is one, and if it is of these weights."""
+    """report.json, if there is one, and if it is of this adapter."""
     path = source / "report.json"
     if not path.is_file():
         return None
@@ -75,8 +75,8 @@ def _report(source: Path, sidecar: Sidecar) -> dict[str, Any] | None:
         report: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
         raise CapreseError(f"{path} is damaged ({error}); run caprese recover again, or delete it") from error
-    if report.get("weights_sha256", sidecar.weights_sha256) != sidecar.weights_sha256:
-        raise CapreseError(f"{path} is of other weights than the adapter beside it; delete it, or run recover again")
+    if report.get("adapter_digest", sidecar.digest) != sidecar.digest:
+        raise CapreseError(f"{path} is of another adapter than the one beside it; delete it, or run recover again")
     return report
 
 

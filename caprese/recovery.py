@@ -129,8 +129,8 @@ def recover(
     sites = find_ffns(model)
     chosen = list(methods_by_layer(methods, len(sites)))
     hidden = sites[0].ffn.hidden_size
-    mixes = all(method.acts_on == {"mixer"} for method in methods)  # then no branch has anything to learn
-    if isinstance(recipe.rank, int) and recipe.rank > hidden and not mixes:
+    only_mixes = all(method.acts_on == {"mixer"} for method in methods)  # then no branch has anything to learn
+    if isinstance(recipe.rank, int) and recipe.rank > hidden and not only_mixes:
         raise CapreseError(f"rank {recipe.rank} exceeds the hidden size {hidden}; choose 1 to {hidden}, or auto")
     if recipe.layerwise.how == "sequential":
         check_sequential(model)
@@ -199,7 +199,7 @@ def recover(
             "fingerprint": ":".join(prints.values()),
             "license": None,
             **base_terms(Path(base.source)),
-            "weights_sha256": read_sidecar(out).weights_sha256,
+            "adapter_digest": read_sidecar(out).digest,
             "method": "+".join(method.name for method in methods),
             "sparsity": getattr(methods[0], "sparsity", None) if len(methods) == 1 else None,
             "methods": [{"name": method.name, **method.model_dump(mode="json")} for method in methods],
@@ -214,7 +214,7 @@ def recover(
                 **aligned,
                 "end_to_end": curve,
                 "validation": [
-                    {"stage": "efficient", "step": 0, "kl": fitted["kl"]["efficient"]},
+                    {"stage": "aligned" if aligned else "efficient", "step": 0, "kl": fitted["kl"]["efficient"]},
                     {"stage": "layerwise", "step": 0, "kl": fitted["kl"]["layerwise"]},
                     *({"stage": "end_to_end", **point} for point in checks),
                 ],

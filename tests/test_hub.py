@@ -399,7 +399,7 @@ def test_what_is_damaged_is_not_pushed(finished, hub, tmp_path):
         caprese.push(copy, "alice/x")
     copy = shutil.copytree(out, tmp_path / "second")
     report = json.loads((copy / "report.json").read_text())
-    (copy / "report.json").write_text(json.dumps({**report, "weights_sha256": "0" * 64}))
+    (copy / "report.json").write_text(json.dumps({**report, "adapter_digest": "0" * 32}))
     with pytest.raises(caprese.CapreseError, match="is of other weights"):
         caprese.push(copy, "alice/x")
     for content in ("{", "[]", "{}"):

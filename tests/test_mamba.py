@@ -18,16 +18,20 @@ from hypothesis import strategies as st
 from test_phases import padded, prompts, recovered
 from transformers import AutoModelForCausalLM
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridMambaLayer
+from typer.testing import CliRunner
 
 import caprese
-from caprese.adapters import attach_adapter, branch_parameters, fingerprint
+from caprese.adapters import attach_adapter, branch_parameters, fingerprint, has_branches, read_sidecar
+from caprese.cli import app
 from caprese.data_gen import Sample
 from caprese.distill import Alignment, alignment, hidden_alignment, make_batches, match_scale
 from caprese.distill.batches import completion_hidden, lm_logits, prefill
 from caprese.distill.mixer import teacher_mixing
 from caprese.distill.sensitivity import select_attention
 from caprese.efficient_methods import Mixer, MixerState, Replacement, only, replacements
+from caprese.evaluation import bench
 from caprese.evaluation.fidelity import fidelity
+from caprese.evaluation.latency import parameter_counts
 from caprese.inference import plan_export
 from caprese.kernels import scan
 from caprese.kernels.scan import chunk_scan, recurrence
@@ -299,7 +303,7 @@ def test_a_hybrid_is_a_granite_checkpoint(kind, tmp_path):
         p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     facts = caprese.export(model, None, tmp_path / "out")
     assert facts["architecture"] == "GraniteMoeHybridForCausalLM" and facts["largest_logit_difference"] < 1e-4
-    planned = plan_export(tiny(kind, **plain).config, [caprese.Mamba()], lambda layer: 1)
+    planned = plan_export(tiny(kind, **plain).config, [caprese.Mamba()], lambda layer: 0)
     assert planned.items() <= {**facts, "bytes": planned["bytes"]}.items()
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = prompts(9)[0]
@@ -440,6 +444,82 @@ def test_the_first_token_counts_where_prompts_run_through_mixers():
     assert torch.allclose(lm_logits(model, hidden), torch.cat(wanted), atol=1e-4)
     loss = torch.nn.functional.cross_entropy(torch.cat(wanted), batch.predicted)
     assert math.isclose(fidelity(model, [batch], ("recovered",))["recovered"]["perplexity"], loss.exp(), rel_tol=1e-3)
+
+
+@torch.no_grad()
+def test_pads_leave_no_trace_however_a_prompt_is_cut():
+    model = caprese.apply(tiny_llama(), caprese.Mamba(keep_attention=0.5))
+    ids = torch.randint(2, 258, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    wanted = model(ids[:1, 4:]).logits[0, -1]
+    for size in (1, 2, 9):
+        cache = None
+        for begin in range(0, 9, size):
+            end = min(9, begin + size)
+            with caprese.phases(model, mask.sum(-1)):
+                out = model(
+                    ids[:, begin:end],
+                    attention_mask=mask[:, :end],
+                    position_ids=(mask.cumsum(-1) - 1).clamp_min(0)[:, begin:end],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            cache = out.past_key_values
+        assert torch.allclose(out.logits[0, -1], wanted, atol=1e-4), size
+
+
+def test_what_a_bench_of_hybrids_shows():
+    config = {"prompt_tokens": 8, "new_tokens": 3, "rank": 4}
+    base = tiny_llama().to(torch.bfloat16)
+    for keep in (0.5, 0):
+        methods = [caprese.Mamba(keep_attention=keep), caprese.Griffin(sparsity=0.5)]
+        rows = {row["name"]: row for row in bench(base, methods, compiled=False, **config)["rows"]}
+        assert rows.keys() == {"dense", "efficient", "efficient_lora", "recovered", "fused"}
+        model = caprese.apply(tiny_llama(), methods)
+        read = {f"active_{row}": rows[row]["bytes_per_token"] / 2 for row in ("dense", "efficient")}
+        assert read == {name: parameter_counts(model)[name] for name in read}
+    alone = bench(base, [caprese.Mamba()], compiled=False, **config)["rows"]
+    assert [row["name"] for row in alone] == ["dense", "efficient", "recovered", "fused"]
+    with pytest.raises(caprese.CapreseError, match="has no row fused_compiled"):
+        bench(base, [caprese.Mamba()], rows=["dense", "fused_compiled"], **config)
+
+
+def test_adapters_that_differ_in_their_mixers_are_not_one(tmp_path):
+    digests = set()
+    for seed in (0, 1):
+        model = attach_adapter(caprese.apply(tiny_llama(), caprese.Mamba()), 1)
+        replacements(model)[0].mixer.D.data.fill_(seed)
+        caprese.save(model, tmp_path / str(seed))
+        digests.add(read_sidecar(tmp_path / str(seed)).digest)
+        caprese.remove(model)
+    assert len(digests) == 2 and not has_branches(tmp_path / "0")
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [("5-3", "numbers like 0,5,11"), ("half", "numbers like"), ("0.x", "fraction from 0"), ("all", "--keep-attention")],
+)
+def test_which_layers_keep_attention_is_said_clearly(text, remedy):
+    done = CliRunner().invoke(app, ["recover", "--model", "reasoner-tiny", "--keep-attention", text, "--dry-run"])
+    assert done.exit_code == 1 and remedy in done.output and "--layers" not in done.output
+
+
+def test_no_fraction_above_0_is_pure_mamba():
+    assert len(caprese.Mamba(keep_attention=0.01).layer_indices(4)) == 3
+    assert len(caprese.Mamba(keep_attention=0).layer_indices(4)) == 4
+    with pytest.raises(ValueError, match="from 0"):
+        caprese.Mamba(keep_attention=[])
+
+
+def test_time_by_context_is_measured():
+    path = Path(__file__).parents[1] / "benchmarks" / "context.py"
+    spec = importlib.util.spec_from_file_location("context", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = caprese.apply(tiny_llama(), caprese.Mamba(keep_attention=[0]))
+    measured = module.measure(model, 64, {1, 2}, 2)
+    assert measured["mixed"]["cache_bytes"] < measured["dense"]["cache_bytes"]
 
 
 def test_layers_join_in_rounds():

@@ -195,7 +195,10 @@ def unbroken_hybrid(hybrid, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize(("name", "count"), [("sensitivity", 2), ("round-1", 2)])
+_SLOW = [pytest.param(name, 1, marks=pytest.mark.slow) for name in ("alignment", "hidden_states")]
+
+
+@pytest.mark.parametrize(("name", "count"), [("sensitivity", 2), ("round-1", 2), *_SLOW])
 def test_hybrids_go_on_too(hybrid, unbroken_hybrid, tmp_path, name, count):
     out = tmp_path / "out"
     assert run(hybrid, out, name, count).returncode == -signal.SIGKILL
@@ -242,6 +245,9 @@ def test_full_keeps_the_base_too(command, unbroken, tmp_path):
     tokens = caprese.load(base, out).generate(input_ids=ids, max_new_tokens=4, do_sample=False)
     own = caprese.load(tiny_llama(), out).generate(input_ids=ids, max_new_tokens=4, do_sample=False)
     assert torch.equal(tokens, own)
+    (out / "base" / "config.json").write_text("{}")  # of somebody else, now
+    done = run([*command, "--full"], out)
+    assert done.returncode == 1 and "holds something else" in done.stderr and (out / "base" / "config.json").exists()
     save_base(tiny_llama(seed=1), tokenizer, out / "base")  # another one takes its place
     with pytest.raises(caprese.CapreseError, match="has other weights"):
         caprese.load(caprese.load_base(str(out / "base"))[0], out)

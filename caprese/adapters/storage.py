@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -73,6 +74,13 @@ class Sidecar(BaseModel):
     """Of the file with what methods chose from samples, where one does."""
     mixers_sha256: str | None = None
     """Of the file with what stands in for attentions, where something does."""
+
+    @property
+    def digest(self) -> str:
+        """Of all that an adapter is, with its base: what was measured with one is not another's."""
+        files = [self.weights_sha256, self.calibration_sha256, self.mixers_sha256]
+        facts = [self.base.fingerprint, self.methods, self.reselect_every, *files]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
     def make_methods(self) -> tuple[Method, ...]:
         """The methods, in the order in which they act.
@@ -224,6 +232,17 @@ def ranks_of(adapter: str | os.PathLike[str], revision: str | None = None) -> tu
         int(re.findall(r"\.(\d+)\.", f".{key}.")[0]): rank for key, rank in (config.get("rank_pattern") or {}).items()
     }
     return config["r"], own
+
+
+def has_branches(adapter: str | os.PathLike[str]) -> bool:
+    """Whether a branch of an adapter gives anything; without FFN methods, they stay at zero.
+
+    Raises:
+        CapreseError: no such adapter, or it is damaged.
+    """
+    path = _present(locate(adapter, None, WEIGHTS), WEIGHTS, adapter)
+    tensors = _check_tensors(path, adapter, read_sidecar(adapter).weights_sha256)
+    return any(bool(tensor.any()) for name, tensor in tensors.items() if ".lora_B." in name)
 
 
 def check_files(

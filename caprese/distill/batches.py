@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class Batch:
         return Tokens(ids, self.prompt_lengths, mask)
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(None if tensor is None else tensor.to(device) for tensor in vars(self).values()))
+        return replace(self, **{name: t.to(device) for name, t in vars(self).items() if t is not None})
 
 
 def make_batches(samples: Sequence[Sample], size: int, first: bool = False) -> list[Batch]:

@@ -33,6 +33,7 @@ from caprese.efficient_methods.mamba import (
     MixerState,
     Replacement,
     mixers_at_start,
+    mixing_weights,
     replacements,
     settle_mixers,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "make_method",
     "methods_by_layer",
     "mixers_at_start",
+    "mixing_weights",
     "needs_calibration",
     "parse_methods",
     "only",

@@ -16,10 +16,11 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, CompileConfig, PretrainedConfig, PreTrainedModel, StaticCache
 
-from caprese.adapters import attach_adapter, branch_parameters
+from caprese.adapters import attach_adapter
 from caprese.efficient_methods import (
     EfficientFFN,
     Method,
+    MixerState,
     Reads,
     Sparse,
     Tokens,
@@ -28,14 +29,16 @@ from caprese.efficient_methods import (
     calibrate,
     describe_methods,
     methods_by_layer,
+    mixing_weights,
     needs_calibration,
+    settle_mixers,
     weights_saved,
 )
 from caprese.errors import CapreseError
 from caprese.evaluation.latency import TURN
 from caprese.evaluation.report import environment
 from caprese.inference import Form, fuse
-from caprese.inference.fused import Indexed, Packed
+from caprese.inference.fused import Indexed, Packed, check_form
 from caprese.kernels import triton_runs
 from caprese.models import active_parameters, count_parameters, find_ffns, unwrap
 from caprese.progress import bar
@@ -147,17 +150,22 @@ class Bench:
         Raises:
             CapreseError: a row that is not in ROWS, no tokens, or what apply and attach_adapter refuse.
         """
-        packed = any("weights" in m.acts_on for m in methods)
+        acts = [m.acts_on for m in methods]
+        # packed weights have no rows to gather, and without FFN methods none are; a state is not of a static cache
+        lora = not any("weights" in each for each in acts) and any(each != {"mixer"} for each in acts)
+        missing = [] if lora else ["efficient_lora"]
+        missing += ["fused_compiled"] if any("mixer" in each for each in acts) else []
         if rows is None:
-            rows = [r for r in ROWS if (compiled or "compiled" not in r) and not (packed and r == "efficient_lora")]
-        if packed and "efficient_lora" in rows:
-            raise CapreseError(f"{describe_methods(methods)} has no row efficient_lora; leave it out of --rows")
+            rows = [r for r in ROWS if (compiled or "compiled" not in r) and r not in missing]
+        if refused := [r for r in rows if r in missing]:
+            raise CapreseError(f"{describe_methods(methods)} has no row {', '.join(refused)}; leave it out of --rows")
         if unknown := [r for r in rows if r not in ROWS]:
             raise CapreseError(f"no row {', '.join(unknown)}; rows are {', '.join(ROWS)}")
         if "dense" not in rows:
             raise CapreseError("every ratio is to the row dense; leave it in --rows")
         if prompt_tokens < 1 or new_tokens < 1:
             raise CapreseError("--prompt-tokens and --new-tokens start at 1")
+        check_form(form)
         room = getattr(model.config, "max_position_embeddings", None)
         if room is not None and prompt_tokens + new_tokens + 4 * TURN > room:
             raise CapreseError(f"{prompt_tokens} + {new_tokens} tokens do not fit this model's context of {room}")
@@ -189,11 +197,13 @@ class Bench:
             model = _twin(self.apart)
         if not name.startswith("dense"):
             model = apply(model, self.methods, calibration=self.calibration)
+            settle_mixers(model)
             if name in ("recovered", "fused", "fused_compiled"):
                 model = attach_adapter(model, self.rank)
                 generator = torch.Generator(self.device).manual_seed(self.seed)
-                for parameter in branch_parameters(model):  # PEFT keeps them in float32; served, they are the base's
-                    parameter.data = parameter.data.to(self.dtype).normal_(0, 0.02, generator=generator)
+                for at, parameter in model.named_parameters():
+                    if ".lora_" in at:  # PEFT keeps them in float32; served, they are the base's
+                        parameter.data = parameter.data.to(self.dtype).normal_(0, 0.02, generator=generator)
                 model = model.eval()
             if name in ("efficient", "fused", "fused_compiled"):
                 fuse(model, self.form)
@@ -328,7 +338,8 @@ def _held(contender: Contender) -> int:
     """Bytes of the weights, buffers and KV cache that this row needs; shared ones counted once."""
     tensors = [*contender.model.parameters(), *contender.model.buffers()]
     for layer in contender.cache.layers:
-        tensors += [t for t in (layer.keys, layer.values) if t is not None]
+        held = (layer.window, layer.state) if isinstance(layer, MixerState) else (layer.keys, layer.values)
+        tensors += [t for t in held if t is not None]
     state = getattr(contender.cache, "caprese_state", None)
     for known in state.layers.values() if state is not None else ():
         tensors += known.packed.buffers() if known.packed is not None else ()
@@ -339,7 +350,8 @@ def _held(contender: Contender) -> int:
 def weights_read(model: nn.Module, methods: Sequence[Method], rank: int, row: str, batch: int = 1) -> int:
     """Weights that one decode step of a row reads: its byte floor, over the size of a weight.
 
-    Where sequences choose for themselves, what none of them needs, as if their choices were independent.
+    Where sequences choose for themselves, what none of them needs, as if their choices were independent. States of
+    mixers and KV caches are no weights.
     """
     if batch < 1 or rank < 1:
         raise CapreseError("--batch takes numbers from 1, such as 1,2,4,8,16, and --rank one from 1")
@@ -347,7 +359,8 @@ def weights_read(model: nn.Module, methods: Sequence[Method], rank: int, row: st
     if row.startswith("dense"):
         return dense
     sites = find_ffns(model)
-    saved = branch = 0
+    saved = sum(attention - mixer for mixer, attention in mixing_weights(sites, methods, model.config).values())
+    branch = 0
     for index, own in methods_by_layer(methods, len(sites)).items():
         left = [
             m.model_copy(update={"sparsity": m.level**batch})
@@ -362,7 +375,7 @@ def weights_read(model: nn.Module, methods: Sequence[Method], rank: int, row: st
             for method in left:
                 kept = method.reads(Reads(0, 0, kept)).down if "weights" not in method.acts_on else kept
             branch += (3 if ffn.gated else 2) * lora_rank(ffn, rank) * round(ffn.hidden_size + kept * ffn.width)
-        elif row != "efficient":
+        elif row != "efficient" and any(m.acts_on != {"mixer"} for m in methods):
             branch += 2 * ffn.hidden_size * rank
     return dense - saved + branch
 

@@ -212,7 +212,8 @@ def _loss(axes: Axes, loss: list[tuple[Any, ...]], theme: Theme) -> None:
 
 def _validation(axes: Axes, validation: list[tuple[Any, ...]], theme: Theme) -> None:
     """The stages as one path: no adapter, closed form, then the steps of training."""
-    for stage, variant, marker in (("efficient", "efficient", "X"), ("layerwise", "recovered", "D")):
+    first = [(stage, "efficient", "X") for stage in ("efficient", "aligned")]  # hybrids are aligned by then
+    for stage, variant, marker in (*first, ("layerwise", "recovered", "D")):
         for step, kl in [(step, kl) for name, step, kl in validation if name == stage]:
             axes.axhline(kl, color=theme.color(variant), linestyle=":", linewidth=1)
             axes.plot(step, kl, marker, color=theme.color(variant), markersize=7, linestyle="none", label=stage)

@@ -100,8 +100,8 @@ def check_exportable(config: PretrainedConfig, methods: Sequence[Method], branch
         if method.name not in ("static", "none", "mamba"):
             why = "packs the FFN weights" if "weights" in method.acts_on else "decides anew for each prompt or token"
             raise CapreseError(
-                f"{method.name} {why}, which no ordinary checkpoint does; recover with --method static (or none), and "
-                "export the result"
+                f"{method.name} {why}, which no ordinary checkpoint does; recover with --method static, none or mamba, "
+                "and export the result"
             )
     family, kind = family_of(config), config.model_type
     if mixed and (kind not in _AS_GRANITE or getattr(config, "mlp_bias", False)):
@@ -192,28 +192,29 @@ def plan_export(config: PretrainedConfig, methods: Sequence[Method], rank: Calla
     """What `export` would write, from a config alone.
 
     Args:
-        rank: the branch's in a layer.
+        rank: the branch's in a layer; 0 where there is none.
 
     Raises:
         CapreseError: what `export` would refuse.
     """
     mamba = next((method for method in methods if isinstance(method, Mamba)), None)
-    check_exportable(config, methods, branch=mamba is None)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         sites = find_ffns(model)
         applied = methods_by_layer(methods, len(sites))
+        branch = any(rank(index) for index in applied)
+        check_exportable(config, methods, branch)
         widths, mixers = [], {}
         for site in sites:
             width = site.ffn.width
             for method in applied.get(site.index, []):
                 width = method.kept(width) if isinstance(method, Static) else width
-            if site.index in applied and mamba is None:
+            if site.index in applied:
                 width += rank(site.index) * (1 if site.ffn.gated else 2)
             widths.append(width)
             if mamba is not None and site.index in mamba.layer_indices(len(sites)):
                 mixers[site.index] = Mixer(read_attention(site.attention(), config), 1e-6, 0)
-        planned = exported_config(config, widths, mamba is None, mixers)
+        planned = exported_config(config, widths, branch, mixers)
         made = AutoModelForCausalLM.from_config(planned)
     width = planned.shared_intermediate_size if mixers else getattr(planned, family_of(config).width)
     parameters = sum(p.numel() for p in made.parameters())

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -360,6 +360,12 @@ def _fits(wrapper: EfficientFFN) -> dict[Form, Callable[[EfficientFFN], Step]]:
     return forms
 
 
+def check_form(form: str) -> None:
+    """Raise CapreseError if there is no such form."""
+    if form not in get_args(Form):
+        raise CapreseError(f"no form {form!r}: {', '.join(get_args(Form))}")
+
+
 def fuse(model: nn.Module, form: Form = "auto") -> nn.Module:
     """Turn every applied FFN and what is in its slot into one decode step, in place; returns the model.
 
@@ -375,11 +381,10 @@ def fuse(model: nn.Module, form: Form = "auto") -> nn.Module:
     Raises:
         CapreseError: no method is applied, or the indexed form is asked for where its kernels do not run.
     """
+    check_form(form)
     wrappers = applied_ffns(model)
     if not wrappers:
         raise CapreseError("there is nothing to fuse: caprese.apply(model, caprese.Griffin()) or caprese.load first")
-    if form not in ("auto", "packed", "indexed"):
-        raise CapreseError(f"no form {form!r}: auto, packed or indexed")
     unfuse(model)
     first = next(iter(wrappers.values()))
     able = kernels.triton_runs(first.view.device)

@@ -262,19 +262,28 @@ def load_base(
     return model, tokenizer
 
 
-def check_keepable(model: PreTrainedModel) -> None:
-    """Raise CapreseError if `save_base` cannot write this model."""
+def check_keepable(model: PreTrainedModel, directory: Path, overwrite: bool = False) -> None:
+    """Raise CapreseError if `save_base` cannot write this model, or would take the place of anything else."""
     if getattr(model, "is_quantized", False):
         raise CapreseError("a base in 4 or 8 bit is not written again; leave out --full, and keep its checkpoint")
+    if overwrite or not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    try:
+        held = json.loads((directory / "config.json").read_text()).get("_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        held = None
+    if held != base_of(model).model_id:
+        raise CapreseError(f"{directory} holds something else; move it, or give --overwrite")
 
 
 def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """A base model and its tokenizer as a directory that `load_base` reads, in the type of the checkpoint.
 
+    What is in that directory is replaced; see `check_keepable`.
+
     Raises:
         CapreseError: a quantised base, a directory that cannot be written, a full disk; what was there stays.
     """
-    check_keepable(model)
     base = base_of(model)
     dtype = base.dtype
     known: dict[tuple[int, torch.Size], torch.Tensor] = {}  # what is tied stays so

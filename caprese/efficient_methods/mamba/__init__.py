@@ -2,6 +2,21 @@
 
 from caprese.efficient_methods.mamba.method import Mamba
 from caprese.efficient_methods.mamba.mixer import Mixer, MixerState
-from caprese.efficient_methods.mamba.replacement import Replacement, mixers_at_start, replacements, settle_mixers
+from caprese.efficient_methods.mamba.replacement import (
+    Replacement,
+    mixers_at_start,
+    mixing_weights,
+    replacements,
+    settle_mixers,
+)
 
-__all__ = ["Mamba", "Mixer", "MixerState", "Replacement", "mixers_at_start", "replacements", "settle_mixers"]
+__all__ = [
+    "Mamba",
+    "Mixer",
+    "MixerState",
+    "Replacement",
+    "mixers_at_start",
+    "mixing_weights",
+    "replacements",
+    "settle_mixers",
+]

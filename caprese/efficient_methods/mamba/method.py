@@ -11,10 +11,10 @@ from caprese.errors import CapreseError
 
 
 def _keep(value: Any) -> float | list[int]:
-    if isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+    if value and isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
         return value
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise ValueError("a fraction from 0 to below 1, or a list of layers that keep their attention")
+        raise ValueError("a fraction from 0 (none) to below 1, or a list of layers that keep their attention")
     return float(value)
 
 
@@ -44,9 +44,10 @@ class Mamba(Method):
         return self
 
     def kept(self, count: int) -> int:
-        """How many of its layers keep their attention."""
+        """How many of its layers keep their attention: none only if the fraction is 0."""
         assert isinstance(self.keep_attention, float)
-        return round(self.keep_attention * len(super().layer_indices(count)))
+        wanted = self.keep_attention * len(super().layer_indices(count))
+        return max(1, round(wanted)) if wanted else 0
 
     def layer_indices(self, count: int) -> list[int]:
         """The layers that get a mixer; before sensitivity is measured, as many of them.

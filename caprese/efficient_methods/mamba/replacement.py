@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import Cache
 from transformers.cache_utils import StaticLayer
 
+from caprese.efficient_methods.base import Method
 from caprese.efficient_methods.mamba.method import Mamba
 from caprese.efficient_methods.mamba.mixer import Mixer, MixerState
 from caprese.errors import CapreseError
@@ -42,7 +44,8 @@ class Replacement(nn.Module):
         self._start: list[Mixer] = []  # and no module of it, which it would be by itself
 
     def start(self) -> Mixer:
-        """The mixer as it was before anything was trained; made once, since it takes seconds in a large model."""
+        """The mixer as mapped from its attention, before its size was matched and anything trained; made once, since it
+        takes seconds in a large model."""
         if not self._start:
             self._start.append(self._fresh())
         return self._start[0]
@@ -67,7 +70,7 @@ class Replacement(nn.Module):
 
     def _valid(self, x: torch.Tensor) -> torch.Tensor | None:
         current = self.phases.current
-        if current is None or x.shape[1] == 1:
+        if current is None or (x.shape[1] == 1 and current.prompt is None):
             return None
         parts = [part for part in (current.prompt, current.completion) if part is not None]
         return parts[0] if len(parts) == 1 else parts[0] | parts[1]
@@ -98,6 +101,26 @@ def replacements(model: nn.Module) -> list[Replacement]:
     return [m for m in model.modules() if isinstance(m, Replacement)]
 
 
+def count_weights(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def mixing_weights(sites: Sequence[Site], methods: Sequence[Method], config: Any) -> dict[int, tuple[int, int]]:
+    """By layer, the weights of the mixer that is to stand there, and those of its attention."""
+    counts = {}
+    for method in methods:
+        for i in method.layer_indices(len(sites)) if isinstance(method, Mamba) else []:
+            attention = sites[i].attention()
+            facts = read_attention(attention, config)
+            tensors: dict[str, Any] = {
+                name: t.to("meta") for name, t in vars(facts).items() if isinstance(t, torch.Tensor)
+            }
+            with torch.device("meta"):
+                mixer = Mixer(replace(facts, **tensors), 1e-6, 0)
+            counts[i] = (count_weights(mixer), count_weights(attention))
+    return counts
+
+
 def settle_mixers(model: nn.Module) -> None:
     """Mixers as they run beside a base of 16 bit (see `Mixer.settle`); nothing changes beside one of 32."""
     for at in replacements(model):
@@ -106,7 +129,7 @@ def settle_mixers(model: nn.Module) -> None:
 
 @contextmanager
 def mixers_at_start(model: nn.Module) -> Iterator[None]:
-    """Inside, the mixers are as they were before anything was trained."""
+    """Inside, the mixers are as mapped from their attention: nothing trained, and their size not matched either."""
     trained = {at: at.mixer for at in replacements(model)}
     try:
         for at, mixer in trained.items():
