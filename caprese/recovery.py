@@ -596,7 +596,8 @@ def _end_to_end(
     for number, path in enumerate(paths[done:-1], done + 1):
         with only(adapted, every - set(joining) | joined(joining, number / config.rounds)):
             own, now = f"{identity}, round {number}", broadcast_object_list([held_out.kl()])[0]
-            train(adapted, batches, held_out, config, recipe.seed, path, own, now)
+            after, _, _ = train(adapted, batches, held_out, config, recipe.seed, path, own, now)
+        say(f"3/4 round {number} of {config.rounds}: held-out KL of the layers so far {now:.4f} -> {after:.4f}")
     last = start if config.rounds == 1 else broadcast_object_list([held_out.kl()])[0]
     best, curve, checks = train(adapted, batches, held_out, config, recipe.seed, paths[-1], identity, last)
     if not best < start:
