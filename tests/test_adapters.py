@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -96,6 +97,9 @@ def test_the_fingerprint_is_of_weights_not_of_types_or_wrappers():
     assert fingerprint(recovered(caprese.apply(tiny_llama(), caprese.Griffin()))) == base
     assert fingerprint(tiny_llama().to(torch.bfloat16)) == base
     assert fingerprint(tiny_llama(seed=2)) != base
+    edge = tiny_llama()  # float16's smallest normal number, once it is rounded to bfloat16
+    edge.model.layers[0].mlp.up_proj.weight.data[0, 0] = 2.0**-14 * (1 - 1e-4)
+    assert fingerprint(edge) == fingerprint(copy.deepcopy(edge).to(torch.bfloat16)) != base
 
 
 def test_the_slot_is_weightless_and_zero(tiny):

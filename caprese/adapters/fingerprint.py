@@ -34,8 +34,8 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
         if values.is_floating_point():
             if not torch.isfinite(values).all():
                 raise CapreseError(f"weight {name} holds NaN or infinity; download the base model again")
-            values = values.float()
-            values = torch.where(values.abs() < _SMALLEST, 0.0, values).to(torch.bfloat16).view(torch.int16)
+            values = values.to(torch.bfloat16)  # before any is dropped: some round up to the smallest that stays
+            values = torch.where(values.abs() < _SMALLEST, 0.0, values).view(torch.int16)
         digests[group].update(f"{name}{tuple(parameter.shape)}".encode())
         digests[group].update(values.contiguous().numpy().tobytes())
     return {group: digest.hexdigest()[:32] for group, digest in digests.items()}
