@@ -283,7 +283,8 @@ def answers_of(yardstick: Yardstick, adapters: Sequence[str], output: Path) -> N
         model: Any = caprese.load(yardstick.model, adapter)
         rows[adapter] = yardstick.answers(model)
         caprese.remove(model)
-    command = f"python benchmarks/reasoner.py --problems {len(yardstick.problems)} --adapters {' '.join(adapters)}"
+    command = f"python benchmarks/reasoner.py --problems {len(yardstick.problems)} --samples {yardstick.args.samples} "
+    command += f"--adapters {' '.join(adapters)} --output {output}"
     write_json(output, {"command": command, "rows": rows, "environment": environment(yardstick.model)})
     counts = {n: count for n, (_, count) in rows["dense"]["by_steps"].items()}
     print("| | accuracy | " + " | ".join(f"{n} steps ({count})" for n, count in counts.items()) + " | new tokens |")

@@ -75,7 +75,7 @@ def _report(source: Path, sidecar: Sidecar) -> dict[str, Any] | None:
         report: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
         raise CapreseError(f"{path} is damaged ({error}); run caprese recover again, or delete it") from error
-    if report.get("adapter_digest", sidecar.digest) != sidecar.digest:
+    if report.get("adapter_digest") != sidecar.digest:
         raise CapreseError(f"{path} is of another adapter than the one beside it; delete it, or run recover again")
     return report
 

@@ -400,7 +400,7 @@ def test_what_is_damaged_is_not_pushed(finished, hub, tmp_path):
     copy = shutil.copytree(out, tmp_path / "second")
     report = json.loads((copy / "report.json").read_text())
     (copy / "report.json").write_text(json.dumps({**report, "adapter_digest": "0" * 32}))
-    with pytest.raises(caprese.CapreseError, match="is of other weights"):
+    with pytest.raises(caprese.CapreseError, match="is of another adapter"):
         caprese.push(copy, "alice/x")
     for content in ("{", "[]", "{}"):
         (copy / "adapter_config.json").write_text(content)

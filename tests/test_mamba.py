@@ -415,15 +415,21 @@ def test_mixers_start_as_large_as_their_attention(start, kind):
         assert (at.mixer.norm.weight / old).std() < 1e-6 and not torch.equal(at.mixer.norm.weight, old)
 
 
-@torch.no_grad()
-def test_an_attention_that_gives_nothing_can_be_replaced():
+@pytest.mark.parametrize("start", ["attention", "random"])
+def test_an_attention_that_gives_nothing_can_be_replaced(start):
     base = tiny_llama()
-    base.model.layers[0].self_attn.o_proj.weight.zero_()  # as in models made deeper by copied layers
-    model = caprese.apply(base, caprese.Mamba(keep_attention=0))
+    base.model.layers[0].self_attn.o_proj.weight.data.zero_()  # as in models made deeper by copied layers
+    model = caprese.apply(base, caprese.Mamba(keep_attention=0, start=start))
     (batch,) = texts(3)
-    match_scale(model, batch)
-    assert all(at.mixer.norm.weight.isfinite().all() for at in replacements(model))
-    assert alignment(model, batch).isfinite().all()
+    with torch.no_grad():
+        match_scale(model, batch)
+    for at in replacements(model):
+        at.mixer.requires_grad_(True)
+    errors = alignment(model, batch)
+    errors.sum().backward()
+    assert errors.isfinite().all()
+    for at in replacements(model):
+        assert all(p.isfinite().all() and p.grad.isfinite().all() for p in at.mixer.parameters())
 
 
 def test_the_first_token_counts_where_prompts_run_through_mixers():
@@ -481,6 +487,7 @@ def test_what_a_bench_of_hybrids_shows():
         assert read == {name: parameter_counts(model)[name] for name in read}
     alone = bench(base, [caprese.Mamba()], compiled=False, **config)["rows"]
     assert [row["name"] for row in alone] == ["dense", "efficient", "recovered", "fused"]
+    assert alone[3]["bytes_per_token"] - alone[1]["bytes_per_token"] == 2 * 32 * 2  # one layer, rank 1
     with pytest.raises(caprese.CapreseError, match="has no row fused_compiled"):
         bench(base, [caprese.Mamba()], rows=["dense", "fused_compiled"], **config)
 
@@ -508,6 +515,7 @@ def test_which_layers_keep_attention_is_said_clearly(text, remedy):
 def test_no_fraction_above_0_is_pure_mamba():
     assert len(caprese.Mamba(keep_attention=0.01).layer_indices(4)) == 3
     assert len(caprese.Mamba(keep_attention=0).layer_indices(4)) == 4
+    assert caprese.Mamba(layers=[1]).layer_indices(4) == [1]
     with pytest.raises(ValueError, match="from 0"):
         caprese.Mamba(keep_attention=[])
 

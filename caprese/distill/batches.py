@@ -69,7 +69,7 @@ class Batch:
 def make_batches(samples: Sequence[Sample], size: int, first: bool = False) -> list[Batch]:
     """Batches of samples of like length; always the same ones for the same samples.
 
-    Samples whose completion is a single token have nothing to learn from and are left out.
+    Samples whose completion is a single token are left out: after a dense prompt they have nothing to learn from.
 
     Args:
         first: a completion's first token counts as well: for models whose prompts do not run dense (`Phases.mixes`).

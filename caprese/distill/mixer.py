@@ -125,8 +125,8 @@ def hidden_alignment(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 def _relative(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     wanted = wanted.float()
-    tiny = torch.finfo(torch.float32).tiny  # an attention may give nothing at all
-    return (given.float() - wanted).square().sum() / wanted.float().square().sum().clamp_min(tiny)
+    size = wanted.float().square().sum()
+    return (given.float() - wanted).square().sum() / torch.where(size > 0, size, 1)  # an attention may give nothing
 
 
 def align(

@@ -169,7 +169,7 @@ class Bench:
         room = getattr(model.config, "max_position_embeddings", None)
         if room is not None and prompt_tokens + new_tokens + 4 * TURN > room:
             raise CapreseError(f"{prompt_tokens} + {new_tokens} tokens do not fit this model's context of {room}")
-        self.model, self.methods, self.rank, self.form = model, methods, rank, form
+        self.model, self.methods, self.rank, self.form = model, methods, _rank(methods, rank), form
         self.prompt_tokens, self.new_tokens, self.rows, self.seed = prompt_tokens, new_tokens, rows, seed
         self.device = next(model.parameters()).device
         self.dtype = model.dtype
@@ -347,6 +347,11 @@ def _held(contender: Contender) -> int:
     return sum(storages.values())
 
 
+def _rank(methods: Sequence[Method], rank: int) -> int:
+    """Of the branches: where no FFN is touched, `recover` leaves one of rank 1, at zero."""
+    return 1 if all(m.acts_on == {"mixer"} for m in methods) else rank
+
+
 def weights_read(model: nn.Module, methods: Sequence[Method], rank: int, row: str, batch: int = 1) -> int:
     """Weights that one decode step of a row reads: its byte floor, over the size of a weight.
 
@@ -355,7 +360,7 @@ def weights_read(model: nn.Module, methods: Sequence[Method], rank: int, row: st
     """
     if batch < 1 or rank < 1:
         raise CapreseError("--batch takes numbers from 1, such as 1,2,4,8,16, and --rank one from 1")
-    dense = active_parameters(model)
+    dense, rank = active_parameters(model), _rank(methods, rank)
     if row.startswith("dense"):
         return dense
     sites = find_ffns(model)
@@ -375,7 +380,7 @@ def weights_read(model: nn.Module, methods: Sequence[Method], rank: int, row: st
             for method in left:
                 kept = method.reads(Reads(0, 0, kept)).down if "weights" not in method.acts_on else kept
             branch += (3 if ffn.gated else 2) * lora_rank(ffn, rank) * round(ffn.hidden_size + kept * ffn.width)
-        elif row != "efficient" and any(m.acts_on != {"mixer"} for m in methods):
+        elif row != "efficient":
             branch += 2 * ffn.hidden_size * rank
     return dense - saved + branch
 

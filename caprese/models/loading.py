@@ -282,7 +282,7 @@ def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direct
     What is in that directory is replaced; see `check_keepable`.
 
     Raises:
-        CapreseError: a quantised base, a directory that cannot be written, a full disk; what was there stays.
+        CapreseError: a directory that cannot be written, a full disk; what was there stays.
     """
     base = base_of(model)
     dtype = base.dtype

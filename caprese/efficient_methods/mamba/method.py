@@ -44,10 +44,11 @@ class Mamba(Method):
         return self
 
     def kept(self, count: int) -> int:
-        """How many of its layers keep their attention: none only if the fraction is 0."""
+        """How many of its layers keep their attention: none only if the fraction is 0, or there is one layer."""
         assert isinstance(self.keep_attention, float)
-        wanted = self.keep_attention * len(super().layer_indices(count))
-        return max(1, round(wanted)) if wanted else 0
+        layers = len(super().layer_indices(count))
+        least = min(1, layers - 1) if self.keep_attention else 0
+        return max(least, round(self.keep_attention * layers))
 
     def layer_indices(self, count: int) -> list[int]:
         """The layers that get a mixer; before sensitivity is measured, as many of them.
