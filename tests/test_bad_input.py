@@ -254,7 +254,7 @@ for value, fragment in {
 for value, fragment in {
     "3": "do not fit a model of 3 layers: numbers 0-2",
     "0,0": "each once",
-    "2-1": "do not fit",
+    "2-1": "numbers like 0,1,4-7",
     "a,b": "use all, first-half, or numbers like",
 }.items():
     simple(f"layers_{value}", lambda d, v=value: d.recover("--layers", v), fragment)
