@@ -675,12 +675,11 @@ def test_hub_refuses(desk: Desk, hub: str):
 
 
 def test_no_network(desk: Desk):
-    with socket.socket() as free:  # a port nobody listens on
-        free.bind(("127.0.0.1", 0))
-        endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
     before = digests(desk.out)
     commands = [desk.recover("--model", "owner/name"), desk.generate("--adapter", "owner/name")]
-    model, adapter = on_hub(endpoint, desk, commands)
+    with socket.socket() as taken:  # a port nobody listens on, and, as long as it is held, nobody will
+        taken.bind(("127.0.0.1", 0))
+        model, adapter = on_hub(f"http://127.0.0.1:{taken.getsockname()[1]}", desk, commands)
     told(*model, "cannot reach the model hub for owner/name", "check the network", "local directory")
     told(*adapter, "cannot reach the hub for owner/name", "check the network")
     assert digests(desk.out) == before
