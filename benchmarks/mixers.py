@@ -33,7 +33,7 @@ from caprese.distill.sensitivity import select_attention
 from caprese.efficient_methods import dense, only, replacements
 from caprese.evaluation import environment
 from caprese.files import write_json
-from caprese.recovery import joined
+from caprese.recovery.recover import joined
 
 # what each is trained by, in equal parts of the tokens: by what its attention gave (align), that and how it mixed
 # (matrices), all hidden states (hidden), KL with half of the mixers (half), KL

@@ -27,7 +27,7 @@ from torch import nn
 
 import caprese
 from caprese.adapters import attach_adapter, branch_parameters, fingerprint, get_branches, set_branch, set_branches
-from caprese.data_gen import Sample, Samples, complete, encode_prompt, load_prompts, read_shard
+from caprese.data_gen import Sample, Samples, complete, load_prompts, read_shard
 from caprese.distill import EndToEnd, HeldOut, accumulate, fit_layer, make_batches, new_moments
 from caprese.distill.end_to_end import train
 from caprese.efficient_methods import (
@@ -42,6 +42,7 @@ from caprese.evaluation import environment, parameter_counts
 from caprese.evaluation.accuracy import Marker
 from caprese.evaluation.estimators import interval
 from caprese.files import write_atomic, write_json
+from caprese.models import encode_prompt
 
 #: a tenth of the recipe's samples, and two epochs: minutes, not hours, for all tables
 CELL: dict[str, Any] = {
@@ -232,7 +233,7 @@ def plot(found: dict[str, Any], dense: dict[str, Any], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    from caprese.evaluation.plots import LIGHT
+    from caprese.report.plots import LIGHT
 
     def cells(name: str) -> list[dict[str, Any]]:
         keys = [json.dumps({**CELL, **over}, sort_keys=True) for over in TABLES[name]]

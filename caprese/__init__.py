@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from caprese.efficient_methods import remove as remove
     from caprese.efficient_methods import reselection as reselection
     from caprese.errors import CapreseError as CapreseError
-    from caprese.inference import export as export
+    from caprese.export import export as export
     from caprese.inference import fuse as fuse
     from caprese.inference import load as load
     from caprese.inference import unfuse as unfuse
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from caprese.publish import push as push
     from caprese.recipes import Recipe as Recipe
     from caprese.recipes import resolve_recipe as resolve_recipe
-    from caprese.recovery import recover as recover
+    from caprese.recovery.recover import recover as recover
 
 _PUBLIC = {
     "CapreseError": "errors",
@@ -51,14 +51,14 @@ _PUBLIC = {
     "apply": "efficient_methods",
     "calibrate": "efficient_methods",
     "dense": "efficient_methods",
-    "export": "inference",
+    "export": "export",
     "fuse": "inference",
     "info": "publish",
     "load": "inference",
     "load_base": "models",
     "phases": "efficient_methods",
     "push": "publish",
-    "recover": "recovery",
+    "recover": "recovery.recover",
     "remove": "efficient_methods",
     "reselection": "efficient_methods",
     "resolve_recipe": "recipes",

@@ -277,7 +277,7 @@ def recover(
         print(json.dumps(figures, indent=2)) if as_json else _print_table("plan", figures)
         return
     from caprese.adapters import hub
-    from caprese.recovery import recover as run
+    from caprese.recovery.recover import recover as run
 
     if push_to_hub is not None:
         hub.prepare(push_to_hub, private)
@@ -310,7 +310,7 @@ def recover(
 def _print_report(report: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from caprese.evaluation.summary import summary_lines, summary_table
+    from caprese.report.summary import summary_lines, summary_table
 
     console = Console()
     console.print(summary_table(report))
@@ -322,7 +322,7 @@ def _print_table(title: str, figures: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from caprese.evaluation.summary import duration
+    from caprese.report.summary import duration
 
     def shown(key: str, value: Any) -> str:
         if isinstance(value, list):
@@ -433,7 +433,7 @@ def evaluate(
     from caprese.efficient_methods import phases_of
     from caprese.evaluation import Evaluation
     from caprese.inference import load as load_fused
-    from caprese.recovery import beside, measure
+    from caprese.recovery.recover import beside, measure
 
     _quiet(as_json)
     if tasks is not None and (prompts is not None or max_new_tokens is not None):
@@ -443,7 +443,7 @@ def evaluate(
     if tasks is not None:
         from rich.console import Console
 
-        from caprese.evaluation.tasks import describe_tasks, run_tasks
+        from caprese.studies.tasks import describe_tasks, run_tasks
 
         fused = load_fused(base, adapter, fused=True, reselect_every=_reselect(reselect_every))
         scores = run_tasks(
@@ -485,7 +485,7 @@ def evaluate(
     else:
         from rich.console import Console
 
-        from caprese.evaluation.summary import recovered, summary_table
+        from caprese.report.summary import recovered, summary_table
 
         Console().print(summary_table(report))
         print(f"Recovered: {recovered(report) or 'not measured'}")
@@ -526,13 +526,13 @@ def bench(
     import torch
 
     from caprese.efficient_methods import describe_methods
-    from caprese.evaluation.bench import bench as measure
-    from caprese.evaluation.bench import bench_plan, describe_bench, plot_bench
     from caprese.files import check_writable, write_json
     from caprese.models import load_base, load_config, random_model, shape_config
     from caprese.models.loading import pick_device, pick_dtype
     from caprese.progress import say
     from caprese.recipes import resolve_recipe
+    from caprese.studies.bench import bench as measure
+    from caprese.studies.bench import bench_plan, describe_bench, plot_bench
 
     _quiet(as_json)
     name = model or random_weights
@@ -627,13 +627,13 @@ def scale(
     from caprese.data_gen import load_prompts
     from caprese.evaluation import environment
     from caprese.evaluation.rewards import reward_scorer
-    from caprese.evaluation.scaling import Scaling, describe_scaling, plot_scaling
-    from caprese.evaluation.scaling import contenders as choose
     from caprese.files import check_writable, write_json
     from caprese.inference import load
     from caprese.progress import say
     from caprese.recipes.recipe import explain
-    from caprese.recovery import beside
+    from caprese.recovery.recover import beside
+    from caprese.studies.scaling import Scaling, describe_scaling, plot_scaling
+    from caprese.studies.scaling import contenders as choose
 
     _quiet(as_json)
     sidecar = read_sidecar(adapter)
@@ -759,8 +759,9 @@ def export(
 ) -> None:
     """Write a recovered model as an ordinary checkpoint that needs no caprese: for transformers, vLLM, llama.cpp."""
     from caprese.adapters import base_revision, has_branches, load_base_for, ranks_of, read_sidecar
-    from caprese.inference import export as write
-    from caprese.inference import load, plan_export
+    from caprese.export import export as write
+    from caprese.export import plan_export
+    from caprese.inference import load
     from caprese.models import load_config
     from caprese.models.loading import pick_dtype
     from caprese.progress import say

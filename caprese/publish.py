@@ -11,9 +11,9 @@ from caprese.adapters import Sidecar, check_base, check_files, hub, load_base_fo
 from caprese.adapters.storage import CALIBRATION, CONFIG, FILES, MIXERS, SIDECAR
 from caprese.efficient_methods import describe_methods
 from caprese.errors import CapreseError
-from caprese.evaluation import summary
-from caprese.evaluation.card import LOAD_SNIPPET, front_matter, load_arguments, render_card
 from caprese.models import TERMS, base_terms
+from caprese.report import summary
+from caprese.report.card import LOAD_SNIPPET, front_matter, load_arguments, render_card
 
 #: beside the adapter's own files, what a repository holds of a run
 _RUN = ("recipe.yaml", "report.json", "report.html")

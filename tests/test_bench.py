@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 import caprese
 from caprese.cli import app
 from caprese.efficient_methods import Griffin, Nf4
-from caprese.evaluation import ROWS, bench
-from caprese.evaluation.bench import weights_read
 from caprese.models import active_parameters, random_model, shape_config
+from caprese.studies import ROWS, bench
+from caprese.studies.bench import weights_read
 
 EAGER = [r for r in ROWS if not r.endswith("compiled")]
 

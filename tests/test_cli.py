@@ -12,13 +12,13 @@ import yaml
 from typer.testing import CliRunner
 
 import caprese
-from caprese import recovery
 from caprese.cli import app
 from caprese.data_gen import read_shard
 from caprese.evaluation import VARIANTS
 from caprese.models import ALIASES
 from caprese.models.loading import YARDSTICK, pick_device
 from caprese.recipes import Recipe, names, resolve_recipe
+from caprese.recovery import recover as recovery
 
 runner = CliRunner()
 

@@ -16,7 +16,6 @@ from caprese.data_gen import (
     Sample,
     Samples,
     complete,
-    encode_prompt,
     load_prompts,
     read_shard,
     split_prompts,
@@ -24,6 +23,7 @@ from caprese.data_gen import (
 )
 from caprese.data_gen.generate import NucleusSampler
 from caprese.errors import CapreseError
+from caprese.models import encode_prompt
 
 
 @settings(max_examples=40, deadline=None)

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import caprese
 from caprese.adapters import attach_adapter, branch_parameters
 from caprese.cli import app
-from caprese.inference import checkpoint, plan_export
+from caprese.export import checkpoint, plan_export
 from caprese.models import FAMILIES, family_of
 
 runner = CliRunner()

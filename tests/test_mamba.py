@@ -29,16 +29,16 @@ from caprese.distill.batches import completion_hidden, lm_logits, prefill
 from caprese.distill.mixer import teacher_mixing
 from caprese.distill.sensitivity import select_attention
 from caprese.efficient_methods import Mixer, MixerState, Replacement, only, replacements
-from caprese.evaluation import bench
 from caprese.evaluation.fidelity import fidelity
 from caprese.evaluation.latency import parameter_counts
-from caprese.inference import plan_export
+from caprese.export import plan_export
 from caprese.kernels import scan
 from caprese.kernels.scan import chunk_scan, recurrence
 from caprese.models import FAMILIES
 from caprese.models.attention import read_attention
 from caprese.plan import config_of, plan
-from caprese.recovery import joined
+from caprese.recovery.recover import joined
+from caprese.studies import bench
 
 
 def drawn(length: int, heads: int = 3, size: int = 4, width: int = 5, seed: int = 0):
@@ -586,7 +586,7 @@ def test_states_written_over_are_ones_own():
 
 
 def test_rounds_bring_mixers_in_and_leave_sparse_ffns_in_place(monkeypatch, tmp_path, tiny_dir):
-    from caprese import recovery
+    from caprese.recovery import recover as recovery
 
     acted: list[set[int] | None] = []
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import caprese
-from caprese.data_gen import Samples, complete, encode_prompt, load_prompts
+from caprese.data_gen import Samples, complete, load_prompts
 from caprese.evaluation.accuracy import Marker
-from caprese.models import count_parameters
+from caprese.models import count_parameters, encode_prompt
 
 
 def test_it_reasons() -> None:

@@ -20,10 +20,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import caprese
-from caprese import recovery
 from caprese.data_gen import Sample, read_shard
 from caprese.models import Base, save_base
 from caprese.recipes import Recipe, resolve_recipe
+from caprese.recovery import recover as recovery
 
 LEFT = {
     "adapter_config.json",
@@ -298,10 +298,13 @@ DIVIDED = textwrap.dedent(
     from pathlib import Path
     import torch
     torch.set_num_threads(1)
-    from caprese import cli, recovery
+    from caprese import cli
+    from caprese.recovery import recover as recovery
     from caprese.adapters import get_branches
     from caprese.distill import HeldOut
-    from caprese.evaluation import report
+    import importlib
+
+    report = importlib.import_module("caprese.evaluation.evaluate")
 
     rank, notes = int(os.environ["RANK"]), {}
     prepare, calibrate = recovery._prepare, recovery.calibrate

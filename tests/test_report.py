@@ -14,10 +14,10 @@ import pytest
 import yaml
 from rich.console import Console
 
-from caprese.evaluation.card import render_card
-from caprese.evaluation.html import render_html
-from caprese.evaluation.plots import plot_names, plot_uris, write_plots
-from caprese.evaluation.summary import portable, summary_lines, summary_table
+from caprese.report.card import render_card
+from caprese.report.html import render_html
+from caprese.report.plots import plot_names, plot_uris, write_plots
+from caprese.report.summary import portable, summary_lines, summary_table
 
 LAYERS = list(range(30))
 VOID = {"meta", "img", "source", "br", "hr", "link", "input"}

@@ -23,8 +23,8 @@ from caprese.evaluation.accuracy import Marker, is_correct
 from caprese.evaluation.estimators import interval, pass_at, vote
 from caprese.evaluation.fidelity import variant
 from caprese.evaluation.rewards import reward_scorer
-from caprese.evaluation.scaling import at, comparison, first, sizes_up_to
 from caprese.inference.sampling import sample
+from caprese.studies.scaling import at, comparison, first, sizes_up_to
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=9), st.data())

@@ -15,7 +15,7 @@ import caprese
 from caprese.cli import app
 from caprese.data_gen import load_prompts
 from caprese.evaluation import VARIANTS, variant
-from caprese.evaluation.tasks import language_model, run_tasks
+from caprese.studies.tasks import language_model, run_tasks
 
 runner = CliRunner()
 GENERATE = """\

@@ -2,7 +2,6 @@
 
 from caprese.data_gen.generate import (
     Samples,
-    check_context,
     complete,
     complete_in_shards,
     describe,
@@ -10,7 +9,7 @@ from caprese.data_gen.generate import (
     split_prompts,
     trained_prompts,
 )
-from caprese.data_gen.prompts import Prompt, encode_prompt, load_prompts
+from caprese.data_gen.prompts import Prompt, load_prompts
 from caprese.data_gen.shards import VERSION, Sample, read_shard, write_shard
 
 __all__ = [
@@ -18,11 +17,9 @@ __all__ = [
     "Prompt",
     "Sample",
     "Samples",
-    "check_context",
     "complete",
     "complete_in_shards",
     "describe",
-    "encode_prompt",
     "load_prompts",
     "make_samples",
     "read_shard",

@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from caprese.data_gen.prompts import Prompt, encode_prompt, load_prompts
+from caprese.data_gen.prompts import Prompt, load_prompts
 from caprese.data_gen.shards import VERSION, Sample, read_shard, shard_settings, write_shard
 from caprese.errors import CapreseError
-from caprese.models import unwrap
+from caprese.models import check_context, encode_prompt, unwrap
 from caprese.models.cache import roomy_cache
 from caprese.progress import bar
 
@@ -194,7 +194,7 @@ def make_samples(
         for split in SPLITS
     }
     for split in SPLITS:
-        check_context(model, prompts[split], encoded[split], config.max_new_tokens)
+        check_context(model, [p.text for p in prompts[split]], encoded[split], config.max_new_tokens)
     if overwrite:
         if PartialState().is_main_process:
             _clear(directory, {split: len(prompts[split]) for split in SPLITS}, config.shard_size, settings)
@@ -225,23 +225,6 @@ def trained_prompts(directory: Path) -> set[str]:
     """
     paths = [path for split in ("train", "validation") for path in sorted(directory.glob(f"{split}-*.parquet"))]
     return {sample.prompt for path in paths for sample in read_shard(path)}
-
-
-def check_context(
-    model: nn.Module, prompts: Sequence[Prompt], encoded: Sequence[list[int]], max_new_tokens: int
-) -> None:
-    """Every prompt must leave room for its completion.
-
-    Raises:
-        CapreseError: naming the first that does not.
-    """
-    context = getattr(unwrap(model).config, "max_position_embeddings", None)
-    for prompt, ids in zip(prompts, encoded, strict=True):
-        if context and len(ids) + max_new_tokens > context:
-            raise CapreseError(
-                f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's context of "
-                f"{context} ({prompt.text[:40]!r}...); shorten or drop it, or lower max_new_tokens"
-            )
 
 
 def complete_in_shards(

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from caprese.data_gen.chains import chains
 from caprese.errors import CapreseError
 
@@ -137,14 +135,3 @@ def _dataset(name: str, seed: int) -> Iterator[dict[str, Any]]:
             f"prompts {name!r}: neither gym:TASK, nor a .jsonl/.parquet file, nor a dataset that can be loaded "
             f"({first})"
         ) from error
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, instruction: str, chat_template: bool) -> list[int]:
-    """Token ids of "instruction prompt", inside the model's chat template if it has one and it is wanted."""
-    content = f"{instruction} {text}".strip()
-    if chat_template and tokenizer.chat_template:
-        rendered = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        return tokenizer(rendered, add_special_tokens=False).input_ids
-    return tokenizer(content + "\n").input_ids

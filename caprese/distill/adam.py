@@ -12,9 +12,10 @@ from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
 from caprese.adapters import branch_parameters
-from caprese.distill.batches import Batch, completion_hidden, device_of, prefill
+from caprese.distill.batches import Batch, completion_hidden, prefill
 from caprese.distill.layerwise import Layerwise
 from caprese.efficient_methods import EfficientFFN
+from caprese.models import device_of
 
 Activations = dict[EfficientFFN, tuple[torch.Tensor, torch.Tensor]]
 

@@ -210,11 +210,6 @@ def completion_hidden(
     return torch.cat(hidden, 1)[batch.mask]
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model's inputs go."""
-    return unwrap(model).get_input_embeddings().weight.device
-
-
 def lm_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """Final hidden states [n, D] -> logits [n, V] in float32, soft-capped where the model does."""
     base = unwrap(model)

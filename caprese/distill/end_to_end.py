@@ -19,11 +19,12 @@ from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
 from caprese.adapters import branch_parameters, get_branches, set_branches
-from caprese.distill.batches import Batch, Context, completion_hidden, device_of, lm_logits, prefill
+from caprese.distill.batches import Batch, Context, completion_hidden, lm_logits, prefill
 from caprese.distill.losses import CHUNK, hidden_kl, hidden_mse, kl_divergence
 from caprese.efficient_methods import dense
 from caprese.errors import CapreseError
 from caprese.files import read_tensors, write_tensors
+from caprese.models import device_of
 from caprese.progress import bar
 
 

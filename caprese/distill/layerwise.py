@@ -15,8 +15,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from caprese.distill.batches import Batch, completion_hidden, device_of, prefill
+from caprese.distill.batches import Batch, completion_hidden, prefill
 from caprese.efficient_methods import EfficientFFN, applied_ffns
+from caprese.models import device_of
 
 RIDGES = (0.0, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 

@@ -17,11 +17,11 @@ from accelerate.utils import broadcast_object_list
 from pydantic import Field
 from torch import nn
 
-from caprese.distill.batches import Batch, device_of, positions_of
+from caprese.distill.batches import Batch, positions_of
 from caprese.distill.end_to_end import Descent, descend
 from caprese.efficient_methods import dense, phases, phases_of, replacements
 from caprese.errors import CapreseError
-from caprese.models import unwrap
+from caprese.models import device_of, unwrap
 
 #: by layer, what a replaced attention saw and gave in the dense model, [B, T, D], and its probabilities [B, H, T, T]
 Seen = dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from torch import nn
 
-from caprese.distill.batches import Batch, device_of
+from caprese.distill.batches import Batch
 from caprese.distill.end_to_end import HeldOut
 from caprese.distill.mixer import Alignment, align, alignment, match_scale
 from caprese.efficient_methods import Mamba, Sparse, apply, calibrate, needs_calibration, only, remove, weights_saved
 from caprese.errors import CapreseError
-from caprese.models import active_parameters, find_ffns
+from caprese.models import active_parameters, device_of, find_ffns
 from caprese.progress import bar
 
 LEVELS = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9)

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from caprese.adapters import set_branch
-from caprese.distill.batches import Batch, device_of
+from caprese.distill.batches import Batch
 from caprese.distill.layerwise import Fit, Moments, fit_layer
 from caprese.efficient_methods import applied_ffns, dense, phases
 from caprese.efficient_methods.phases import Pass, phases_of
 from caprese.errors import CapreseError
-from caprese.models import unwrap
+from caprese.models import device_of, unwrap
 from caprese.models.families import family_of
 
 

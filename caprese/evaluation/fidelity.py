@@ -11,10 +11,11 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from caprese.distill.batches import Batch, completion_hidden, device_of, lm_logits, prefill
+from caprese.distill.batches import Batch, completion_hidden, lm_logits, prefill
 from caprese.distill.layerwise import Moments, accumulate, new_moments
 from caprese.distill.losses import CHUNK, kl_divergence
 from caprese.efficient_methods import applied_ffns, dense, mixers_at_start
+from caprese.models import device_of
 from caprese.progress import bar
 
 VARIANTS = ("dense", "efficient", "recovered")

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from caprese.distill.batches import device_of
 from caprese.efficient_methods import applied_ffns, phases_of, replacements, weights_saved
 from caprese.evaluation.fidelity import VARIANTS, variant
 from caprese.inference import fuse, is_fused, unfuse
-from caprese.models import active_parameters, count_parameters, unwrap
+from caprese.models import active_parameters, count_parameters, device_of, unwrap
 from caprese.progress import bar
 
 

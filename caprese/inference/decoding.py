@@ -12,8 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 
-from caprese.data_gen import Prompt, check_context, encode_prompt
-from caprese.distill.batches import device_of
+from caprese.models import check_context, device_of, encode_prompt
 from caprese.models.cache import roomy_cache
 from caprese.progress import say
 
@@ -56,7 +55,7 @@ def stream(
     Returns: {"text", "new_tokens", "first_token_ms", "ttnt_ms"}; ttnt_ms is the median, None for a single token.
     """
     encoded = [encode_prompt(tokenizer, prompt, instruction, True)]
-    check_context(model, [Prompt(prompt)], encoded, max_new_tokens)
+    check_context(model, [prompt], encoded, max_new_tokens)
     unknown = tokenizer.unk_token_id
     if unknown in encoded[0] and unknown not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
         say("[yellow]this model has no token for some of the prompt's characters; it reads them as unknown[/yellow]")

@@ -7,6 +7,7 @@ from caprese.models.families import (
     active_parameters,
     base_parameters,
     count_parameters,
+    device_of,
     family_of,
     find_ffns,
     unwrap,
@@ -25,6 +26,7 @@ from caprese.models.loading import (
     save_base,
 )
 from caprese.models.shapes import SHAPES, random_model, shape_config
+from caprese.models.text import check_context, encode_prompt
 
 __all__ = [
     "ALIASES",
@@ -40,8 +42,11 @@ __all__ = [
     "base_of",
     "base_parameters",
     "base_terms",
+    "check_context",
     "check_keepable",
     "count_parameters",
+    "device_of",
+    "encode_prompt",
     "family_of",
     "find_ffns",
     "load_base",

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -157,6 +158,11 @@ def unwrap(model: nn.Module) -> Any:
     """The transformers model inside a PeftModel, or the model itself."""
     base = getattr(model, "get_base_model", None)
     return base() if base is not None else model
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's inputs go."""
+    return unwrap(model).get_input_embeddings().weight.device
 
 
 def find_ffns(model: nn.Module) -> list[Site]:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from caprese.data_gen import Prompt, Samples, check_context, encode_prompt
+from caprese.data_gen import Prompt, Samples
 from caprese.efficient_methods import reselection
 from caprese.errors import CapreseError
 from caprese.evaluation.accuracy import Marker
@@ -28,6 +28,7 @@ from caprese.evaluation.latency import parameter_counts
 from caprese.evaluation.rewards import Scorer
 from caprese.files import write_atomic, write_json
 from caprese.inference.sampling import sample
+from caprese.models import check_context, encode_prompt
 from caprese.progress import bar, say
 
 # Problems for which every n is timed; their own samples are the time of the largest.
@@ -109,7 +110,7 @@ class Scaling:
         self.encoded = [
             encode_prompt(tokenizer, p.text, config.instruction, config.chat_template) for p in self.problems
         ]
-        check_context(model, self.problems, self.encoded, config.max_new_tokens)
+        check_context(model, [p.text for p in self.problems], self.encoded, config.max_new_tokens)
 
     def _draw(
         self, contender: Contender, problem: int, count: int, seed: int
@@ -346,7 +347,7 @@ def plot_scaling(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    from caprese.evaluation.plots import LIGHT
+    from caprese.report.plots import LIGHT
 
     found = result["contenders"]
     metrics = [m for m in METRICS if m in next(iter(found.values()))]

@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from caprese.evaluation import summary
-from caprese.evaluation.plots import CAPTIONS, plot_names
 from caprese.models import TERMS
+from caprese.report import summary
+from caprese.report.plots import CAPTIONS, plot_names
 
 LOAD_SNIPPET = """\
 import caprese

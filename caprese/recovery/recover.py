@@ -42,10 +42,8 @@ from caprese.data_gen import (
     VERSION,
     Sample,
     Samples,
-    check_context,
     complete_in_shards,
     describe,
-    encode_prompt,
     load_prompts,
     make_samples,
     trained_prompts,
@@ -63,7 +61,7 @@ from caprese.distill import (
     new_moments,
 )
 from caprese.distill.adam import fit_adam
-from caprese.distill.batches import Batch, device_of
+from caprese.distill.batches import Batch
 from caprese.distill.end_to_end import train
 from caprese.distill.layerwise import Fit, Moments
 from caprese.distill.sensitivity import LEVELS, Sensitivity, allocate_sparsity, select_attention
@@ -87,11 +85,21 @@ from caprese.efficient_methods import (
     settle_mixers,
 )
 from caprese.errors import CapreseError
-from caprese.evaluation import Evaluation, environment, evaluate, finite, variant, write_report
+from caprese.evaluation import Evaluation, environment, evaluate, finite, variant
 from caprese.files import check_writable, read_tensors, write_json, write_tensors, write_text
-from caprese.models import base_of, base_terms, count_parameters, find_ffns, unwrap
+from caprese.models import (
+    base_of,
+    base_terms,
+    check_context,
+    count_parameters,
+    device_of,
+    encode_prompt,
+    find_ffns,
+    unwrap,
+)
 from caprese.progress import bar, say
 from caprese.recipes import Recipe, resolve_recipe
+from caprese.report.write import write_report
 
 STATE = ".state"
 _AGAIN = "delete it and run again to repeat this stage"
@@ -631,7 +639,7 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="caprese-") as scratch:
         prompts = load_prompts(samples.prompts, samples.test, seed, samples.column, exclude)
         encoded = [encode_prompt(tokenizer, p.text, samples.instruction, samples.chat_template) for p in prompts]
-        check_context(model, prompts, encoded, samples.max_new_tokens)
+        check_context(model, [p.text for p in prompts], encoded, samples.max_new_tokens)
         settings = {"seed": seed}
         with bar("evaluation: dense", len(prompts), "samples") as advance, variant(model, "dense"):
             test = complete_in_shards(

@@ -6,8 +6,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from caprese.evaluation import summary
-from caprese.evaluation.plots import CAPTIONS, plot_uris
+from caprese.report import summary
+from caprese.report.plots import CAPTIONS, plot_uris
 
 # Completions are whatever a model wrote: autoescape quotes them, and the policy below lets nothing run or load.
 _TEMPLATE = """<!doctype html>

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from caprese.evaluation.summary import VARIANTS, ratio
+from caprese.report.summary import VARIANTS, ratio
 
 CAPTIONS = {
     "pareto": "Cost against fidelity to the dense model; the arrow is what the adapter does.",

@@ -1,4 +1,4 @@
-"""The figures of stage 4, and the files they go into."""
+"""The figures of stage 4."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from caprese.data_gen import Prompt, Sample, Samples, complete_in_shards
 from caprese.distill import make_batches
-from caprese.distill.batches import device_of
 from caprese.efficient_methods import phases_of
 from caprese.evaluation.accuracy import accuracy, mean_new_tokens
 from caprese.evaluation.config import Evaluation
 from caprese.evaluation.fidelity import VARIANTS, fidelity, layer_errors, variant
 from caprese.evaluation.latency import parameter_counts, time_to_next_token
-from caprese.files import write_json, write_text
-from caprese.models import unwrap
+from caprese.models import device_of, unwrap
 from caprese.progress import bar
 
 
@@ -134,18 +132,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_report(report: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """Plots, report.html, the model card README.md and, last, report.json; returns the report as written."""
-    from caprese.evaluation.card import render_card
-    from caprese.evaluation.html import render_html
-    from caprese.evaluation.plots import write_plots
-    from caprese.evaluation.summary import portable
-
-    final: dict[str, Any] = portable(finite(dict(report)))
-    write_plots(final, directory / "plots")
-    write_text(directory / "report.html", render_html(final))
-    write_text(directory / "README.md", render_card(final))
-    write_json(directory / "report.json", final)
-    return final

@@ -35,8 +35,8 @@ from caprese.efficient_methods import (
     weights_saved,
 )
 from caprese.errors import CapreseError
+from caprese.evaluation.evaluate import environment
 from caprese.evaluation.latency import TURN
-from caprese.evaluation.report import environment
 from caprese.inference import Form, fuse
 from caprese.inference.fused import Indexed, Packed, check_form
 from caprese.kernels import triton_runs
@@ -468,7 +468,7 @@ def plot_bench(result: dict[str, Any], path: Path) -> None:
     import matplotlib  # takes a second
     from matplotlib.figure import Figure
 
-    from caprese.evaluation.plots import LIGHT
+    from caprese.report.plots import LIGHT
 
     with matplotlib.rc_context(LIGHT.style):
         figure = Figure(figsize=(6.4, 3.2), layout="constrained")

@@ -1,0 +1,1 @@
+"""Everything a person reads: words, tables, plots, pages, cards."""
