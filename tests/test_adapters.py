@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from test_phases import prompts, recovered
 import caprese
 from caprese.adapters import attach_adapter, branch_parameters, fingerprint, get_branches
 from caprese.efficient_methods import RecoverySlot, applied_ffns
+
+OLD = Path(__file__).parent / "data" / "adapter-0.1"
+"""An adapter for reasoner-tiny that caprese 0.1.0 made, with the tokens that it gave there, greedily."""
 
 
 @pytest.fixture
@@ -31,6 +35,17 @@ def test_load_gives_the_same_tokens(saved):
     model, path = saved
     ids = prompts(6)[0]
     assert torch.equal(greedy(caprese.load(tiny_llama(), path), ids), greedy(model, ids))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_adapter_of_the_version_before_gives_the_tokens_it_gave(fused):
+    model, tokenizer = caprese.load_base("reasoner-tiny")
+    model = caprese.load(model, OLD, fused=fused)
+    for answer in json.loads((OLD / "expected.json").read_text()):
+        ids = tokenizer(answer["prompt"], return_tensors="pt").input_ids
+        assert ids[0].tolist() == answer["ids"]
+        out = model.generate(input_ids=ids, max_new_tokens=80, do_sample=False)
+        assert out[0, ids.shape[1] :].tolist() == answer["tokens"]
 
 
 def test_files_are_pefts_and_the_sidecar(saved):
