@@ -343,7 +343,7 @@ DIVIDED = textwrap.dedent(
     recovery.fit_adam = lambda model, batches, config, seed, advance: fit(model, batches, config, seed + rank, advance)
     HeldOut.kl = lambda self: kl(self) + (rank and 0.1 * time.monotonic() % 1)
     out = Path(sys.argv[sys.argv.index("--output") + 1])
-    cli._verb(cli.app)(standalone_mode=False)
+    cli.verb(cli.app)(standalone_mode=False)
     (out.parent / f"notes-{rank}.json").write_text(json.dumps(notes))
     """
 )

@@ -1,0 +1,107 @@
+"""`caprese eval`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from caprese.commands.options import Adapter, Device, Dtype, Json, Model, Reselect, parse_reselect
+from caprese.commands.output import quiet
+from caprese.errors import CapreseError
+
+
+def eval(
+    model: Model,
+    adapter: Adapter,
+    prompts: Annotated[
+        str | None, typer.Option(help="gym:TASK, chains:SPLIT, a .jsonl or .parquet file, or a dataset.")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="Column that holds the prompt.")] = None,
+    samples: Annotated[int, typer.Option(help="Prompts to ask.", min=1)] = 32,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Length limit of a completion.", min=2)] = None,
+    latency_tokens: Annotated[int, typer.Option(help="Tokens over which TTNT is measured; 0 skips it.", min=0)] = 64,
+    reselect_every: Reselect = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="lm-eval tasks instead: names or YAML files, with commas (needs caprese\\[eval])."),
+    ] = None,
+    include_path: Annotated[str | None, typer.Option(help="--tasks: a directory with more task YAMLs.")] = None,
+    limit: Annotated[int | None, typer.Option(help="--tasks: problems of each.", min=1)] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="--tasks: examples in the context.", min=0)] = None,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="--tasks: as a chat.")] = False,
+    batch_size: Annotated[int, typer.Option(help="--tasks: sequences together.", min=1)] = 8,
+    output: Annotated[str, typer.Option("--output", "-o", help="--tasks: directory for lm-eval's results.")] = "eval",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="--tasks: replace results of other settings.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of which prompts are asked and of sampling.")] = 1,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure an adapter: dense, efficient and recovered side by side, on prompts, or on lm-eval's --tasks.
+
+    What is not said is as in the recipe.yaml beside a local adapter; prompts it was trained on, by the samples/ there,
+    are not asked.
+    """
+    from caprese.adapters import load, load_base_for, read_sidecar
+    from caprese.efficient_methods import phases_of
+    from caprese.evaluation import Evaluation
+    from caprese.inference import load as load_fused
+    from caprese.recovery.recover import beside, measure
+
+    quiet(as_json)
+    if tasks is not None and (prompts is not None or max_new_tokens is not None):
+        raise CapreseError("--tasks brings its own prompts and lengths; leave out --prompts and --max-new-tokens")
+    sidecar = read_sidecar(adapter)
+    base, tokenizer = load_base_for(sidecar, model, dtype=dtype, device=device)
+    if tasks is not None:
+        from rich.console import Console
+
+        from caprese.studies.tasks import describe_tasks, run_tasks
+
+        fused = load_fused(base, adapter, fused=True, reselect_every=parse_reselect(reselect_every))
+        scores = run_tasks(
+            fused,
+            tokenizer,
+            tasks.split(","),
+            Path(output),
+            identity=[sidecar.digest, phases_of(fused).reselect_every, str(base.dtype)],
+            include=include_path,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            chat_template=chat_template,
+            seed=seed,
+            overwrite=overwrite,
+        )
+        print(json.dumps(scores, indent=2)) if as_json else Console().print(describe_tasks(scores))
+        return
+    lm = load(base, adapter, reselect_every=parse_reselect(reselect_every))
+    asked, trained = beside(adapter)
+    if prompts is not None and column is None:
+        column = "prompt"
+    given = {"prompts": prompts, "column": column, "max_new_tokens": max_new_tokens, "test": samples}
+    asked = asked.model_copy(update={key: value for key, value in given.items() if value is not None})
+    measured = measure(lm, tokenizer, asked, Evaluation(latency_tokens=latency_tokens, examples=0), seed, trained)
+    methods = [{"name": m.name, **m.model_dump(mode="json")} for m in sidecar.make_methods()]
+    report = {
+        "model": model,
+        "adapter": adapter,
+        "method": "+".join(m["name"] for m in methods),
+        "methods": methods,
+        "reselect_every": phases_of(lm).reselect_every,
+        "seed": seed,
+        "samples": asked.model_dump(mode="json", exclude={"train", "validation"}),
+        **measured,
+    }
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        from rich.console import Console
+
+        from caprese.report.summary import recovered, summary_table
+
+        Console().print(summary_table(report))
+        print(f"Recovered: {recovered(report) or 'not measured'}")

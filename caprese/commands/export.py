@@ -1,0 +1,57 @@
+"""`caprese export`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, cast
+
+import typer
+
+from caprese.commands.options import Device, Json
+from caprese.commands.output import print_table, quiet
+from caprese.errors import CapreseError
+
+
+def export(
+    adapter: Annotated[
+        str, typer.Argument(help="An adapter made with static, none or mamba: a directory, or a hub id.")
+    ],
+    to: Annotated[str, typer.Option(help="Directory for the checkpoint.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The base, where it was a local directory.")
+    ] = None,
+    format: Annotated[str, typer.Option(help="hf, or gguf for llama.cpp.")] = "hf",
+    outtype: Annotated[str, typer.Option(help="Of a GGUF: f32, f16, bf16, q8_0.")] = "f16",
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto (the checkpoint's), float32, bfloat16.")] = "auto",
+    device: Device = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --to.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would be; write nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a recovered model as an ordinary checkpoint that needs no caprese: for transformers, vLLM, llama.cpp."""
+    from caprese.adapters import base_revision, has_branches, load_base_for, ranks_of, read_sidecar
+    from caprese.export import export as write
+    from caprese.export import plan_export
+    from caprese.inference import load
+    from caprese.models import load_config
+    from caprese.models.loading import pick_dtype
+    from caprese.progress import say
+
+    quiet(as_json)
+    if format not in ("hf", "gguf"):
+        raise CapreseError(f"--format {format}: hf or gguf")
+    sidecar = read_sidecar(adapter)
+    name = model or sidecar.base.name
+    if dry_run:
+        rank, others = ranks_of(adapter) if has_branches(adapter) else (0, {})
+        config = load_config(name, base_revision(sidecar, name))
+        figures = plan_export(config, sidecar.make_methods(), lambda layer: others.get(layer, rank))
+    else:
+        kind = None if dtype == "auto" else pick_dtype(dtype, "cpu")
+        base, tokenizer = load_base_for(sidecar, name, device=device)
+        lm = load(base, adapter)
+        figures = write(
+            lm, tokenizer, to, format=cast(Any, format), dtype=kind, outtype=outtype, overwrite=overwrite, say=say
+        )
+    shown = {key: value for key, value in figures.items() if value is not None}
+    print(json.dumps(figures, indent=2)) if as_json else print_table("would write" if dry_run else "written", shown)

@@ -1,0 +1,66 @@
+"""`caprese generate`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from caprese.commands.options import Device, Dtype, Json, Model, Reselect, parse_reselect
+from caprese.commands.output import quiet
+from caprese.errors import CapreseError
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer.")],
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", "-a", help="Recovery adapter; without one the model runs dense.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit of the answer.", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    instruction: Annotated[str, typer.Option(help="Put before the prompt.")] = "",
+    reselect_every: Reselect = None,
+    fused: Annotated[bool, typer.Option("--fused/--unfused", help="Run FFN and adapter as one step.")] = True,
+    seed: int = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt, streaming, and show the time to next token."""
+    from caprese.adapters import fingerprint, load_base_for, read_sidecar
+    from caprese.inference import load, stream
+    from caprese.models import load_base
+    from caprese.progress import say
+
+    quiet(as_json)
+    if not prompt.strip():
+        raise CapreseError("the prompt is empty; give --prompt some text")
+    if reselect_every is not None and adapter is None:
+        raise CapreseError("--reselect-every goes with --adapter: without one the model runs dense")
+    lm: Any
+    if adapter:
+        base, tokenizer = load_base_for(read_sidecar(adapter), model, dtype=dtype, device=device)
+        lm = load(base, adapter, fused=fused, reselect_every=parse_reselect(reselect_every))
+    else:
+        lm, tokenizer = load_base(model, dtype=dtype, device=device)
+        fingerprint(lm)  # refuses damaged weights, as `load` does
+    result = stream(
+        lm,
+        tokenizer,
+        prompt,
+        instruction=instruction,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        emit=None if as_json else lambda text: print(text, end="", flush=True),
+    )
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    print()
+    ttnt = "" if result["ttnt_ms"] is None else f", TTNT {result['ttnt_ms']:.1f} ms (median)"
+    say(f"[dim]{result['new_tokens']} tokens, first after {result['first_token_ms']:.0f} ms{ttnt}[/dim]")

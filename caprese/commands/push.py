@@ -1,0 +1,31 @@
+"""`caprese push`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from caprese.commands.options import Json, Private
+from caprese.commands.output import print_table, quiet
+
+
+def push(
+    directory: Annotated[str, typer.Argument(help="What caprese recover wrote.")],
+    repo: Annotated[str, typer.Argument(help="user/name on the hub; made if it is not there.")],
+    private: Private = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be sent; send nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put an adapter with its report on the model hub, in one commit. The token is `hf auth login`'s, or HF_TOKEN."""
+    from caprese.publish import push as publish
+
+    quiet(as_json)
+    facts = publish(directory, repo, private=private, dry_run=dry_run)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    print_table("would push" if dry_run else "pushed", {k: v for k, v in facts.items() if v is not None})
+    if not dry_run:
+        print(f"load it: caprese.load(model, {repo!r})")

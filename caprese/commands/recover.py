@@ -1,0 +1,160 @@
+"""`caprese recover`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from caprese.commands.options import Json, Private, parse_keep_attention, parse_layers, parse_rank, parse_sparsity
+from caprese.commands.output import is_main, print_report, print_table, quiet
+from caprese.errors import CapreseError
+
+
+def _set(overrides: dict[str, Any], path: str, value: Any) -> None:
+    if value is None:
+        return
+    *sections, key = path.split(".")
+    for section in sections:
+        overrides = overrides.setdefault(section, {})
+    overrides[key] = value
+
+
+def recover(
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Alias, hub id or local directory.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="Shipped recipe or YAML file; flags override it.")
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="A method, NAME[:SPARSITY][:key=value], or several joined by +; caprese methods lists them."),
+    ] = None,
+    sparsity: Annotated[
+        str | None, typer.Option(help="Fraction removed, in (0, 1); one for each layer, 0.3,0.5,...; or auto.")
+    ] = None,
+    target_kl: Annotated[float | None, typer.Option(help="--sparsity auto: the largest KL before recovery.")] = None,
+    target_active: Annotated[
+        float | None, typer.Option(help="--sparsity auto: the fraction of active parameters to keep.")
+    ] = None,
+    threshold: Annotated[str | None, typer.Option(help="cats: prompt or calibrated.")] = None,
+    shared_choice: Annotated[
+        bool | None, typer.Option("--shared-choice/--own-choice", help="One choice for all sequences of a batch.")
+    ] = None,
+    keep_attention: Annotated[
+        str | None, typer.Option(help="mamba: fraction of layers that keep attention, or which: 0,5,11.")
+    ] = None,
+    reselect_every: Annotated[
+        int | None, typer.Option(help="Generated tokens after which the choice is made anew.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="all, first-half, or numbers like 0,1,4-7.")] = None,
+    rank: Annotated[str | None, typer.Option(help="Rank of each branch, or auto.")] = None,
+    bias: Annotated[bool | None, typer.Option("--bias/--no-bias", help="Also learn a bias on each branch.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="gym:TASK, chains:SPLIT, a .jsonl or .parquet file, or a dataset.")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="Column that holds the prompt.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Training samples.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Length limit of a completion.")] = None,
+    layerwise: Annotated[str | None, typer.Option(help="closed, sequential, adam or none.")] = None,
+    objective: Annotated[str | None, typer.Option(help="End to end: kl or hidden.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="End-to-end epochs; 0 skips the stage.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="End-to-end peak learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Directory for the result.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Hub revision of the base model.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace another recipe's result in --output.")
+    ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Also keep the base in OUTPUT/base, so that the directory runs by itself.")
+    ] = False,
+    push_to_hub: Annotated[str | None, typer.Option(help="Push the result to this repository, user/name.")] = None,
+    private: Private = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan: parameters, bytes, time estimate.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make MODEL cheaper and distil an adapter that gives its quality back. Goes on where a stopped run was."""
+    from caprese.efficient_methods import describe_methods
+    from caprese.models import check_keepable, load_base, resolve, save_base
+    from caprese.progress import say
+    from caprese.recipes import resolve_recipe
+
+    quiet(as_json)
+    overrides: dict[str, Any] = {}
+    for path, value in {
+        "method": method,
+        "sparsity": parse_sparsity(sparsity),
+        "target_kl": target_kl,
+        "target_active": target_active,
+        "threshold": threshold,
+        "shared_choice": shared_choice,
+        "keep_attention": parse_keep_attention(keep_attention),
+        "reselect_every": reselect_every,
+        "layers": parse_layers(layers),
+        "rank": parse_rank(rank),
+        "bias": bias,
+        "samples.prompts": prompts,
+        "samples.column": column,
+        "samples.train": samples,
+        "samples.max_new_tokens": max_new_tokens,
+        "layerwise.how": layerwise,
+        "end_to_end.objective": objective,
+        "end_to_end.epochs": epochs,
+        "end_to_end.learning_rate": learning_rate,
+        "seed": seed,
+        "output": output,
+        "revision": revision,
+        "dtype": dtype,
+        "device": device,
+    }.items():
+        _set(overrides, path, value)
+    resolved = resolve_recipe(recipe, model, **overrides)
+    if resolved.model is None:
+        raise CapreseError("which model? give --model, or a recipe that names one (caprese recipes ls)")
+    base = resolve(resolved.model, resolved.revision)
+    methods = resolved.make_methods()
+    say(
+        f"[bold]{base}[/bold]  {describe_methods(methods)}, rank {resolved.rank}, "
+        f"seed {resolved.seed} -> {resolved.output}"
+    )
+    if dry_run:
+        from caprese.plan import config_of, plan
+
+        figures = plan(config_of(resolved), resolved)
+        print(json.dumps(figures, indent=2)) if as_json else print_table("plan", figures)
+        return
+    from caprese.adapters import hub
+    from caprese.recovery.recover import recover as run
+
+    if push_to_hub is not None:
+        hub.prepare(push_to_hub, private)
+    loaded, tokenizer = load_base(
+        resolved.model, revision=resolved.revision, dtype=resolved.dtype, device=resolved.device
+    )
+    whole = Path(resolved.output).expanduser() / "base"
+    if full:
+        check_keepable(loaded, whole, overwrite)
+    report = run(loaded, tokenizer, resolved, overwrite=overwrite)
+    if not is_main():
+        return
+    if full:
+        save_base(loaded, tokenizer, whole)
+    if push_to_hub is not None:
+        from caprese.publish import push as publish
+
+        published = publish(resolved.output, push_to_hub, private=private)
+        report = {**report, "hub": {key: published[key] for key in ("repo", "url", "commit")}}
+        say(f"pushed to {published['url']}")
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    print_report(report)
+    say(f"\nreport: {Path(resolved.output) / 'report.html'}")
+    name = whole if full else resolved.model
+    say(f"try it: caprese generate --model {name} --adapter {resolved.output} --prompt '...'")
