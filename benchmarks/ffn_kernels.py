@@ -13,6 +13,7 @@ its reference.
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import platform
 import random
@@ -26,8 +27,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from caprese import kernels
 from caprese.files import write_json
-from caprese.kernels import gather
+from caprese.kernels import Rows, triton_runs
+from caprese.kernels.down.naive import down as naive_down
+from caprese.kernels.gate_up.naive import gate_up as naive_gate_up
+from caprese.kernels.input_sparse.naive import input_sparse as naive_input_sparse
 from caprese.models.shapes import SHAPES
 
 MODELS = {"llama-3.1-8b": "silu", "gemma-2-9b": "gelu_tanh", "qwen2.5-14b": "silu"}
@@ -53,11 +58,16 @@ class Layer(NamedTuple):
     right: torch.Tensor
 
 
+def tiles() -> Any:
+    """What the Triton kernels share; there is none without Triton."""
+    return importlib.import_module("caprese.kernels.tiles")
+
+
 class Job(NamedTuple):
-    """One kernel on one layer: run(config), its result without the kernel, and the bytes it must read."""
+    """One kernel on one layer: what launches it, its result without the kernel, and the bytes it must read."""
 
     key: str
-    run: Callable[[dict[str, int] | None], torch.Tensor]
+    run: Callable[[], torch.Tensor]
     reference: Callable[[], torch.Tensor]
     bytes: int
 
@@ -79,7 +89,6 @@ def make_layer(width: int, hidden: int, rank: int, device: str) -> Layer:
 
 def jobs(layer: Layer, batch: int, act: str, sparsity: float) -> dict[str, Job]:
     """Every kernel with inputs of this layer's size."""
-    kernels = gather.triton_gather
     width, hidden = layer.gate.shape
     rank, device = len(layer.left), layer.gate.device
     k = round(width * (1 - sparsity))
@@ -90,10 +99,10 @@ def jobs(layer: Layer, batch: int, act: str, sparsity: float) -> dict[str, Job]:
         for n in (1, batch)
     )
     z = torch.randn(batch, k + rank, device=device, dtype=x.dtype)
-    a = gather.reference_gate_up(x, None, layer.gate, None, act)
+    a = naive_gate_up(x, None, layer.gate, Rows(), act)
     threshold = a.float().abs().quantile(sparsity, -1)
-    a_kept, kept, count = gather.cats_select(x, layer.gate, threshold, act)
-    z_kept = gather.gate_up(x, None, layer.up, kept, act, layer.left, count=count, a=a_kept)
+    a_kept, kept, count = kernels.cats_select(x, layer.gate, threshold, act)
+    z_kept = kernels.gate_up(x, None, layer.up, Rows(kept, count), act, layer.left, a=a_kept)
     chosen = int(count.sum())
 
     small = x.float().abs().flatten().quantile(sparsity)
@@ -105,58 +114,58 @@ def jobs(layer: Layer, batch: int, act: str, sparsity: float) -> dict[str, Job]:
     found = {
         "gate_up": Job(
             "gate_up",
-            lambda c: kernels.gate_up(x, layer.gate, layer.up, shared, act, layer.left, config=c),
-            lambda: gather.reference_gate_up(x, layer.gate, layer.up, shared, act, layer.left),
+            lambda: kernels.gate_up(x, layer.gate, layer.up, Rows(shared), act, layer.left),
+            lambda: naive_gate_up(x, layer.gate, layer.up, Rows(shared), act, layer.left),
             (2 * k + rank) * hidden * item,
         ),
         "down": Job(
             "down",
-            lambda c: kernels.down(z, layer.down, shared, layer.right, config=c),
-            lambda: gather.reference_down(z, layer.down, shared, layer.right),
+            lambda: kernels.down(z, layer.down, Rows(shared), layer.right),
+            lambda: naive_down(z, layer.down, Rows(shared), layer.right),
             (k + rank) * hidden * item,
         ),
         "cats_select": Job(
             "gate_up",
-            lambda c: kernels.cats_select(x, layer.gate, threshold, act, config=c)[2].float()[:, None],
+            lambda: kernels.cats_select(x, layer.gate, threshold, act)[2].float()[:, None],
             lambda: count.float()[:, None],
             width * hidden * item,
         ),
         "cats_up": Job(
             "gate_up",
-            lambda c: kernels.gate_up(x, None, layer.up, kept, act, layer.left, count=count, a=a_kept, config=c),
-            lambda: gather.reference_gate_up(x, None, layer.up, kept, act, layer.left, count=count, a=a_kept),
+            lambda: kernels.gate_up(x, None, layer.up, Rows(kept, count), act, layer.left, a=a_kept),
+            lambda: naive_gate_up(x, None, layer.up, Rows(kept, count), act, layer.left, a=a_kept),
             (chosen + rank) * hidden * item,
         ),
         "cats_down": Job(
             "down",
-            lambda c: kernels.down(z_kept, layer.down, kept, layer.right, count=count, config=c),
-            lambda: gather.reference_down(z_kept, layer.down, kept, layer.right, count=count),
+            lambda: kernels.down(z_kept, layer.down, Rows(kept, count), layer.right),
+            lambda: naive_down(z_kept, layer.down, Rows(kept, count), layer.right),
             (chosen + rank) * hidden * item,
         ),
         "input_sparse_gate": Job(
             "input_sparse",
-            lambda c: kernels.input_sparse(x, layer.gate_t, small, config=c),
-            lambda: gather.reference_input_sparse(x, layer.gate_t, small),
+            lambda: kernels.input_sparse(x, layer.gate_t, small),
+            lambda: naive_input_sparse(x, layer.gate_t, small),
             needed * width * item,
         ),
         "input_sparse_down": Job(
             "input_sparse",
-            lambda c: kernels.input_sparse(z_all, layer.down, small_z, config=c),
-            lambda: gather.reference_input_sparse(z_all, layer.down, small_z),
+            lambda: kernels.input_sparse(z_all, layer.down, small_z),
+            lambda: naive_input_sparse(z_all, layer.down, small_z),
             needed_z * hidden * item,
         ),
     }
     if batch > 1:
         found["gate_up_own"] = Job(
             "gate_up",
-            lambda c: kernels.gate_up(x, layer.gate, layer.up, own, act, layer.left, config=c),
-            lambda: gather.reference_gate_up(x, layer.gate, layer.up, own, act, layer.left),
+            lambda: kernels.gate_up(x, layer.gate, layer.up, Rows(own), act, layer.left),
+            lambda: naive_gate_up(x, layer.gate, layer.up, Rows(own), act, layer.left),
             (2 * k * batch + rank) * hidden * item,
         )
         found["down_own"] = Job(
             "down",
-            lambda c: kernels.down(z, layer.down, own, layer.right, config=c),
-            lambda: gather.reference_down(z, layer.down, own, layer.right),
+            lambda: kernels.down(z, layer.down, Rows(own), layer.right),
+            lambda: naive_down(z, layer.down, Rows(own), layer.right),
             (k * batch + rank) * hidden * item,
         )
     return found
@@ -164,7 +173,7 @@ def jobs(layer: Layer, batch: int, act: str, sparsity: float) -> dict[str, Job]:
 
 def check(name: str, job: Job) -> None:
     """Refuse to time what is wrong."""
-    got, wanted = job.run(None).float(), job.reference().float()
+    got, wanted = job.run().float(), job.reference().float()
     error = float((got - wanted).norm() / wanted.norm())
     if not error < 0.01:
         raise SystemExit(f"{name}: relative error {error:.3g} against the reference")
@@ -199,7 +208,7 @@ def copy_bandwidth() -> float:
 
 def configs(key: str, trials: int, seed: int = 0) -> list[dict[str, int]]:
     """Some of the block sizes a kernel can have, the default first."""
-    default = gather.triton_gather.CONFIGS[key]
+    default = tiles().CONFIGS[key]
     options = [SWEEP[name] for name in default]
     every = [dict(zip(default, values, strict=True)) for values in itertools.product(*options)]
     # larger tiles than this do not fit in registers
@@ -218,7 +227,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=24, help="--sweep: how many for each kernel and batch")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kernels.json"))
     args = parser.parse_args()
-    if not torch.cuda.is_available() or gather.triton_gather is None:
+    if not torch.cuda.is_available() or not triton_runs(torch.device("cuda")):
         print(
             "benchmarks/ffn_kernels.py measures Triton kernels and needs a GPU with Triton; there is none",
             file=sys.stderr,
@@ -271,13 +280,14 @@ def measure(result: dict[str, Any], model: str, batch: int, args: argparse.Names
         same = [each[name] for each in per_layer]
         check(name, same[0])
         needed = round(statistics.mean(job.bytes for job in same))
-        add(result, model, name, batch, microseconds([partial(job.run, None) for job in same]), needed, copy)
+        add(result, model, name, batch, microseconds([job.run for job in same]), needed, copy)
         if not sweep:
             continue
         best: tuple[float, dict[str, int]] | None = None
         for config in configs(same[0].key, args.trials):
             try:
-                time = microseconds([partial(job.run, config) for job in same])
+                with tiles().configured(same[0].key, **config):
+                    time = microseconds([job.run for job in same])
             except Exception as error:  # a tile that does not fit says so in many ways
                 print(f"  {config}: {type(error).__name__}")
                 torch.cuda.synchronize()

@@ -333,9 +333,9 @@ class Indexed(Step):
         if self.kind == "neurons":
             assert w.gate is not None
             a, index, count = kernels.cats_select(flat, w.gate, threshold.flatten(), self.act_name, w.gate_bias)
-        biases = {"gate_bias": w.gate_bias, "up_bias": w.up_bias}
-        z = kernels.gate_up(flat, w.gate, w.up, index, self.act_name, left=left, count=count, a=a, **biases)
-        return kernels.down(z, w.down.T, index, right=right, bias=bias, count=count).view_as(x)
+        rows = kernels.Rows(index, count)
+        z = kernels.gate_up(flat, w.gate, w.up, rows, self.act_name, left, (w.gate_bias, w.up_bias), a)
+        return kernels.down(z, w.down.T, rows, right, bias).view_as(x)
 
 
 def _fits(wrapper: EfficientFFN) -> dict[Form, Callable[[EfficientFFN], Step]]:

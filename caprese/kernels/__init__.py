@@ -1,10 +1,16 @@
-"""Sparse FFN kernels: a plain torch reference for each, Triton kernels, and the dispatch between them."""
+"""Operations on chosen rows of an FFN: for each a plain torch reference, a Triton kernel, and the choice between."""
 
-from caprese.kernels.gather import activation_name, cats_select, down, gate_up, input_sparse, triton_runs
-from caprese.kernels.sparse_ffn import PackedFFN, sparse_down
+from caprese.kernels.activations import activation_name
+from caprese.kernels.cats_select import cats_select
+from caprese.kernels.dispatch import Rows, triton_runs
+from caprese.kernels.down import down
+from caprese.kernels.gate_up import gate_up
+from caprese.kernels.input_sparse import input_sparse
+from caprese.kernels.packed import PackedFFN, sparse_down
 
 __all__ = [
     "PackedFFN",
+    "Rows",
     "activation_name",
     "cats_select",
     "down",

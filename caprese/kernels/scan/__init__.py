@@ -19,85 +19,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-# Tokens whose products are taken at once; the cost of a token grows with it, that of a chunk does not.
-CHUNK = 64
+from caprese.kernels.scan.chunk import CHUNK, chunk_scan, mixing_matrix
+from caprese.kernels.scan.naive import read, recurrence, step
 
-
-def recurrence(
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    state: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference, as it is written: y [B, T, H, P] and the last state."""
-    batch, length, heads, size = x.shape
-    state = x.new_zeros(batch, heads, size, B.shape[-1]) if state is None else state
-    out = []
-    for t in range(length):
-        y, state = step(x[:, t], dt[:, t], A, B[:, t], C[:, t], state)
-        out.append(y)
-    return torch.stack(out, 1), state
-
-
-def step(
-    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, state: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token: the same shapes without T."""
-    decay = torch.exp(dt * A)[..., None, None]
-    state = decay * state + (dt[..., None] * x)[..., None] * B[..., None, :]
-    return _read(state, C), state
-
-
-def _read(state: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
-    """S C, as a row times a matrix: on a CPU, matrices times columns take three to eight times as long in a batch."""
-    return (C.unsqueeze(-2) @ state.mT).squeeze(-2)
-
-
-def chunk_scan(
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    state: torch.Tensor | None = None,
-    chunk: int = CHUNK,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in chunks (section 6): within one a masked product as in attention, between them the recurrence."""
-    batch, length, heads, size = x.shape
-    extra = -length % chunk
-    if extra:  # tokens that are passed by
-        x, B, C = (F.pad(t, (0, 0, 0, 0, 0, extra)) for t in (x, B, C))
-        dt = F.pad(dt, (0, 0, 0, extra))
-    # [B, chunks, H, chunk, ...]
-    x, B, C = (t.unflatten(1, (-1, chunk)).transpose(2, 3) for t in (x, B, C))
-    dt = dt.unflatten(1, (-1, chunk)).transpose(2, 3)
-    total = (dt * A[:, None]).cumsum(-1)
-    y = _mixing(total, dt, B, C) @ x
-    weight = (total[..., -1:] - total).exp() * dt
-    gathered = (weight[..., None] * x).transpose(-1, -2) @ B  # what each chunk adds to the state, [B, chunks, H, P, N]
-    decay = total[..., -1].exp()[..., None, None]
-    state = x.new_zeros(batch, heads, size, B.shape[-1]) if state is None else state
-    before = []
-    for c in range(x.shape[1]):
-        before.append(state)
-        state = decay[:, c] * state + gathered[:, c]
-    y = y + total.exp()[..., None] * (C @ torch.stack(before, 1).transpose(-1, -2))
-    return y.transpose(2, 3).flatten(1, 2)[:, :length], state
-
-
-def mixing_matrix(dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
-    """The recurrence as one matrix, y = M x from an empty state (equation 6): M [B, H, T, T], lower triangular."""
-    dt, B, C = dt.transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2)
-    return _mixing((dt * A[:, None]).cumsum(-1), dt, B, C)
-
-
-def _mixing(total: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
-    """M of a stretch of tokens; `total` [..., T] is dt A summed up to each."""
-    gap = total[..., :, None] - total[..., None, :]
-    causal = torch.ones(gap.shape[-2:], dtype=torch.bool, device=gap.device).tril()
-    return (C @ B.transpose(-1, -2)) * gap.masked_fill(~causal, -torch.inf).exp() * dt[..., None, :]
+__all__ = ["CHUNK", "chunk_scan", "convolve", "decode", "in_use", "mixing_matrix", "recurrence", "scan", "step"]
 
 
 def scan(
@@ -124,7 +49,7 @@ def decode(
     kernels = _mamba_ssm(x.device.type)
     if kernels is None:
         state.mul_(torch.exp(dt * A)[..., None, None]).addcmul_((dt[..., None] * x)[..., None], B[..., None, :])
-        return _read(state, C), state
+        return read(state, C), state
     like = x[0]  # [H, P]
     none = like.new_zeros(len(A), 1).expand_as(like)  # it takes no D and no bias of dt only by mistake
     rate = A[:, None, None].expand(*like.shape, B.shape[-1])

@@ -1,0 +1,150 @@
+"""What the Triton kernels share.
+
+Decoding is bound by reading weights, so each kernel reads a needed row once for all sequences that share it: for one
+or two sequences as a broadcast product, from `DOT_FROM` sequences on as a matrix product padded to 16. Rows are
+contiguous, columns are the fast axis. Grids follow from shapes alone and nothing is read back from the device, so the
+launchers can be captured in a CUDA graph or traced by torch.compile. Kernels take their tensors one by one, as Triton
+wants them.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+# Defaults by reasoning, not yet measured on hardware; `benchmarks/ffn_kernels.py --sweep` measures others.
+# PROGRAMS: how many programs the rows are split for. Keys in capitals are for the launchers and kernels.
+CONFIGS: dict[str, dict[str, int]] = {
+    "gate_up": {"BLOCK_ROWS": 16, "BLOCK_COLS": 128, "DOT_FROM": 3, "num_warps": 4, "num_stages": 3},
+    "down": {
+        "BLOCK_ROWS": 16,
+        "BLOCK_COLS": 256,
+        "DOT_FROM": 3,
+        "PROGRAMS": 512,
+        "num_warps": 4,
+        "num_stages": 3,
+    },
+    "input_sparse": {
+        "BLOCK_ROWS": 16,
+        "BLOCK_COLS": 256,
+        "DOT_FROM": 3,
+        "PROGRAMS": 512,
+        "num_warps": 4,
+        "num_stages": 3,
+    },
+    "compact": {"BLOCK": 2048, "num_warps": 8},
+    "sum_splits": {"BLOCK": 64, "BLOCK_SPLITS": 32, "num_warps": 4},
+}
+
+# the interpreter multiplies bfloat16 matrices as if their bits were integers, so there they are widened first
+WIDEN = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@contextlib.contextmanager
+def configured(operation: str, **values: int) -> Iterator[None]:
+    """Inside, an operation is launched with these values in place of `CONFIGS`' own."""
+    before = CONFIGS[operation]
+    CONFIGS[operation] = {**before, **values}
+    try:
+        yield
+    finally:
+        CONFIGS[operation] = before
+
+
+def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device; a compiled graph has its own way to x's."""
+    if torch.compiler.is_compiling() or not x.is_cuda:
+        return contextlib.nullcontext()
+    return torch.cuda.device_of(x)
+
+
+def padded_batch(B: int, dot_from: int) -> tuple[int, bool]:
+    """Sequences a program is padded to, and whether it multiplies matrices."""
+    if dot_from <= B:
+        return 16, True
+    return (1 if B == 1 else 2 if B == 2 else 4 if B <= 4 else 8 if B <= 8 else 16), False
+
+
+def launch_options(operation: str) -> dict[str, int]:
+    return {key: value for key, value in CONFIGS[operation].items() if key not in ("DOT_FROM", "PROGRAMS")}
+
+
+@triton.jit
+def activation(x, ACT: tl.constexpr):
+    if ACT == "silu":
+        y = x * tl.sigmoid(x)
+    elif ACT == "gelu":
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACT == "gelu_tanh":
+        # (1 + tanh(u)) / 2 = sigmoid(2u), which needs no device library
+        y = x * tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+    else:
+        y = tl.where(x < 0, 0.0, x)
+    return y
+
+
+@triton.jit
+def row_products(
+    x_ptr,
+    gate_ptr,
+    up_ptr,
+    sequences,
+    live,
+    gate_rows,
+    up_rows,
+    valid,
+    columns,
+    D,
+    BATCH: tl.constexpr,
+    GATED: tl.constexpr,
+    DOT: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """x gate' and x up' of some sequences with some rows, both [BATCH, BLOCK_ROWS]; without a gate the same twice.
+
+    `columns` is D, or 0 to read nothing.
+    """
+    if DOT:
+        g = tl.zeros((BATCH, BLOCK_ROWS), dtype=tl.float32)
+        u = tl.zeros((BATCH, BLOCK_ROWS), dtype=tl.float32)
+    else:
+        # kept apart along the columns until the end: one reduction across threads instead of one a step
+        g = tl.zeros((BATCH, BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32)
+        u = tl.zeros((BATCH, BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32)
+    for start in range(0, columns, BLOCK_COLS):
+        cols = start + tl.arange(0, BLOCK_COLS)
+        inside = cols < D
+        x = tl.load(x_ptr + sequences[:, None] * D + cols[None, :], mask=live[:, None] & inside[None, :], other=0.0)
+        mask = valid[:, None] & inside[None, :]
+        w = tl.load(up_ptr + up_rows[:, None] + cols[None, :], mask=mask, other=0.0)
+        if DOT:
+            if WIDEN:
+                x = x.to(tl.float32)
+                w = w.to(tl.float32)
+            u = tl.dot(x, tl.trans(w), u, input_precision="ieee")
+        else:
+            u += x.to(tl.float32)[:, None, :] * w.to(tl.float32)[None, :, :]
+        if GATED:
+            v = tl.load(gate_ptr + gate_rows[:, None] + cols[None, :], mask=mask, other=0.0)
+            if DOT:
+                if WIDEN:
+                    v = v.to(tl.float32)
+                g = tl.dot(x, tl.trans(v), g, input_precision="ieee")
+            else:
+                g += x.to(tl.float32)[:, None, :] * v.to(tl.float32)[None, :, :]
+    if not DOT:
+        u = tl.sum(u, 2)
+        if GATED:
+            g = tl.sum(g, 2)
+    if not GATED:
+        g = u
+    return g, u
