@@ -38,7 +38,9 @@ from caprese.errors import CapreseError
 from caprese.evaluation.evaluate import environment
 from caprese.evaluation.latency import TURN
 from caprese.inference import Form, fuse
-from caprese.inference.fused import Indexed, Packed, check_form
+from caprese.inference.fused.forms import check_form
+from caprese.inference.fused.indexed import Indexed
+from caprese.inference.fused.packed import Packed
 from caprese.kernels import triton_runs
 from caprese.models import active_parameters, count_parameters, find_ffns, unwrap
 from caprese.progress import bar

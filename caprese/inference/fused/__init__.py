@@ -1,0 +1,87 @@
+"""One decode step of FF_eff(x) + x L R in two products (arXiv 2505.07861, figure 2).
+
+up becomes [up_k; L'], down becomes [down_k, R']; the gate is not widened. So the branch rides in products that are
+there anyway, and no part of it is computed alone. Everything a step reads lies in tensors that stay where they are when
+the choice changes, so a compiled or captured decode step stays valid.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from caprese import kernels
+from caprese.adapters import load as load_adapter
+from caprese.efficient_methods import applied_ffns
+from caprese.errors import CapreseError
+from caprese.inference.fused.forms import Form, check_form, faster_form, forms_of
+from caprese.inference.fused.step import branch_of
+
+__all__ = ["Form", "branch_of", "fuse", "is_fused", "load", "unfuse"]
+
+
+def fuse(model: nn.Module, form: Form = "auto") -> nn.Module:
+    """Turn every applied FFN and what is in its slot into one decode step, in place; returns the model.
+
+    A generated token then runs two products in each FFN, also under `torch.compile` and CUDA graphs (generate with a
+    static cache). The choice, the adapter that is active and its weights are followed. Prefill, training and
+    `caprese.phases` run as before, and so does a batch with PEFT's `adapter_names`.
+
+    Args:
+        form: "packed" gathers the chosen rows once after prefill; "indexed" reads them in place with Triton kernels
+            (GPU); "auto" takes the faster one, by measurement on a GPU. A layer that a form does not fit (4-bit
+            weights, an unknown activation) takes packed, or keeps its own arithmetic with the branch added to it.
+
+    Raises:
+        CapreseError: no method is applied, or the indexed form is asked for where its kernels do not run.
+    """
+    check_form(form)
+    wrappers = applied_ffns(model)
+    if not wrappers:
+        raise CapreseError("there is nothing to fuse: caprese.apply(model, caprese.Griffin()) or caprese.load first")
+    unfuse(model)
+    first = next(iter(wrappers.values()))
+    able = kernels.triton_runs(first.view.device)
+    if form == "indexed" and not able:
+        raise CapreseError(f"the indexed form needs Triton and a GPU, and this model is on {first.view.device.type}")
+    if form == "auto":
+        form = faster_form(first) if able and first.view.device.type != "cpu" else "packed"
+    for wrapper in wrappers.values():
+        forms = forms_of(wrapper)
+        wrapper.fused = forms.get(form, forms["packed"])(wrapper)
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Undo `fuse` exactly; returns the model."""
+    for wrapper in applied_ffns(model).values():
+        if wrapper.fused is not None:
+            wrapper.fused.restore()
+        wrapper.fused = None
+    return model
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Whether every applied FFN is fused."""
+    wrappers = applied_ffns(model)
+    return bool(wrappers) and all(w.fused is not None for w in wrappers.values())
+
+
+def load(
+    base: str | nn.Module, adapter: str | os.PathLike[str], *, fused: bool = False, form: Form = "auto", **how: Any
+) -> PeftModel:
+    """Base + methods + recovery adapter, ready for `generate`; see `caprese.adapters.load` for what else it takes.
+
+    Args:
+        fused: `fuse` the result, in this form.
+
+    Raises:
+        CapreseError: wrong base, damaged files, unknown method, a form that does not run here.
+    """
+    model = load_adapter(base, adapter, **how)
+    if fused:
+        fuse(model, form)
+    return model

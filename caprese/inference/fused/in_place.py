@@ -1,0 +1,37 @@
+"""The form of what can be neither packed nor indexed: a method's own arithmetic, with the branch added."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from caprese.efficient_methods import Method
+from caprese.inference.fused.step import Step
+from caprese.kernels import sparse_down
+
+
+class InPlace(Step):
+    """The method's own arithmetic on the weights where they lie, and the branch added by the product that ends it."""
+
+    def _fill(self, choices: list[tuple[Method, torch.Tensor | None]], branch: Any) -> None:
+        self.methods = [m for m, _ in choices]
+        for i, (_, choice) in enumerate(choices):
+            self._hold(f"choice_{i}", choice)
+        left, right, extra = branch or (None, None, None)
+        self._hold("left", left)
+        self._hold("right", None if right is None else right.T.contiguous())
+        self._hold("extra", extra)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (wrapper,) = self.wrapper
+        choices = [(m, getattr(self, f"choice_{i}")) for i, m in enumerate(self.methods)]
+        y = sparse_down(wrapper.start, *wrapper.kept(x, wrapper.start, choices))
+        left: Any = self.left
+        right: Any = self.right
+        extra: Any = self.extra
+        if left is None:
+            return y
+        flat = torch.addmm(y.flatten(0, 1), F.linear(x, left).flatten(0, 1), right)
+        return (flat if extra is None else flat + extra).view_as(y)

@@ -1,0 +1,91 @@
+"""What runs in an FFN while it decodes: the step that the forms have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from caprese.efficient_methods import EfficientFFN, Method
+from caprese.efficient_methods.state import LayerState
+
+
+def branch_of(recovery: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+    """What the slot adds now, x L R + bias, over all active adapters: (L' [r, D], R' [D, r], bias [D] or None)."""
+    names = [n for n in getattr(recovery, "active_adapters", ()) if n in recovery.lora_A]
+    if not names or recovery.disable_adapters:
+        return None
+    left = torch.cat([recovery.lora_A[n].weight for n in names])
+    right = torch.cat([recovery.lora_B[n].weight * recovery.scaling[n] for n in names], dim=1)
+    biases = [b * recovery.scaling[n] for n in names if (b := recovery.lora_B[n].bias) is not None]
+    return left, right, sum(biases[1:], biases[0]) if biases else None
+
+
+def _version(recovery: Any) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
+    """What changes whenever `branch_of` would, and the tensors it names, to be held so that their ids stay theirs."""
+    names = getattr(recovery, "active_adapters", None)
+    if names is None or recovery.disable_adapters:
+        return (), []
+    layers = [m[n] for n in names for m in (recovery.lora_A, recovery.lora_B) if n in m]
+    tensors = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+    facts = ((id(p), p.data_ptr(), p._version) for p in tensors)
+    return (tuple(names), *(recovery.scaling.get(n) for n in names), *facts), tensors
+
+
+class Step(nn.Module):
+    """What a decode step of one FFN runs: x [B, 1, D] -> [B, 1, D].
+
+    Subclasses say in `_fill` what they take from a choice, and in `forward` compute from that alone.
+    """
+
+    def __init__(self, wrapper: EfficientFFN) -> None:
+        super().__init__()
+        self.wrapper = (wrapper,)  # in a tuple, so that it is no submodule
+        self.act = wrapper.start.act
+        self.source: Any = None  # the choices these tensors were filled from
+        self.version: Any = None
+        self.tensors: list[torch.Tensor] = []
+
+    def follow(self, state: LayerState, batch: int) -> None:
+        """Take over the choice of the cache that decodes now, and the adapter as it is now; cheap if nothing changed.
+
+        Raises:
+            CapreseError: see `LayerState.chosen`.
+        """
+        (wrapper,) = self.wrapper
+        version, tensors = _version(wrapper.recovery)
+        version = (wrapper.phases.static, *version)
+        if self.source is state.choices and self.version == version:
+            return
+        with torch.no_grad():
+            choices = wrapper.choices(state, batch)
+            self._fill(list(zip(wrapper.methods, choices, strict=True)), branch_of(wrapper.recovery))
+        self.source, self.version, self.tensors = state.choices, version, tensors
+
+    def _fill(self, choices: list[tuple[Method, torch.Tensor | None]], branch: Any) -> None:
+        raise NotImplementedError
+
+    def _hold(self, name: str, value: torch.Tensor | None) -> None:
+        """Keep a tensor where the last one of its kind was, if it fits there."""
+        like = self.wrapper[0].view.part("down").weight
+        if value is not None and value.is_floating_point() and not name.startswith(("choice", "threshold")):
+            value = value.to(like.dtype if like.is_floating_point() else value.dtype)
+        held = getattr(self, name, None)
+        if held is not None and value is not None and held.shape == value.shape and held.dtype == value.dtype:
+            held.copy_(value)
+        else:
+            self.register_buffer(name, None if value is None else value.detach().clone(), persistent=False)
+
+    def restore(self) -> None:
+        """Put back what was moved in the model."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its own."""
+        return sum(b.nbytes for b in self.buffers())
+
+
+def chosen_rows(choices: list[tuple[Method, torch.Tensor | None]]) -> torch.Tensor | None:
+    """The choice by sequence, bool [S, 1, F], if a method makes one; two such do not compose."""
+    return next((choice for m, choice in choices if m.acts_on == {"rows"}), None)
