@@ -213,9 +213,7 @@ def draw() -> str:
     for room in ROOMS:
         own = [m for m in modules.values() if m.room == room and m.name != room]
         names = sorted({m.name.split(".")[1] for m in own})
-        names = [
-            name + ("/" if f"{room}.{name}" in modules and _is_folder(modules, room, name) else "") for name in names
-        ]
+        names = [name + "/" * _is_package(modules, f"{room}.{name}") for name in names]
         sentence = modules[room].sentence if room in modules else ""
         top = y[room]
         parts.append(f'<rect class="room" x="{left}" y="{top}" width="{width}" height="{row - 6}" rx="6"/>')
