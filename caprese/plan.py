@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,10 +11,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from caprese.distill.sensitivity import ALIGNED, LEVELS
 from caprese.distill.sequential import check_sequential
-from caprese.efficient_methods import Mamba, describe_methods, methods_by_layer, mixing_weights, weights_saved
+from caprese.efficient_methods import Mamba, cost, describe_methods, idle_branches, methods_by_layer
 from caprese.errors import CapreseError
 from caprese.files import free_bytes
-from caprese.models import SHAPES, active_parameters, count_parameters, find_ffns, load_config, shape_config
+from caprese.models import SHAPES, find_ffns, load_config, shape_config
 from caprese.models.loading import pick_device, pick_dtype
 from caprese.progress import say
 from caprese.recipes import Recipe
@@ -69,25 +70,17 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
         method.check()
     if recipe.layerwise.how == "sequential":
         check_sequential(model)
-    own = methods_by_layer(methods, len(sites))
-    layers = len(own)
-    base, dense = count_parameters(model), active_parameters(model)
-    efficient = dense - sum(weights_saved(sites[i], each) for i, each in own.items())
-    mixing = mixing_weights(sites, methods, config).values()
-    mixers = sum(mixer for mixer, _ in mixing)
-    efficient += mixers - sum(attention for _, attention in mixing)
-    only_mixes = all(method.acts_on == {"mixer"} for method in methods)
-    rank = 1 if only_mixes else recipe.rank  # of branches that stay at zero
-    if recipe.target_active is not None:
-        efficient = int(recipe.target_active * dense)
-    if recipe.reselect_every is not None:
-        efficient += round(dense / recipe.reselect_every)
-    if rank == "auto":
-        adapter = int(recipe.budget * base)
-    elif rank > hidden:
+    layers = len(methods_by_layer(methods, len(sites)))
+    idle = idle_branches(methods)
+    rank = 1 if idle else recipe.rank  # of branches that stay at zero
+    if isinstance(rank, int) and rank > hidden:
         raise CapreseError(f"rank {rank} exceeds the hidden size {hidden}; choose 1 to {hidden}, or auto")
-    else:
-        adapter = layers * (2 * hidden * rank + (hidden if recipe.bias else 0))
+    reads = cost(model, methods, 0 if rank == "auto" else rank, bias=recipe.bias, reselect_every=recipe.reselect_every)
+    if rank == "auto":
+        reads = replace(reads, adapter=int(recipe.budget * reads.base))
+    if recipe.target_active is not None:
+        reads = replace(reads, spared=reads.dense - int(recipe.target_active * reads.dense))
+    base, dense, mixers, adapter = reads.base, reads.dense, reads.stand_ins, reads.adapter
     s = recipe.samples
     rows = s.train + s.validation + s.test
     completion, prompt = rows * s.max_new_tokens, rows * _PROMPT_TOKENS
@@ -108,7 +101,7 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
         "samples": forward * (prompt + 2.5 * completion),  # decoding in batches runs below a plain pass's rate
         "alignment": alone * (forward + 6 * mixers) + whole * 4 * forward,
         "calibration": forward * calibration * (s.max_new_tokens + _PROMPT_TOKENS),
-        "layerwise": 0.0 if only_mixes else forward * train * passes * 1.3,
+        "layerwise": 0.0 if idle else forward * train * passes * 1.3,
         "end_to_end": forward * train * (1 + 3.5 * epochs)  # with mixers, prompts run with the completions
         if mixers
         else forward * s.train * (2 * s.max_new_tokens + _PROMPT_TOKENS + 3.5 * s.max_new_tokens * epochs),
@@ -124,7 +117,7 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     fits = recipe.layerwise.how == "closed" or rank == "auto"
     # training states of 16 bytes a parameter, and one more while it is written
     states = 2 + sum(n > 0 for n in (alone, whole)) + recipe.end_to_end.rounds - 1
-    moments = 2 * layers * 2 * hidden * hidden * 8 if fits and not only_mixes else 0
+    moments = 2 * layers * 2 * hidden * hidden * 8 if fits and not idle else 0
     return {
         "model": recipe.model,
         "method": f"{describe_methods(methods)} on {layers} of {len(sites)} layers"
@@ -134,8 +127,8 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
         "adapter_fraction": round(adapter / base, 5),
         "mixer_parameters": mixers,
         "active_parameters_dense": dense,
-        "active_parameters_recovered": efficient + adapter,
-        "byte_floor_ratio": round((efficient + adapter) / dense, 4),
+        "active_parameters_recovered": reads.recovered,
+        "byte_floor_ratio": round(reads.recovered / dense, 4),
         "samples": rows,
         "tokens_at_most": tokens,
         "model_bytes": base * size,

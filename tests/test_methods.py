@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from caprese.efficient_methods import Cats, Griffin
+from caprese.efficient_methods import Cats, Griffin, Reads, Static
 from caprese.errors import CapreseError
 
 PROMPT = {"griffin": Griffin, "cats": Cats}
@@ -138,6 +138,9 @@ def test_layer_lists():
             Griffin(layers=bad).layer_indices(5)
 
 
-def test_active_parameters():
-    assert Griffin(sparsity=0.5).active_parameters(10, 40) == 3 * 10 * 20
-    assert Cats(sparsity=0.5).active_parameters(10, 40) == 10 * 40 + 2 * 10 * 20
+def test_what_is_left_to_read():
+    ffn = Reads(400, 400, 400)
+    assert ffn.after([Griffin(sparsity=0.5)]) == Reads(200, 200, 200)
+    assert ffn.after([Cats(sparsity=0.5)]) == Reads(400, 200, 200)
+    assert ffn.after([Static(sparsity=0.25), Cats(sparsity=0.5)]).total == 300 + 2 * 150
+    assert Reads(0, 400, 400).after([Cats(sparsity=0.5)]) == Reads(0, 400, 200)  # its gate is up

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from caprese.efficient_methods import applied_ffns, phases_of
+from caprese.efficient_methods import applied_ffns, idle_branches, phases_of
 from caprese.errors import CapreseError
 from caprese.models import base_of, unwrap
 
@@ -73,7 +73,7 @@ def branch_parameters(model: nn.Module) -> list[nn.Parameter]:
 
     Branches stay at zero where nothing is taken from FFNs.
     """
-    wanted = (_MIXER,) if phases_of(model).only_mixes else (_BRANCH, _MIXER)
+    wanted = (_MIXER,) if idle_branches(phases_of(model).methods) else (_BRANCH, _MIXER)
     return [p for n, p in unwrap(model).named_parameters() if any(part in n for part in wanted)]
 
 

@@ -23,10 +23,8 @@ def methods(as_json: Json = False) -> None:
             return {"composes": False, "reason": reason}
         left = {}
         for shape, reads in (("gated", gated), ("plain", plain)):
-            whole = reads.gate + reads.up + reads.down
-            for method in compose(methods):
-                reads = method.reads(reads)
-            left[shape] = round((reads.gate + reads.up + reads.down) / whole, 3)
+            kept = reads.after(compose(methods))
+            left[shape] = round((kept.gate + kept.up + kept.down) / (reads.gate + reads.up + reads.down), 3)
         return {"composes": True, "ffn_weights_read": left}
 
     pairs = {one: {other: together(one, other) for other in kinds} for one in kinds}

@@ -3,7 +3,7 @@
 To add a method: a file like `griffin.py`, and its class in `METHODS`; or a package of your own (docs/methods.md).
 """
 
-from caprese.efficient_methods.apply import Calibration, applied_ffns, apply, methods_by_layer, remove, weights_saved
+from caprese.efficient_methods.apply import Calibration, applied_ffns, apply, methods_by_layer, remove
 from caprese.efficient_methods.base import (
     FromPrompt,
     Layers,
@@ -21,11 +21,13 @@ from caprese.efficient_methods.compose import (
     compose,
     describe_methods,
     find_method,
+    idle_branches,
     known_methods,
     make_method,
     parse_methods,
     refusal,
 )
+from caprese.efficient_methods.cost import Cost, cost, cost_of, lora_rank, weights_saved
 from caprese.efficient_methods.griffin import Griffin
 from caprese.efficient_methods.mamba import (
     Mamba,
@@ -33,7 +35,6 @@ from caprese.efficient_methods.mamba import (
     MixerState,
     Replacement,
     mixers_at_start,
-    mixing_weights,
     replacements,
     settle_mixers,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "METHODS",
     "Calibration",
     "Cats",
+    "Cost",
     "EfficientFFN",
     "FromPrompt",
     "Griffin",
@@ -74,14 +76,17 @@ __all__ = [
     "check_reselect",
     "check_sparsity",
     "compose",
+    "cost",
+    "cost_of",
     "dense",
     "describe_methods",
     "find_method",
+    "idle_branches",
     "known_methods",
+    "lora_rank",
     "make_method",
     "methods_by_layer",
     "mixers_at_start",
-    "mixing_weights",
     "needs_calibration",
     "parse_methods",
     "only",

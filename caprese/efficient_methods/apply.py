@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from caprese.efficient_methods.base import Method, Reads, check_reselect
+from caprese.efficient_methods.base import Method, check_reselect
 from caprese.efficient_methods.compose import compose
 from caprese.efficient_methods.mamba import Mamba, Replacement
 from caprese.efficient_methods.phases import Phases
@@ -93,22 +93,6 @@ def methods_by_layer(methods: Sequence[Method], count: int) -> dict[int, list[Me
     """What acts on each layer of a model of `count` layers, in order."""
     each = [method.by_layer(count) for method in methods]
     return {i: [own[i] for own in each if i in own] for i in range(count) if any(i in own for own in each)}
-
-
-def weights_saved(site: Site, methods: Sequence[Method]) -> int:
-    """How many weights of one layer `methods` spare a generated token, on average; in weights of the model's type.
-
-    Methods that choose by token are taken as independent of one another.
-    """
-    each = float(site.ffn.hidden_size * site.ffn.width)
-    reads = before = Reads(each if site.ffn.gated else 0.0, each, each)
-    density = 1.0
-    for method in methods:
-        reads, density = method.reads(reads), density * method.attention_density
-    attention: list[Any] = site.attention_linears() if density < 1 else []
-    packed = any("weights" in method.acts_on for method in methods)  # `Reads` are of 16 bit, whatever the model's are
-    left = reads.total * 2 / site.ffn.part("up").weight.dtype.itemsize if packed else reads.total
-    return before.total - round(left) + round((1 - density) * sum(linear.weight.numel() for linear in attention))
 
 
 def _fixed(methods: list[Method], layer: int, site: Site, calibration: Calibration | None) -> dict[str, torch.Tensor]:

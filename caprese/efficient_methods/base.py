@@ -9,6 +9,7 @@ token (`keep`). Every function has a default that does nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, PlainValidator
 
 from caprese.errors import CapreseError
 from caprese.kernels import PackedFFN
-from caprese.models import FFN
+from caprese.models import FFN, Site
 
 Layers = Literal["all", "first-half"] | list[int]
 Source = Literal["prompt", "samples"]
@@ -64,6 +65,13 @@ class Reads:
 
     def times(self, factor: float) -> Reads:
         return Reads(self.gate * factor, self.up * factor, self.down * factor)
+
+    def after(self, methods: Iterable[Method]) -> Reads:
+        """What `methods`, in the order in which they act, leave of it."""
+        left = self
+        for method in methods:
+            left = method.reads(left)
+        return left
 
 
 class Block(Protocol):
@@ -190,9 +198,13 @@ class Method(BaseModel):
         """Fraction of the attention's linear weights that is still read."""
         return 1.0
 
-    def active_parameters(self, hidden: int, width: int, gated: bool = True) -> int:
-        """Weights of one FFN read for one token on average with this method alone."""
-        return self.reads(Reads(hidden * width if gated else 0, hidden * width, hidden * width)).total
+    def at_batch(self, batch: int) -> Method:
+        """A method that reads as much as this one does when `batch` sequences decode together."""
+        return self
+
+    def stand_in_weights(self, site: Site, config: Any) -> tuple[int, int]:
+        """Weights of what the method puts in the place of a part of one layer, and of that part."""
+        return 0, 0
 
     def __str__(self) -> str:
         """As `--method` takes it, by what differs from the defaults: "teal:0.4:where=attention"."""
@@ -230,6 +242,14 @@ class Sparse(Method):
         if isinstance(self.sparsity, list):
             raise CapreseError(f"{self.name} has one sparsity for each layer; ask by_layer(count)[i]")
         return self.sparsity
+
+    def at_batch(self, batch: int) -> Method:
+        """What none of the sequences needs is not read: where each chooses for itself, `sparsity` to the power of
+        `batch`."""
+        if "width" in self.acts_on or getattr(self, "shared_choice", False):
+            return self
+        powers = [s**batch for s in self.sparsity] if isinstance(self.sparsity, list) else self.sparsity**batch
+        return self.model_copy(update={"sparsity": powers})
 
     def kept(self, width: int) -> int:
         """How many of `width` neurons are kept."""

@@ -142,6 +142,11 @@ def compose(methods: Method | Sequence[Method]) -> tuple[Method, ...]:
     return tuple(sorted(chosen, key=lambda m: min((_ORDER.index(part) for part in m.acts_on), default=0)))
 
 
+def idle_branches(methods: Iterable[Method]) -> bool:
+    """Whether no FFN lost anything, so that branches have nothing to give back: they are left at rank 1 and zero."""
+    return all(method.acts_on == {"mixer"} for method in methods)
+
+
 def describe_methods(methods: Iterable[Method]) -> str:
     """Several methods as `--method` takes them."""
     return "+".join(str(method) for method in methods)

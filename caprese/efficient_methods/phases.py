@@ -73,11 +73,6 @@ class Phases:
         if every is not None and any("mixer" in method.acts_on for method in self.methods):
             raise CapreseError("reselection reads generated tokens again, which a Mamba layer's state cannot")
 
-    @property
-    def only_mixes(self) -> bool:
-        """Whether FFNs are as they were, so that branches have nothing to give back."""
-        return all(method.acts_on == {"mixer"} for method in self.methods)
-
     def acts_on(self, layer: int) -> bool:
         """Whether generated tokens run efficient in this layer now."""
         return self.observer is None and (self.only is None or layer in self.only)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from caprese.efficient_methods import applied_ffns, phases_of, replacements, weights_saved
+from caprese.efficient_methods import cost_of, phases_of
 from caprese.evaluation.fidelity import VARIANTS, variant
 from caprese.inference import fuse, is_fused, unfuse
-from caprese.models import active_parameters, count_parameters, device_of, unwrap
+from caprese.models import device_of
 from caprese.progress import bar
 
 
@@ -86,21 +86,11 @@ def parameter_counts(model: nn.Module) -> dict[str, Any]:
     An input embedding that is not also the head is looked up, not read. With reselection, each token has its part of
     the dense passes.
     """
-    base = unwrap(model)
-    total = count_parameters(model)
-    adapter = sum(p.numel() for n, p in base.named_parameters() if ".lora_" in n)
-    active = active_parameters(model)
-    every = phases_of(model).reselect_every if applied_ffns(model) else None
-    again = 0 if every is None else round(active / every)
-    removed = sum(weights_saved(w.site, w.methods) for w in applied_ffns(model).values())
-    mixers = sum(p.numel() for at in replacements(base) for p in at.mixer.parameters())
-    removed += sum(p.numel() for at in replacements(base) for p in at.attention.parameters()) - mixers
+    c = cost_of(model)
     return {
-        "base": total,
-        "adapter": adapter,
-        "mixers": mixers,
-        "fraction": adapter / total,
-        "active_dense": active,
-        "active_efficient": active - removed + again,
-        "active_recovered": active - removed + adapter + again,
+        "base": c.base,
+        "adapter": c.adapter,
+        "mixers": c.stand_ins,
+        "fraction": c.adapter / c.base,
+        **{f"active_{name}": c.read(name) for name in ("dense", "efficient", "recovered")},
     }

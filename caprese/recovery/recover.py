@@ -75,6 +75,7 @@ from caprese.efficient_methods import (
     calibrate,
     compose,
     describe_methods,
+    idle_branches,
     make_method,
     methods_by_layer,
     needs_calibration,
@@ -137,8 +138,7 @@ def recover(
     sites = find_ffns(model)
     chosen = list(methods_by_layer(methods, len(sites)))
     hidden = sites[0].ffn.hidden_size
-    only_mixes = all(method.acts_on == {"mixer"} for method in methods)  # then no branch has anything to learn
-    if isinstance(recipe.rank, int) and recipe.rank > hidden and not only_mixes:
+    if isinstance(recipe.rank, int) and recipe.rank > hidden and not idle_branches(methods):
         raise CapreseError(f"rank {recipe.rank} exceeds the hidden size {hidden}; choose 1 to {hidden}, or auto")
     if recipe.layerwise.how == "sequential":
         check_sequential(model)
@@ -461,7 +461,7 @@ def _layerwise(
     PartialState().wait_for_everyone()  # all have looked before the first can write
     config = recipe.layerwise
     count = len(applied_ffns(model))
-    if phases_of(model).only_mixes:  # no FFN lost anything: the smallest branch there is, at zero
+    if idle_branches(phases_of(model).methods):  # the smallest branch there is, at zero
         config, recipe = config.model_copy(update={"how": "none"}), recipe.model_copy(update={"rank": 1})
     hidden = next(iter(applied_ffns(model).values())).view.hidden_size
     if exists:

@@ -21,18 +21,16 @@ from caprese.efficient_methods import (
     EfficientFFN,
     Method,
     MixerState,
-    Reads,
-    Sparse,
     Tokens,
     applied_ffns,
     apply,
     calibrate,
+    cost,
     describe_methods,
-    methods_by_layer,
-    mixing_weights,
+    idle_branches,
+    lora_rank,
     needs_calibration,
     settle_mixers,
-    weights_saved,
 )
 from caprese.errors import CapreseError
 from caprese.evaluation.evaluate import environment
@@ -42,7 +40,7 @@ from caprese.inference.fused.forms import check_form
 from caprese.inference.fused.indexed import Indexed
 from caprese.inference.fused.packed import Packed
 from caprese.kernels import triton_runs
-from caprese.models import active_parameters, count_parameters, find_ffns, unwrap
+from caprese.models import count_parameters, find_ffns, unwrap
 from caprese.progress import bar
 
 ROWS = ("dense", "dense_compiled", "efficient", "efficient_lora", "recovered", "fused", "fused_compiled")
@@ -154,7 +152,7 @@ class Bench:
         """
         acts = [m.acts_on for m in methods]
         # packed weights have no rows to gather, and without FFN methods none are; a state is not of a static cache
-        lora = not any("weights" in each for each in acts) and any(each != {"mixer"} for each in acts)
+        lora = not any("weights" in each for each in acts) and not idle_branches(methods)
         missing = [] if lora else ["efficient_lora"]
         missing += ["fused_compiled"] if any("mixer" in each for each in acts) else []
         if rows is None:
@@ -171,7 +169,7 @@ class Bench:
         room = getattr(model.config, "max_position_embeddings", None)
         if room is not None and prompt_tokens + new_tokens + 4 * TURN > room:
             raise CapreseError(f"{prompt_tokens} + {new_tokens} tokens do not fit this model's context of {room}")
-        self.model, self.methods, self.rank, self.form = model, methods, _rank(methods, rank), form
+        self.model, self.methods, self.rank, self.form = model, methods, 1 if idle_branches(methods) else rank, form
         self.prompt_tokens, self.new_tokens, self.rows, self.seed = prompt_tokens, new_tokens, rows, seed
         self.device = next(model.parameters()).device
         self.dtype = model.dtype
@@ -349,48 +347,14 @@ def _held(contender: Contender) -> int:
     return sum(storages.values())
 
 
-def _rank(methods: Sequence[Method], rank: int) -> int:
-    """Of the branches: where no FFN is touched, `recover` leaves one of rank 1, at zero."""
-    return 1 if all(m.acts_on == {"mixer"} for m in methods) else rank
-
-
 def weights_read(model: nn.Module, methods: Sequence[Method], rank: int, row: str, batch: int = 1) -> int:
-    """Weights that one decode step of a row reads: its byte floor, over the size of a weight.
-
-    Where sequences choose for themselves, what none of them needs, as if their choices were independent. States of
-    mixers and KV caches are no weights.
-    """
+    """Weights that one decode step of a row reads: its byte floor, over the size of a weight; see `cost`."""
     if batch < 1 or rank < 1:
         raise CapreseError("--batch takes numbers from 1, such as 1,2,4,8,16, and --rank one from 1")
-    dense, rank = active_parameters(model), _rank(methods, rank)
-    if row.startswith("dense"):
-        return dense
-    sites = find_ffns(model)
-    saved = sum(attention - mixer for mixer, attention in mixing_weights(sites, methods, model.config).values())
-    branch = 0
-    for index, own in methods_by_layer(methods, len(sites)).items():
-        left = [
-            m.model_copy(update={"sparsity": m.level**batch})
-            if isinstance(m, Sparse) and "width" not in m.acts_on and not getattr(m, "shared_choice", False)
-            else m
-            for m in own
-        ]
-        ffn = sites[index].ffn
-        saved += weights_saved(sites[index], left)
-        if row == "efficient_lora":
-            kept = 1.0  # of its rows that stand for neurons
-            for method in left:
-                kept = method.reads(Reads(0, 0, kept)).down if "weights" not in method.acts_on else kept
-            branch += (3 if ffn.gated else 2) * lora_rank(ffn, rank) * round(ffn.hidden_size + kept * ffn.width)
-        elif row != "efficient":
-            branch += 2 * ffn.hidden_size * rank
-    return dense - saved + branch
-
-
-def lora_rank(ffn: Any, rank: int) -> int:
-    """Of the LoRA on the FFN's three (two) linear layers that has as many parameters as a branch of `rank`."""
-    d, f = ffn.hidden_size, ffn.width
-    return max(1, round(2 * d * rank / ((3 if ffn.gated else 2) * (d + f))))
+    reads = cost(model, methods, rank, batch=batch)
+    if row == "efficient_lora":
+        return reads.efficient + reads.lora
+    return reads.read("dense" if row.startswith("dense") else "efficient" if row == "efficient" else "recovered")
 
 
 def bench_plan(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import torch
 from pydantic import Field, PlainValidator, model_validator
 
 from caprese.efficient_methods.base import Method, Part
+from caprese.efficient_methods.mamba.mixer import Mixer
 from caprese.errors import CapreseError
+from caprese.models import Site
+from caprese.models.attention import read_attention
 
 
 def _keep(value: Any) -> float | list[int]:
@@ -68,3 +73,12 @@ class Mamba(Method):
         if not replaced:
             raise CapreseError("keep_attention leaves no layer to replace; keep fewer")
         return replaced
+
+    def stand_in_weights(self, site: Site, config: Any) -> tuple[int, int]:
+        attention = site.attention()
+        facts = read_attention(attention, config)
+        tensors: dict[str, Any] = {name: t.to("meta") for name, t in vars(facts).items() if isinstance(t, torch.Tensor)}
+        with torch.device("meta"):
+            mixer = Mixer(replace(facts, **tensors), 1e-6, 0)
+        new, old = (sum(p.numel() for p in module.parameters()) for module in (mixer, attention))
+        return new, old

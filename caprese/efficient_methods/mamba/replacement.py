@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +11,6 @@ from torch import nn
 from transformers import Cache
 from transformers.cache_utils import StaticLayer
 
-from caprese.efficient_methods.base import Method
 from caprese.efficient_methods.mamba.method import Mamba
 from caprese.efficient_methods.mamba.mixer import Mixer, MixerState
 from caprese.errors import CapreseError
@@ -99,26 +97,6 @@ class Replacement(nn.Module):
 def replacements(model: nn.Module) -> list[Replacement]:
     """The replaced attentions of a model, in layer order."""
     return [m for m in model.modules() if isinstance(m, Replacement)]
-
-
-def count_weights(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def mixing_weights(sites: Sequence[Site], methods: Sequence[Method], config: Any) -> dict[int, tuple[int, int]]:
-    """By layer, the weights of the mixer that is to stand there, and those of its attention."""
-    counts = {}
-    for method in methods:
-        for i in method.layer_indices(len(sites)) if isinstance(method, Mamba) else []:
-            attention = sites[i].attention()
-            facts = read_attention(attention, config)
-            tensors: dict[str, Any] = {
-                name: t.to("meta") for name, t in vars(facts).items() if isinstance(t, torch.Tensor)
-            }
-            with torch.device("meta"):
-                mixer = Mixer(replace(facts, **tensors), 1e-6, 0)
-            counts[i] = (count_weights(mixer), count_weights(attention))
-    return counts
 
 
 def settle_mixers(model: nn.Module) -> None:
