@@ -13,7 +13,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from caprese.data_gen import Prompt, Sample, Samples, complete_in_shards
+from caprese.data_gen import Prompt, Sample, Samples, Shards, complete_in_shards
 from caprese.distill import make_batches
 from caprese.efficient_methods import phases_of
 from caprese.evaluation.accuracy import accuracy, mean_new_tokens
@@ -61,14 +61,12 @@ def evaluate(
     quality: dict[str, dict[str, float | None]] = {n: dict(q) for n, q in fidelity(model, batches).items()}
     answers = {"dense": list(test)}
     if config.generate:
-        prompts = [Prompt(s.prompt, s.answer) for s in test]
-        encoded = [s.prompt_ids for s in test]
+        prompts = [Prompt(s.prompt, s.answer, ids=s.prompt_ids) for s in test]
         with bar("evaluation: answers", 2 * len(test), "samples") as advance:
             for name in VARIANTS[1:]:
+                shards = Shards(scratch, name, settings, samples.shard_size)
                 with variant(model, name):
-                    answers[name] = complete_in_shards(
-                        model, tokenizer, prompts, encoded, samples, scratch, name, dict(settings), advance
-                    )
+                    answers[name] = complete_in_shards(model, tokenizer, prompts, samples, shards, advance)
     for name in VARIANTS:
         quality[name]["accuracy"] = accuracy(answers[name]) if name in answers else None
         quality[name]["mean_new_tokens"] = mean_new_tokens(answers[name]) if name in answers else None

@@ -42,6 +42,7 @@ from caprese.data_gen import (
     VERSION,
     Sample,
     Samples,
+    Shards,
     complete_in_shards,
     describe,
     load_prompts,
@@ -94,7 +95,6 @@ from caprese.models import (
     check_context,
     count_parameters,
     device_of,
-    encode_prompt,
     find_ffns,
     unwrap,
 )
@@ -637,14 +637,13 @@ def measure(
         exclude: prompts not to ask, such as those of `beside`.
     """
     with tempfile.TemporaryDirectory(prefix="caprese-") as scratch:
-        prompts = load_prompts(samples.prompts, samples.test, seed, samples.column, exclude)
-        encoded = [encode_prompt(tokenizer, p.text, samples.instruction, samples.chat_template) for p in prompts]
-        check_context(model, [p.text for p in prompts], encoded, samples.max_new_tokens)
+        encode = samples.encode(tokenizer)
+        prompts = load_prompts(samples.prompts, samples.test, seed, samples.column, exclude, encode)
+        check_context(model, [p.text for p in prompts], [p.ids for p in prompts], samples.max_new_tokens)
         settings = {"seed": seed}
+        shards = Shards(Path(scratch), "test", settings, samples.shard_size)
         with bar("evaluation: dense", len(prompts), "samples") as advance, variant(model, "dense"):
-            test = complete_in_shards(
-                model, tokenizer, prompts, encoded, samples, Path(scratch), "test", dict(settings), advance
-            )
+            test = complete_in_shards(model, tokenizer, prompts, samples, shards, advance)
         measured = evaluate(model, tokenizer, test, samples, evaluation, Path(scratch), settings)
     return cast(dict[str, Any], finite(measured))
 
