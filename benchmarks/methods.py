@@ -153,7 +153,7 @@ class Bench:
             rank = max(1, round(size / (3 * (view.hidden_size + view.width))))
             torch.manual_seed(0)
             for wrapper in applied_ffns(bare).values():
-                wrapper.start = LoraFFN(wrapper.start, rank)  # type: ignore[assignment]
+                wrapper.transformed = LoraFFN(wrapper.transformed, rank)  # type: ignore[assignment]
             best = self.end_to_end(bare, HeldOut(bare, self.batches["validation"], 1.0), start)
             row["lora"] = self.figures(bare, HeldOut(bare, self.batches["test"], 1.0)) | {
                 "rank": rank,

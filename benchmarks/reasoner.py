@@ -147,7 +147,7 @@ class Yardstick:
         for wrapper in applied_ffns(model).values():
             view = wrapper.view
             rank = max(1, round(2 * view.hidden_size * cell["rank"] / (3 * (view.hidden_size + view.width))))
-            wrapper.start = LoraFFN(wrapper.start, rank)  # type: ignore[assignment]
+            wrapper.transformed = LoraFFN(wrapper.transformed, rank)  # type: ignore[assignment]
         return model
 
     def closed_form(

@@ -29,7 +29,7 @@ from caprese.distill.layerwise import Moments
 from caprese.distill.losses import hidden_kl, hidden_mse, kl_divergence
 from caprese.distill.sequential import fit_sequential
 from caprese.efficient_methods import Cats, Griffin, applied_ffns
-from caprese.efficient_methods.state import state_of
+from caprese.efficient_methods.memory import memory_of
 from caprese.evaluation import fidelity, layer_errors
 
 METHODS = {"griffin": Griffin, "cats": Cats}
@@ -262,8 +262,8 @@ def test_the_memory_of_what_comes_before_a_completion(kind):
     context = prefill(model, batch)
     tensors = [t for _, _, cache in context.blocks for layer in cache.layers for t in (layer.keys, layer.values)]
     own = {t.data_ptr(): t.nbytes for t in sorted(tensors, key=lambda t: t.nbytes)}
-    states = sum(state_of(cache).nbytes for _, _, cache in context.blocks)
-    assert len(context.blocks) == 5 and context.nbytes == sum(own.values()) + states
+    learned = sum(memory_of(cache).nbytes for _, _, cache in context.blocks)
+    assert len(context.blocks) == 5 and context.nbytes == sum(own.values()) + learned
 
 
 def test_branches_of_unequal_rank_with_bias(tmp_path):

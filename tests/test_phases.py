@@ -19,6 +19,7 @@ from transformers import DynamicCache
 import caprese
 from caprese.adapters import attach_adapter, branch_parameters
 from caprese.efficient_methods import Cats, Griffin
+from caprese.efficient_methods.memory import memory_of
 
 METHODS = {"griffin": Griffin, "cats": Cats}
 
@@ -95,12 +96,12 @@ def test_a_second_turn_adds_to_what_the_first_taught(tiny):
     first, second = prompts(8, 6)
     cache = DynamicCache(config=tiny.config)
     tiny(first, past_key_values=cache, use_cache=True)
-    state = next(iter(cache.caprese_state.layers.values()))
-    one = state.statistics["griffin"].clone()
+    memory = memory_of(cache).layer(0)
+    one = memory.statistics["griffin"].clone()
     tiny(torch.tensor([[7]]), past_key_values=cache, use_cache=True)
-    assert torch.equal(state.statistics["griffin"], one)  # a generated token teaches nothing
+    assert torch.equal(memory.statistics["griffin"], one)  # a generated token teaches nothing
     tiny(second, past_key_values=cache, use_cache=True)
-    two = state.statistics["griffin"]
+    two = memory.statistics["griffin"]
     assert (two > one).any() and two.sum() == pytest.approx(14, rel=1e-4)
 
 
@@ -203,7 +204,7 @@ def test_what_is_kept_does_not_grow_with_the_prompt() -> None:
         cache = DynamicCache()
         with torch.no_grad():
             model(input_ids=torch.randint(2, 258, (1, length)), past_key_values=cache)
-        seen = cache.caprese_state.layer(0).tail
+        seen = memory_of(cache).layer(0).tail
         sizes.append(sum(t.untyped_storage().nbytes() for t in (seen.x, seen.a, seen.z, seen.mask)))
     assert sizes[0] == sizes[1]
 
@@ -221,10 +222,10 @@ def test_a_crop_to_the_first_prompt_after_many_passes() -> None:
                 model(input_ids=ids[:, i : i + 1], past_key_values=cache)
         return cache
 
-    expected = grown(8).caprese_state.layer(0).statistics["griffin"]
+    expected = memory_of(grown(8)).layer(0).statistics["griffin"]
     cache = grown(120)
     cache.crop(-112)
-    assert torch.equal(cache.caprese_state.layer(0).statistics["griffin"], expected)
+    assert torch.equal(memory_of(cache).layer(0).statistics["griffin"], expected)
     with torch.no_grad():
         model(input_ids=ids[:, 8:9], past_key_values=cache)
     with pytest.raises(caprese.CapreseError, match=r"cropped to 20 tokens, and what was known .* is gone; crop to 8"):

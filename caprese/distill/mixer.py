@@ -19,7 +19,7 @@ from torch import nn
 
 from caprese.distill.batches import Batch, positions_of
 from caprese.distill.end_to_end import Descent, descend
-from caprese.efficient_methods import dense, phases, phases_of, replacements
+from caprese.efficient_methods import dense, observing_mixers, phases, replacements
 from caprese.errors import CapreseError
 from caprese.models import device_of, unwrap
 
@@ -59,16 +59,14 @@ def _whole(model: nn.Module, batch: Batch, **more: Any) -> tuple[Any, torch.Tens
 def teacher_mixing(model: nn.Module, batch: Batch, matrices: bool = False) -> tuple[Seen, torch.Tensor]:
     """What each replaced attention saw and gave in the dense model, and which tokens are real [B, T]."""
     seen: Seen = {}
-    shared, base = phases_of(model), unwrap(model)
+    base = unwrap(model)
     how = base.config._attn_implementation
-    shared.mixer_observer = lambda at, *facts: seen.__setitem__(at.layer, facts)
     try:
         if matrices:  # other implementations do not say their probabilities
             base.set_attn_implementation("eager")
-        with dense(model):
+        with observing_mixers(model, lambda at, *facts: seen.__setitem__(at.layer, facts)), dense(model):
             _, mask = _whole(model, batch)
     finally:
-        shared.mixer_observer = None
         if matrices:
             base.set_attn_implementation(how)
     return seen, mask

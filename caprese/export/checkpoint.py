@@ -339,7 +339,7 @@ def _write(model: nn.Module, parts: Mapping[int, Branch | None], path: Path, dty
     for i, layer in enumerate(base.get_submodule(family.layers)):
         if i in wrappers:
             views.append(wrappers[i].view)
-            pieces.append(_widen(views[i], wrappers[i].start.weights(), parts[i], dtype))
+            pieces.append(_widen(views[i], wrappers[i].transformed.weights(), parts[i], dtype))
         else:
             views.append(FFN(getattr(layer, family.ffn) if family.ffn else layer, family))
             pieces.append(views[i].weights())
