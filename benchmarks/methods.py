@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -110,9 +109,7 @@ class Bench:
         config = EndToEnd(
             objective="kl", learning_rate=self.args.rate, epochs=self.args.epochs, batch_size=4, micro_batch=4
         )
-        with tempfile.TemporaryDirectory() as scratch:
-            batches = make_batches(self.train, 4)
-            return train(model, batches, held_out, config, 0, Path(scratch) / "state", "", start)[0]
+        return train(model, make_batches(self.train, 4), held_out, config, start).best
 
     def row(self, spec: str) -> dict[str, Any]:
         begin = time.perf_counter()

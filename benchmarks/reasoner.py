@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from torch import nn
 import caprese
 from caprese.adapters import attach_adapter, branch_parameters, fingerprint, get_branches, set_branch, set_branches
 from caprese.data_gen import Sample, Samples, complete, load_prompts, read_shard
-from caprese.distill import EndToEnd, HeldOut, accumulate, fit_layer, make_batches, new_moments
+from caprese.distill import Checkpoints, EndToEnd, HeldOut, accumulate, fit_layer, make_batches, new_moments
 from caprese.distill.end_to_end import train
 from caprese.efficient_methods import (
     applied_ffns,
@@ -184,10 +183,8 @@ class Yardstick:
                     Sample(s.prompt_ids + new, s.prompt_length, s.prompt, "", s.answer)
                     for s, new in zip(samples, drawn, strict=True)
                 ]
-            with tempfile.TemporaryDirectory() as scratch:
-                batches = make_batches(samples, config.micro_batch)
-                state = Path(scratch) / "state"
-                best = train(adapted, batches, held, config, epoch, state, "", best)[0]
+            batches = make_batches(samples, config.micro_batch)
+            best = train(adapted, batches, held, config, best, Checkpoints(epoch)).best
         return best
 
 

@@ -60,7 +60,7 @@ def scale(
     from caprese.inference import load
     from caprese.progress import say
     from caprese.recipes.recipe import explain
-    from caprese.recovery.recover import beside
+    from caprese.recovery.run import beside
     from caprese.studies.scaling import Scaling, describe_scaling, plot_scaling
     from caprese.studies.scaling import contenders as choose
 
