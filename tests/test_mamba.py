@@ -331,10 +331,10 @@ def test_hybrids_that_no_checkpoint_holds_are_refused(tmp_path):
 
 
 def test_reselection_is_refused():
-    with pytest.raises(caprese.CapreseError, match="which a Mamba layer's state cannot"):
+    with pytest.raises(caprese.CapreseError, match="which a mixer's state cannot"):
         caprese.apply(tiny_llama(), [caprese.Mamba(), caprese.Griffin()], reselect_every=8)
     model = caprese.apply(tiny_llama(), caprese.Mamba())
-    with pytest.raises(caprese.CapreseError, match="a Mamba layer's state"), caprese.reselection(model, 4):
+    with pytest.raises(caprese.CapreseError, match="a mixer's state"), caprese.reselection(model, 4):
         pass
     recipe = caprese.resolve_recipe("reasoner-tiny", method="mamba")
     assert recipe.reselect_every is None and recipe.make_methods() == (caprese.Mamba(),)

@@ -232,6 +232,36 @@ def test_a_crop_to_the_first_prompt_after_many_passes() -> None:
         grown(120).crop(-100)
 
 
+@pytest.mark.parametrize("name", ["_prefill", "_get_candidate_generator", "get_compiled_call"])
+def test_a_transformers_without_a_hook_is_refused_where_it_attaches(tiny, monkeypatch, name):
+    before = {module: dict(vars(module)) for module in tiny.modules()}
+    owner = next(kind for kind in type(tiny).__mro__ if name in vars(kind))
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(caprese.CapreseError, match=rf"transformers [\d.]+\S* has no LlamaForCausalLM\.{name}, which"):
+        caprese.apply(tiny, caprese.Griffin(sparsity=0.5))
+    assert {module: dict(vars(module)) for module in tiny.modules()} == before
+
+
+def test_a_proposer_that_does_not_say_how_much_is_refused(tiny, monkeypatch):
+    monkeypatch.setattr(type(tiny), "_get_candidate_generator", lambda *_, **__: object())
+    caprese.apply(tiny, caprese.Griffin(sparsity=0.5))
+    with pytest.raises(caprese.CapreseError, match="proposes tokens by object, which does not say how many"):
+        tiny.generate(prompts(5)[0], prompt_lookup_num_tokens=3, max_new_tokens=4, do_sample=False)
+
+
+def test_a_copy_of_an_applied_model_has_hooks_of_its_own(tiny):
+    caprese.apply(tiny, caprese.Griffin(sparsity=0.5))
+    twin, ids = copy.deepcopy(tiny), prompts(7)[0]
+    caprese.remove(tiny)
+    how = {"max_new_tokens": 6, "do_sample": False, "prefill_chunk_size": 3, "eos_token_id": None}
+    dense = tiny.generate(ids, **how)
+    with caprese.dense(twin):
+        assert torch.equal(twin.generate(ids, **how), dense)
+    chunked = twin.generate(ids, **how)  # its last chunk is one token
+    whole = twin.generate(ids, **how | {"prefill_chunk_size": None})
+    assert torch.equal(chunked, whole) and not torch.equal(whole, dense)
+
+
 def test_many_candidates_may_be_rejected() -> None:
     """Prompt lookup proposes 50 tokens at a time, and most are taken back."""
     model = caprese.apply(tiny_llama(), caprese.Griffin(sparsity=0.5))

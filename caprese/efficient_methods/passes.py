@@ -87,7 +87,7 @@ class Phases:
             CapreseError: `every` below 1, or tokens that cannot be read again.
         """
         if every is not None and self.mixes:
-            raise CapreseError("reselection reads generated tokens again, which a Mamba layer's state cannot")
+            raise CapreseError("reselection reads generated tokens again, which a mixer's state cannot")
         self.reselect_every = check_reselect(every)
 
     @contextmanager
@@ -305,7 +305,7 @@ def reselection(model: nn.Module, every: int | None) -> Iterator[None]:
     """Inside, generated tokens go through the dense model once every `every` of them; None: never.
 
     Raises:
-        CapreseError: no method applied, `every` below 1, or a Mamba layer.
+        CapreseError: no method applied, `every` below 1, or mixers in attention's place.
     """
     shared = phases_of(model)
     with shared._set(reselect_every=shared.reselect_every):
