@@ -28,7 +28,7 @@ from caprese.evaluation.latency import parameter_counts
 from caprese.evaluation.rewards import Scorer
 from caprese.files import write_atomic, write_json
 from caprese.inference.sampling import sample
-from caprese.models import check_context
+from caprese.models import check_context, encode_prompt
 from caprese.progress import bar, say
 
 # Problems for which every n is timed; their own samples are the time of the largest.
@@ -101,14 +101,15 @@ class Scaling:
         if not self.problems:
             raise CapreseError("none of these problems has an answer that can be marked; give prompts with answers")
         if left := len(problems) - len(self.problems):
-            say(f"[yellow]{left} of {len(problems)} problems have no answer that can be marked; left out[/yellow]")
+            say((f"{left} of {len(problems)} problems have no answer that can be marked; left out", "yellow"))
         if count < 1:
             raise CapreseError("--samples starts at 1")
         self.model, self.tokenizer, self.config, self.count = model, tokenizer, config, count
         self.directory, self.seed, self.scorer = directory, seed, scorer
         self.sizes = sizes_up_to(count)
-        encode = config.encode(tokenizer)
-        self.encoded = [list(p.ids or encode(p.text)) for p in self.problems]
+        self.encoded = [
+            encode_prompt(tokenizer, p.text, config.instruction, config.chat_template) for p in self.problems
+        ]
         check_context(model, [p.text for p in self.problems], self.encoded, config.max_new_tokens)
 
     def _draw(

@@ -5,7 +5,6 @@ from caprese.efficient_methods.mamba.mixer import Mixer, MixerState
 from caprese.efficient_methods.mamba.replacement import (
     Replacement,
     mixers_at_start,
-    observing_mixers,
     replacements,
     settle_mixers,
 )
@@ -16,7 +15,6 @@ __all__ = [
     "MixerState",
     "Replacement",
     "mixers_at_start",
-    "observing_mixers",
     "replacements",
     "settle_mixers",
 ]
