@@ -9,7 +9,6 @@ its learning rates, the best by validation kept; KL on the test samples, which c
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -77,17 +76,7 @@ def main() -> None:
                     objective=objective, learning_rate=float(rate), epochs=args.epochs, batch_size=8, micro_batch=8
                 )
                 begin = time.perf_counter()
-                with tempfile.TemporaryDirectory() as scratch:
-                    best, _, _ = train(
-                        adapted,
-                        make_batches(rows["train"][:count], 8),
-                        validation,
-                        config,
-                        0,
-                        Path(scratch) / "state",
-                        "",
-                        start_kl,
-                    )
+                best = train(adapted, make_batches(rows["train"][:count], 8), validation, config, start_kl).best
                 note(
                     stage="end_to_end",
                     objective=objective,

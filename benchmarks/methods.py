@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -110,9 +109,7 @@ class Bench:
         config = EndToEnd(
             objective="kl", learning_rate=self.args.rate, epochs=self.args.epochs, batch_size=4, micro_batch=4
         )
-        with tempfile.TemporaryDirectory() as scratch:
-            batches = make_batches(self.train, 4)
-            return train(model, batches, held_out, config, 0, Path(scratch) / "state", "", start)[0]
+        return train(model, make_batches(self.train, 4), held_out, config, start).best
 
     def row(self, spec: str) -> dict[str, Any]:
         begin = time.perf_counter()
@@ -153,7 +150,7 @@ class Bench:
             rank = max(1, round(size / (3 * (view.hidden_size + view.width))))
             torch.manual_seed(0)
             for wrapper in applied_ffns(bare).values():
-                wrapper.start = LoraFFN(wrapper.start, rank)  # type: ignore[assignment]
+                wrapper.transformed = LoraFFN(wrapper.transformed, rank)  # type: ignore[assignment]
             best = self.end_to_end(bare, HeldOut(bare, self.batches["validation"], 1.0), start)
             row["lora"] = self.figures(bare, HeldOut(bare, self.batches["test"], 1.0)) | {
                 "rank": rank,

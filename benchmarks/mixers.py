@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,15 +24,24 @@ from torch import nn
 
 import caprese
 from caprese.data_gen import read_shard
-from caprese.distill import Alignment, Batch, HeldOut, alignment, hidden_alignment, make_batches, match_scale
+from caprese.distill import (
+    Alignment,
+    Batch,
+    Checkpoints,
+    HeldOut,
+    alignment,
+    hidden_alignment,
+    make_batches,
+    match_scale,
+)
 from caprese.distill.batches import completion_hidden, lm_logits, prefill
-from caprese.distill.end_to_end import Descent, descend
+from caprese.distill.descend import Descent, descend
+from caprese.distill.fit import joined
 from caprese.distill.losses import hidden_kl
 from caprese.distill.sensitivity import select_attention
 from caprese.efficient_methods import dense, only, replacements
 from caprese.evaluation import environment
 from caprese.files import write_json
-from caprese.recovery.recover import joined
 
 # what each is trained by, in equal parts of the tokens: by what its attention gave (align), that and how it mixed
 # (matrices), all hidden states (hidden), KL with half of the mixers (half), KL
@@ -95,9 +103,7 @@ def run(args: argparse.Namespace, start: str, training: str, data: dict[str, lis
     if training.endswith("sensitivity"):  # which sees some tokens of its own
         asked = method.model_copy(update={"selected": "sensitivity"})
         config = Alignment(learning_rate=args.rate, batch_size=args.batch, micro_batch=args.batch)
-        with tempfile.TemporaryDirectory() as name:
-            path = Path(name) / "state.safetensors"
-            method, cost = select_attention(base, asked, batches, validation, config, args.seed, path, "", 1.0)
+        method, cost = select_attention(base, asked, batches, validation, config, 1.0, Checkpoints(args.seed))
         print(f"attention stays in {method.keep_attention}; a mixer alone costs {cost}", flush=True)
     model = caprese.apply(base, method)
     match_scale(model, batches[len(batches) // 2])
@@ -121,10 +127,9 @@ def run(args: argparse.Namespace, start: str, training: str, data: dict[str, lis
             with only(model, [at.layer for at in replacements(model)]):
                 return held_out.kl()
 
-        with tempfile.TemporaryDirectory() as name, acting(model, part):
-            state = Path(name) / "state.safetensors"
-            best = float("inf")
-            _, _, points = descend(model, batches, loss, check, config, args.seed, state, "", best, f"    {start}")
+        with acting(model, part):
+            begin, seed = float("inf"), Checkpoints(args.seed)
+            points = descend(model, batches, loss, check, config, begin, seed, f"{start}: {part}").checks
         seen = curve[-1]["tokens"]
         curve += [{"tokens": seen + tokens * (i + 1), "kl": point["kl"]} for i, point in enumerate(points)]
     return curve

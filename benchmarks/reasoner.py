@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from torch import nn
 import caprese
 from caprese.adapters import attach_adapter, branch_parameters, fingerprint, get_branches, set_branch, set_branches
 from caprese.data_gen import Sample, Samples, complete, load_prompts, read_shard
-from caprese.distill import EndToEnd, HeldOut, accumulate, fit_layer, make_batches, new_moments
+from caprese.distill import Checkpoints, EndToEnd, HeldOut, accumulate, fit_layer, make_batches, new_moments
 from caprese.distill.end_to_end import train
 from caprese.efficient_methods import (
     applied_ffns,
@@ -147,7 +146,7 @@ class Yardstick:
         for wrapper in applied_ffns(model).values():
             view = wrapper.view
             rank = max(1, round(2 * view.hidden_size * cell["rank"] / (3 * (view.hidden_size + view.width))))
-            wrapper.start = LoraFFN(wrapper.start, rank)  # type: ignore[assignment]
+            wrapper.transformed = LoraFFN(wrapper.transformed, rank)  # type: ignore[assignment]
         return model
 
     def closed_form(
@@ -184,10 +183,8 @@ class Yardstick:
                     Sample(s.prompt_ids + new, s.prompt_length, s.prompt, "", s.answer)
                     for s, new in zip(samples, drawn, strict=True)
                 ]
-            with tempfile.TemporaryDirectory() as scratch:
-                batches = make_batches(samples, config.micro_batch)
-                state = Path(scratch) / "state"
-                best = train(adapted, batches, held, config, epoch, state, "", best)[0]
+            batches = make_batches(samples, config.micro_batch)
+            best = train(adapted, batches, held, config, best, Checkpoints(epoch)).best
         return best
 
 

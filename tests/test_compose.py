@@ -32,6 +32,7 @@ from caprese.efficient_methods import (
     parse_methods,
     refusal,
 )
+from caprese.efficient_methods.memory import memory_of
 from caprese.errors import CapreseError
 from caprese.recipes import Recipe, resolve_recipe
 
@@ -155,9 +156,9 @@ def test_a_method_chooses_among_what_the_one_before_it_left():
     out = model(ids, use_cache=True)
     model(ids[:, :1], past_key_values=out.past_key_values, use_cache=True)
     wrapper = next(iter(applied_ffns(model).values()))
-    state = out.past_key_values.caprese_state.layers[0]
-    assert wrapper.start.width == 48 and state.packed.width == 24
-    kept = state.choices["griffin"]
+    memory = memory_of(out.past_key_values).layers[0]
+    assert wrapper.transformed.width == 48 and memory.packed.width == 24
+    kept = memory.choices["griffin"]
     assert kept.shape == (1, 1, 48) and int(kept.sum()) == 24
 
 
@@ -193,7 +194,7 @@ def prior_choices(model: object, ids: torch.Tensor) -> list[torch.Tensor]:
     with torch.no_grad():
         cache = model(input_ids=ids, use_cache=True).past_key_values  # type: ignore[operator]
         model(input_ids=ids[:, :1], past_key_values=cache)  # type: ignore[operator]
-    layers = caprese.efficient_methods.state.state_of(cache).layers
+    layers = memory_of(cache).layers
     return [layers[i].choices["griffin"] for i in sorted(layers) if "griffin" in layers[i].choices]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import json
 
 import datasets
@@ -10,7 +12,9 @@ import torch
 from conftest import byte_tokenizer, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+from tokenizers import Regex, normalizers
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, TemperatureLogitsWarper, TopPLogitsWarper
 
 from caprese.data_gen import (
     Sample,
@@ -23,7 +27,7 @@ from caprese.data_gen import (
 )
 from caprese.data_gen.generate import NucleusSampler
 from caprese.errors import CapreseError
-from caprese.models import encode_prompt
+from caprese.models import encode_prompt, encode_text
 
 
 @settings(max_examples=40, deadline=None)
@@ -86,6 +90,120 @@ def test_prompts_from_files(tmp_path, kind):
     assert len({tuple(load_prompts(str(path), 4, seed)) for seed in range(8)}) > 1  # the seed draws
 
 
+def prompts_in(tmp_path, content: bytes | str, column: str = "prompt"):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return [(p.text, p.answer) for p in load_prompts(str(path), 50, 0, column)]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (codecs.BOM_UTF8 + b'{"prompt": "a", "answer": 4}\r\n\r\n', [("a", "4")]),
+        (b'{"prompt": "a"}\n' + codecs.BOM_UTF8 + b'{"prompt": "a"}', [("a", None)]),  # two files in one
+        (r'{"prompt": "\ud83d\ude00 \u0000", "answer": NaN}', [("\U0001f600 \0", None)]),
+        ('{"prompt": [{"role": "user", "content": "a"}], "answer": "b"}', [("a", "b")]),
+        ('{"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}', [("a", None)]),
+    ],
+    ids=["mark", "marks", "emoji", "message", "parts"],
+)
+def test_rows_as_others_write_them(tmp_path, content, expected):
+    assert prompts_in(tmp_path, content) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            r'{"prompt": "ok"}' + "\n" + r'{"prompt": "x \ude00"}',
+            r"p.jsonl, row 2: half of a character .*ude00.*'prompt'",
+        ),
+        (r'{"prompt": "a", "answer": "\ud83d."}', "row 1: half of a character .* in column 'answer'"),
+        ('{"prompt": "a"}'.encode("utf-16"), "line 1: not UTF-8 text but UTF-16"),
+        ('{"prompt": "a"}'.encode("utf-16-be"), "line 1: not UTF-8 text but UTF-16"),
+        ('{"prompt": "caf\xe9"}'.encode("latin-1"), "line 1: not UTF-8 text; save"),
+        (gzip.compress(b'{"prompt": "a"}'), "is compressed; unpack it first"),
+        ('[\n{"prompt": "a"}\n]', "line 1: not JSON .* no list over several lines"),
+        ('[{"prompt": "a"}]', "line 1: not an object but list"),
+        ('{"prompt": "a", "prompt": "b"}', "line 1: not JSON .'prompt' is there twice"),
+        ("[" * 100_000, "line 1: not JSON"),
+        ('{"prompt": ' + "9" * 5000 + "}", "line 1: not JSON"),
+        ('{"prompt": 12}', r"no text in column 'prompt' but int \(columns: prompt\); see --column"),
+        ('{"\\u001b[31m": 12}', r"columns: '\\x1b\[31m'"),
+        (
+            '{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+            "2 messages .'user, a",
+        ),
+        ('{"prompt": [{"role": "user", "content": null}]}', "row 1: no text in column 'prompt'"),
+        ('{"prompt": []}', "no text in column 'prompt' but list"),
+        ('{"prompt": "\\n\\t"}', "row 1: the prompt is empty"),
+    ],
+)
+def test_rows_that_are_none(tmp_path, content, message):
+    with pytest.raises(CapreseError, match=message) as caught:
+        prompts_in(tmp_path, content)
+    assert str(caught.value).isprintable()  # one line, no escapes
+
+
+def test_columns_of_parquet(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = str(tmp_path / "p.parquet")
+
+    def read(column: pa.Array) -> list[str]:
+        pq.write_table(pa.table({"prompt": column}), path)
+        return sorted(p.text for p in load_prompts(path, 9, 0))
+
+    for kind in (pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
+        assert read(pa.array(["a", "b"], kind)) == ["a", "b"]
+    assert read(pa.array([[{"role": "user", "content": "a"}]])) == ["a"]
+    for column, name in ((pa.array([b"a"]), "bytes"), (pa.array([["a"]]), "list"), (pa.array([1.5]), "float")):
+        with pytest.raises(CapreseError, match=f"row 1: no text in column 'prompt' but {name}"):
+            read(column)
+    with pytest.raises(CapreseError, match="not a readable Parquet file .*utf-8"):
+        read(pa.array([b"\xff"]).view(pa.string()))
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["prompt", "prompt"]), path)
+    with pytest.raises(CapreseError, match="not a readable Parquet file .Multiple matches"):
+        load_prompts(path, 9, 0)
+    (tmp_path / "p.csv").write_text("prompt\na\n")
+    with pytest.raises(CapreseError, match="not from .csv; convert it"):
+        load_prompts(str(tmp_path / "p.csv"), 9, 0)
+    with pytest.raises(CapreseError, match="is a directory; give a .jsonl"):
+        load_prompts(str(tmp_path), 9, 0)
+
+
+def normalising_tokenizer():
+    """One to which full-width digits are digits, and any white space is a blank."""
+    tokenizer = byte_tokenizer()
+    tokenizer._tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    )
+    return tokenizer
+
+
+def test_prompts_that_are_the_same_tokens_are_one(tmp_path):
+    tokenizer, path = normalising_tokenizer(), tmp_path / "p.jsonl"
+    spellings = ("{}+1 =", "{}+1 =\n", "\t{}+1 =", "{}+1  =", "{}+\uff11 =")
+    rows = [spelling.format(i) for i in range(20) for spelling in spellings]
+    path.write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
+    config = Samples(prompts=str(path), instruction="Go.", train=10, validation=4, test=6)
+    encode = config.encode(tokenizer)
+    splits = split_prompts(config, 0, encode)
+    assert [len(splits[name]) for name in ("test", "validation", "train")] == [6, 4, 10]
+    every = [p for group in splits.values() for p in group]
+    assert len({tuple(encode_prompt(tokenizer, p.text, "Go.", True)) for p in every}) == 20
+    assert all(list(p.ids) == encode_prompt(tokenizer, p.text, "Go.", True) for p in every)
+    # what an adapter was trained on is known in any spelling
+    left = load_prompts(str(path), 50, 0, exclude={f" {i}+1 =" for i in range(15)}, encode=encode)
+    assert sorted(int(p.text.strip().split("+")[0]) for p in left) == [15, 16, 17, 18, 19]
+    # without a tokenizer, white space around them makes no difference
+    assert len(load_prompts(str(path), 200, 0)) == 60
+    # one to which all is the same ends too
+    with pytest.raises(CapreseError, match="has 1 distinct prompts"):
+        split_prompts(config.model_copy(update={"prompts": "chains:train"}), 0, lambda text: [7])
+
+
 def test_neighbouring_seeds_share_no_gym_prompts():
     # items of this task follow from seed + index
     ours, theirs = ({p.text for p in load_prompts("gym:simple_equations", 40, seed)} for seed in (0, 1))
@@ -125,6 +243,76 @@ def test_the_chat_template_is_used_if_there_is_one():
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[go]"
     assert tokenizer.decode(encode_prompt(tokenizer, "Hi", "Think.", True)) == "[user]Think. Hi[go]"
     assert tokenizer.decode(encode_prompt(tokenizer, "Hi", "Think.", False)) == "Think. Hi\n"
+
+
+TEMPLATES = {
+    "raises": ("{{ raise_exception('System message\n is required') }}", "'System message is required'"),
+    "names": (
+        {"tool_use": "{{ messages[0].content }}", "rag": "x"},
+        "there are 'rag', 'tool_use', and none is 'default'",
+    ),
+    "says nothing": ("{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}", "leaves out what the"),
+    "blank": ("  \n", "leaves out what the user says"),
+    "undefined": ("{{ tools.first.name }}{{ messages[0].content }}", "'tools' is undefined|has no attribute|None"),
+    "no template": ("{% for m in messages %}", "it says"),
+    "no text": (17, "it says"),
+    "escapes": ("{{ raise_exception('\x1b[31mred') }}", r"\\x1b\[31mred"),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_that_take_no_user_message(name):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template, message = TEMPLATES[name]
+    tokenizer.name_or_path = "some/model"
+    with pytest.raises(
+        CapreseError, match="the chat template of 'some/model' does not take one user message.*" + message
+    ) as e:
+        encode_prompt(tokenizer, "Hi", "", True)
+    assert str(e.value).isprintable()
+    assert encode_prompt(tokenizer, "Hi", "", False) == byte_tokenizer()("Hi\n").input_ids
+
+
+def test_templates_of_other_kinds(tmp_path):
+    tokenizer = byte_tokenizer()
+
+    def asked(template: object, text: str = "Hi  you") -> str:
+        tokenizer.chat_template = template
+        return tokenizer.decode(encode_prompt(tokenizer, text, "", True))
+
+    assert asked("{% for m in messages %}<{{ m.content[0]['text'] }}>{% endfor %}") == "<Hi  you>"
+    assert asked("{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}") == "Hi  you"
+    assert asked("[{{ messages[-1].content | trim }}]", "a\n b ") == "[a\n b]"
+    assert asked("{{ messages[-1].content | tojson }}", 'say "x"\n') == '"say \\"x\\""'
+    assert asked({"default": "d:{{ messages[0].content }}", "rag": "r"}) == "d:Hi  you"
+    # as they lie on disk
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.decode(encode_prompt(loaded, "Hi", "", True)) == "d:Hi"
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(CapreseError, match="there are 'rag', and none is 'default'"):
+        encode_prompt(AutoTokenizer.from_pretrained(tmp_path), "Hi", "", True)
+
+
+@pytest.mark.parametrize("single", ["$A <end>", "<pad> $A <end>", "<pad> $A <pad> <end>", "<pad> $A"])
+def test_no_prompt_ends_with_end_of_text(single):
+    tokenizer, plain = byte_tokenizer(), byte_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=[("<pad>", 0), ("<end>", 1)])
+    before = [0] if single.startswith("<pad>") else []
+    for text in ("Hi", "a<end>", "<end>"):
+        assert encode_prompt(tokenizer, text, "Go.", True) == before + plain(f"Go. {text}\n").input_ids
+        assert encode_text(tokenizer, text) == before + plain(text).input_ids
+    tokenizer.chat_template = "<pad>{{ messages[0].content }}:"  # which begins the text itself
+    assert encode_prompt(tokenizer, "Hi", "", True) == plain("<pad>Hi:").input_ids
+
+
+def test_text_that_is_none():
+    with pytest.raises(CapreseError, match=r"the prompt 'x\\udcff' holds half of a character"):
+        encode_prompt(byte_tokenizer(), "x\udcff", "", True)
+    tokenizer = normalising_tokenizer()
+    tokenizer._tokenizer.normalizer = normalizers.Replace(Regex(r"[^a-z]"), "")
+    with pytest.raises(CapreseError, match="has no token for anything in '12'"):
+        encode_prompt(tokenizer, "12", "", True)
 
 
 def test_completions_end_at_end_of_text_and_are_the_models_own():

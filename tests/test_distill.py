@@ -29,8 +29,9 @@ from caprese.distill.layerwise import Moments
 from caprese.distill.losses import hidden_kl, hidden_mse, kl_divergence
 from caprese.distill.sequential import fit_sequential
 from caprese.efficient_methods import Cats, Griffin, applied_ffns
-from caprese.efficient_methods.state import state_of
+from caprese.efficient_methods.memory import memory_of
 from caprese.evaluation import fidelity, layer_errors
+from caprese.recovery.run import Run
 
 METHODS = {"griffin": Griffin, "cats": Cats}
 
@@ -230,7 +231,7 @@ def test_end_to_end_learns_and_resumes_bit_for_bit(tmp_path, objective):
 
             torch.optim.AdamW.step = step
         try:
-            best, curve, checks = train(adapted, make_batches(SAMPLES, 4), held, config, 0, path, "id", start)
+            best, curve, checks = train(adapted, make_batches(SAMPLES, 4), held, config, start, Run(path, "id"))
         finally:
             if stop_at is not None:
                 torch.optim.AdamW.step = plain
@@ -245,13 +246,13 @@ def test_end_to_end_learns_and_resumes_bit_for_bit(tmp_path, objective):
     assert all(torch.equal(whole[4][n], resumed[4][n]) for n in whole[4])
 
 
-def test_end_to_end_that_does_not_help_is_not_kept(tmp_path):
+def test_end_to_end_that_does_not_help_is_not_kept():
     model = caprese.apply(tiny_llama(), caprese.Griffin(sparsity=0.5))
     adapted = attach_adapter(model, 4)
     before = get_branches(adapted)
     held = HeldOut(adapted, make_batches(HELD, 4), 1)
     config = EndToEnd(epochs=1, learning_rate=30.0, batch_size=8, clip=1e6)
-    best, _, _ = train(adapted, make_batches(SAMPLES, 8), held, config, 0, tmp_path / "s", "id", held.kl())
+    best, _, _ = train(adapted, make_batches(SAMPLES, 8), held, config, held.kl())
     assert all(torch.equal(before[n], v) for n, v in get_branches(adapted).items()) and best == held.kl()
 
 
@@ -262,8 +263,8 @@ def test_the_memory_of_what_comes_before_a_completion(kind):
     context = prefill(model, batch)
     tensors = [t for _, _, cache in context.blocks for layer in cache.layers for t in (layer.keys, layer.values)]
     own = {t.data_ptr(): t.nbytes for t in sorted(tensors, key=lambda t: t.nbytes)}
-    states = sum(state_of(cache).nbytes for _, _, cache in context.blocks)
-    assert len(context.blocks) == 5 and context.nbytes == sum(own.values()) + states
+    learned = sum(memory_of(cache).nbytes for _, _, cache in context.blocks)
+    assert len(context.blocks) == 5 and context.nbytes == sum(own.values()) + learned
 
 
 def test_branches_of_unequal_rank_with_bias(tmp_path):

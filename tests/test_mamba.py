@@ -21,11 +21,12 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import Grani
 from typer.testing import CliRunner
 
 import caprese
-from caprese.adapters import attach_adapter, branch_parameters, fingerprint, has_branches, read_sidecar
+from caprese.adapters import attach_adapter, branch_parameters, fingerprint, get_branches, has_branches, read_sidecar
 from caprese.cli import app
 from caprese.data_gen import Sample
-from caprese.distill import Alignment, alignment, hidden_alignment, make_batches, match_scale
+from caprese.distill import Alignment, EndToEnd, HeldOut, alignment, hidden_alignment, make_batches, match_scale
 from caprese.distill.batches import completion_hidden, lm_logits, prefill
+from caprese.distill.fit import fit_end_to_end, joined
 from caprese.distill.mixer import teacher_mixing
 from caprese.distill.sensitivity import select_attention
 from caprese.efficient_methods import Mixer, MixerState, Replacement, only, replacements
@@ -37,7 +38,7 @@ from caprese.kernels.scan import chunk_scan, recurrence
 from caprese.models import FAMILIES
 from caprese.models.attention import read_attention
 from caprese.plan import config_of, plan
-from caprese.recovery.recover import joined
+from caprese.recovery.run import Run
 from caprese.studies import bench
 
 
@@ -330,10 +331,10 @@ def test_hybrids_that_no_checkpoint_holds_are_refused(tmp_path):
 
 
 def test_reselection_is_refused():
-    with pytest.raises(caprese.CapreseError, match="which a Mamba layer's state cannot"):
+    with pytest.raises(caprese.CapreseError, match="which a mixer's state cannot"):
         caprese.apply(tiny_llama(), [caprese.Mamba(), caprese.Griffin()], reselect_every=8)
     model = caprese.apply(tiny_llama(), caprese.Mamba())
-    with pytest.raises(caprese.CapreseError, match="a Mamba layer's state"), caprese.reselection(model, 4):
+    with pytest.raises(caprese.CapreseError, match="a mixer's state"), caprese.reselection(model, 4):
         pass
     recipe = caprese.resolve_recipe("reasoner-tiny", method="mamba")
     assert recipe.reselect_every is None and recipe.make_methods() == (caprese.Mamba(),)
@@ -585,26 +586,27 @@ def test_states_written_over_are_ones_own():
     assert torch.allclose(first[:, 0], whole[:, 9], atol=1e-5)
 
 
-def test_rounds_bring_mixers_in_and_leave_sparse_ffns_in_place(monkeypatch, tmp_path, tiny_dir):
-    from caprese.recovery import recover as recovery
+def test_rounds_bring_mixers_in_and_leave_sparse_ffns_in_place(tmp_path):
+    """What each round trains, by what it changed: one more mixer each, and the branches of all layers that act."""
+    methods = [caprese.Mamba(keep_attention=0.5), caprese.Griffin()]  # mixers in 0, 2 and 4
+    adapted = attach_adapter(caprese.apply(tiny_llama(num_hidden_layers=6), methods), 2).requires_grad_(False)
+    config = EndToEnd(rounds=3, epochs=1, batch_size=2, micro_batch=2, learning_rate=1e-2)
+    run, rows, before = Run(tmp_path, "id"), texts(4), get_branches(adapted)
+    held_out = HeldOut(adapted, rows, 1.0)
+    start = held_out.kl()
+    course = fit_end_to_end(adapted, rows, held_out, config, start, run)
+    assert course.best < start and course.best == pytest.approx(held_out.kl())
+    found = []
+    for name in ("round-1", "round-2", "end_to_end"):
+        tensors, _ = run.load(name)
+        changed = {n for n, value in before.items() if not torch.equal(tensors[f"now.{n}"], value)}
+        layers = {n: int(n.split("layers.")[1].split(".")[0]) for n in changed}
+        found.append([{layers[n] for n in changed if part in n} for part in (".mixer.", ".lora_B.")])
+        before = {n: tensors[f"best.{n}"] for n in before}
+    assert found == [[{0}, {0, 1, 3, 5}], [{0, 4}, {0, 1, 3, 4, 5}], [{0, 2, 4}, {0, 1, 2, 3, 4, 5}]]
 
-    acted: list[set[int] | None] = []
 
-    def train(adapted, *args):
-        acted.append(caprese.efficient_methods.phases_of(adapted).only)
-        return 1.0, [], []
-
-    monkeypatch.setattr(recovery, "train", train)
-    model = caprese.apply(tiny_llama(num_hidden_layers=6), [caprese.Mamba(keep_attention=0.5), caprese.Griffin()])
-    recipe = caprese.Recipe(end_to_end={"rounds": 3})
-    held_out = SimpleNamespace(kl=lambda: 1.0)
-    samples = {"train": [], "validation": []}
-    recovery._end_to_end(attach_adapter(model, 1), samples, held_out, recipe, tmp_path, "", 2.0)
-    # mixers are in 0, 2 and 4
-    assert acted == [{0, 1, 3, 5}, {0, 1, 2, 3, 5}, None] or acted == [{0, 1, 3, 5}, {0, 1, 3, 4, 5}, None]
-
-
-def test_attention_stays_where_a_mixer_costs_most(tmp_path):
+def test_attention_stays_where_a_mixer_costs_most():
     torch.manual_seed(0)
     model = tiny_llama(num_hidden_layers=3).requires_grad_(False)
     with torch.no_grad():
@@ -613,7 +615,7 @@ def test_attention_stays_where_a_mixer_costs_most(tmp_path):
     method = caprese.Mamba(keep_attention=0.34, selected="sensitivity")
     rows = texts(12)
     config = Alignment(batch_size=3, micro_batch=3)
-    chosen, cost = select_attention(model, method, rows, rows, config, 0, tmp_path / "s.safetensors", "", 1.0)
+    chosen, cost = select_attention(model, method, rows, rows, config, 1.0)
     assert max(cost, key=cost.get) == 1 and chosen == caprese.Mamba(keep_attention=[1])
     assert not any(isinstance(m, Replacement) for m in model.modules())
     with pytest.raises(caprese.CapreseError, match="measured by caprese recover"):

@@ -19,6 +19,7 @@ from transformers import DynamicCache
 import caprese
 from caprese.adapters import attach_adapter, branch_parameters
 from caprese.efficient_methods import Cats, Griffin
+from caprese.efficient_methods.memory import memory_of
 
 METHODS = {"griffin": Griffin, "cats": Cats}
 
@@ -95,12 +96,12 @@ def test_a_second_turn_adds_to_what_the_first_taught(tiny):
     first, second = prompts(8, 6)
     cache = DynamicCache(config=tiny.config)
     tiny(first, past_key_values=cache, use_cache=True)
-    state = next(iter(cache.caprese_state.layers.values()))
-    one = state.statistics["griffin"].clone()
+    memory = memory_of(cache).layer(0)
+    one = memory.statistics["griffin"].clone()
     tiny(torch.tensor([[7]]), past_key_values=cache, use_cache=True)
-    assert torch.equal(state.statistics["griffin"], one)  # a generated token teaches nothing
+    assert torch.equal(memory.statistics["griffin"], one)  # a generated token teaches nothing
     tiny(second, past_key_values=cache, use_cache=True)
-    two = state.statistics["griffin"]
+    two = memory.statistics["griffin"]
     assert (two > one).any() and two.sum() == pytest.approx(14, rel=1e-4)
 
 
@@ -203,7 +204,7 @@ def test_what_is_kept_does_not_grow_with_the_prompt() -> None:
         cache = DynamicCache()
         with torch.no_grad():
             model(input_ids=torch.randint(2, 258, (1, length)), past_key_values=cache)
-        seen = cache.caprese_state.layer(0).tail
+        seen = memory_of(cache).layer(0).tail
         sizes.append(sum(t.untyped_storage().nbytes() for t in (seen.x, seen.a, seen.z, seen.mask)))
     assert sizes[0] == sizes[1]
 
@@ -221,14 +222,44 @@ def test_a_crop_to_the_first_prompt_after_many_passes() -> None:
                 model(input_ids=ids[:, i : i + 1], past_key_values=cache)
         return cache
 
-    expected = grown(8).caprese_state.layer(0).statistics["griffin"]
+    expected = memory_of(grown(8)).layer(0).statistics["griffin"]
     cache = grown(120)
     cache.crop(-112)
-    assert torch.equal(cache.caprese_state.layer(0).statistics["griffin"], expected)
+    assert torch.equal(memory_of(cache).layer(0).statistics["griffin"], expected)
     with torch.no_grad():
         model(input_ids=ids[:, 8:9], past_key_values=cache)
     with pytest.raises(caprese.CapreseError, match=r"cropped to 20 tokens, and what was known .* is gone; crop to 8"):
         grown(120).crop(-100)
+
+
+@pytest.mark.parametrize("name", ["_prefill", "_get_candidate_generator", "get_compiled_call"])
+def test_a_transformers_without_a_hook_is_refused_where_it_attaches(tiny, monkeypatch, name):
+    before = {module: dict(vars(module)) for module in tiny.modules()}
+    owner = next(kind for kind in type(tiny).__mro__ if name in vars(kind))
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(caprese.CapreseError, match=rf"transformers [\d.]+\S* has no LlamaForCausalLM\.{name}, which"):
+        caprese.apply(tiny, caprese.Griffin(sparsity=0.5))
+    assert {module: dict(vars(module)) for module in tiny.modules()} == before
+
+
+def test_a_proposer_that_does_not_say_how_much_is_refused(tiny, monkeypatch):
+    monkeypatch.setattr(type(tiny), "_get_candidate_generator", lambda *_, **__: object())
+    caprese.apply(tiny, caprese.Griffin(sparsity=0.5))
+    with pytest.raises(caprese.CapreseError, match="proposes tokens by object, which does not say how many"):
+        tiny.generate(prompts(5)[0], prompt_lookup_num_tokens=3, max_new_tokens=4, do_sample=False)
+
+
+def test_a_copy_of_an_applied_model_has_hooks_of_its_own(tiny):
+    caprese.apply(tiny, caprese.Griffin(sparsity=0.5))
+    twin, ids = copy.deepcopy(tiny), prompts(7)[0]
+    caprese.remove(tiny)
+    how = {"max_new_tokens": 6, "do_sample": False, "prefill_chunk_size": 3, "eos_token_id": None}
+    dense = tiny.generate(ids, **how)
+    with caprese.dense(twin):
+        assert torch.equal(twin.generate(ids, **how), dense)
+    chunked = twin.generate(ids, **how)  # its last chunk is one token
+    whole = twin.generate(ids, **how | {"prefill_chunk_size": None})
+    assert torch.equal(chunked, whole) and not torch.equal(whole, dense)
 
 
 def test_many_candidates_may_be_rejected() -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,9 @@ import caprese
 from caprese.data_gen import Sample, read_shard
 from caprese.models import Base, save_base
 from caprese.recipes import Recipe, resolve_recipe
-from caprese.recovery import recover as recovery
+from caprese.recovery import stages
+from caprese.recovery.run import Run
+from caprese.recovery.stages import Calibrating
 
 LEFT = {
     "adapter_config.json",
@@ -144,7 +147,7 @@ def command(tiny_dir, tmp_path_factory) -> list[str]:
     path = tmp_path_factory.mktemp("recipes") / "small.yaml"
     path.write_text(
         f"model: {tiny_dir}\nrank: 4\nsamples: {{prompts: 'gym:simple_equations', train: 24, validation: 6, test: 6, "
-        "max_new_tokens: 16, batch_size: 8, shard_size: 8}\nlayerwise: {batch_size: 4}\n"
+        "max_new_tokens: 16, batch_size: 8, shard_size: 8}\nlayerwise: {batch_size: 4, checkpoint_every: 8}\n"
         "end_to_end: {epochs: 2, batch_size: 4, micro_batch: 4, checkpoint_every: 2, learning_rate: 0.003}\n"
         "evaluation: {latency_tokens: 0, batch_size: 4}\n"
     )
@@ -294,53 +297,53 @@ def test_two_processes_do_the_work_of_one(request, kind, tmp_path):
 # others best.
 DIVIDED = textwrap.dedent(
     """
-    import hashlib, json, os, sys, time
+    import hashlib, importlib, json, os, sys, time
     from pathlib import Path
     import torch
     torch.set_num_threads(1)
     from caprese import cli
-    from caprese.recovery import recover as recovery
+    from caprese.recovery import recover as page, stages
     from caprese.adapters import get_branches
     from caprese.distill import HeldOut
-    import importlib
 
     report = importlib.import_module("caprese.evaluation.evaluate")
+    fits = importlib.import_module("caprese.distill.fit")
 
     rank, notes = int(os.environ["RANK"]), {}
-    prepare, calibrate = recovery._prepare, recovery.calibrate
-    layerwise, end_to_end, kl, fit, timed = (
-        recovery._layerwise, recovery._end_to_end, HeldOut.kl, recovery.fit_adam, report.time_to_next_token
+    choose, calibrate, layers, together, kl, adam, timed = (
+        page.choose, stages.calibrate, fits.fit_layers, fits.fit_end_to_end, HeldOut.kl, fits.fit_adam,
+        report.time_to_next_token
     )
 
     def digest(model):
         parts = [value.numpy().tobytes() for _, value in sorted(get_branches(model).items())]
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
-    def prepared(*args):
+    def chosen(*args):
         time.sleep(2 * rank)
-        methods, calibration = prepare(*args)
+        methods, calibration = choose(*args)
         notes.update(methods=str(methods), calibration={k: float(v) for k, v in calibration.items()})
         return methods, calibration
 
     def late(*args):
         time.sleep(2 * rank)
-        model, facts = layerwise(*args)
+        model, facts = layers(*args)
         notes.update(layerwise=digest(model), facts=facts)
         return model, facts
 
     def after(model, *args):
-        best, curve, checks = end_to_end(model, *args)
-        notes.update(end_to_end=digest(model), best=best, checks=checks)
-        return best, curve, checks
+        course = together(model, *args)
+        notes.update(end_to_end=digest(model), best=course.best, checks=course.checks)
+        return course
 
     def latency(*args):
         notes.update(timed=True)
         return timed(*args)
 
-    recovery._prepare = prepared
-    recovery.calibrate = lambda *args: {k: v * (1 + 0.01 * rank) for k, v in calibrate(*args).items()}
-    recovery._layerwise, recovery._end_to_end, report.time_to_next_token = late, after, latency
-    recovery.fit_adam = lambda model, batches, config, seed, advance: fit(model, batches, config, seed + rank, advance)
+    page.choose = chosen
+    stages.calibrate = lambda *args: {k: v * (1 + 0.01 * rank) for k, v in calibrate(*args).items()}
+    fits.fit_layers, fits.fit_end_to_end, report.time_to_next_token = late, after, latency
+    fits.fit_adam = lambda model, batches, config, seed, advance: adam(model, batches, config, seed + rank, advance)
     HeldOut.kl = lambda self: kl(self) + (rank and 0.1 * time.monotonic() % 1)
     out = Path(sys.argv[sys.argv.index("--output") + 1])
     cli.verb(cli.app)(standalone_mode=False)
@@ -382,24 +385,25 @@ def test_what_was_learned_is_read_back(small_recipe, tmp_path, monkeypatch, spar
     recipe = small_recipe.model_copy(update={"method": "static", "sparsity": sparsity, **target})
     generator = torch.Generator().manual_seed(3)
     rows = [Sample(torch.randint(2, 258, (20,), generator=generator).tolist(), 8, "", "") for _ in range(8)]
-    arguments = tiny_llama(), recipe.make_methods(), {"train": rows, "validation": rows[:4]}, recipe, tmp_path, "id"
-    methods, calibration = recovery._prepare(*arguments)
-    monkeypatch.setattr(recovery, "_learn", None)
-    again, known = recovery._prepare(*arguments)
+    config = Calibrating(64, 4, 1.0, **target)
+    arguments = tiny_llama(), recipe.make_methods(), {"train": rows, "validation": rows[:4]}, config, recipe.alignment
+    methods, calibration = stages.choose(*arguments, Run(tmp_path, "id"))
+    for name in ("calibrate", "allocate_sparsity"):
+        monkeypatch.setattr(stages, name, None)
+    again, known = stages.choose(*arguments, Run(tmp_path, "id"))
     assert again == methods and known.keys() == calibration.keys() and len(known) == len(methods[0].by_layer(3))
     assert all(torch.equal(known[name], choice) for name, choice in calibration.items())
-    assert [s["note"] for s in json.loads((tmp_path / "stages.json").read_text())] == [str(methods[0])]
+    assert [stage["note"] for stage in Run(tmp_path, "id").stages()] == [str(methods[0])]
     with pytest.raises(caprese.CapreseError, match="belongs to another recipe"):
-        recovery._prepare(*arguments[:-1], "other")
+        stages.choose(*arguments, Run(tmp_path, "other"))
 
 
 def test_a_stage_takes_as_long_as_all_its_attempts(tmp_path, monkeypatch):
     state, now = tmp_path / ".state", [1000.0]
-    monkeypatch.setattr(recovery.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(recovery.time, "time", lambda: now[0])
+    monkeypatch.setattr("caprese.recovery.run.time", SimpleNamespace(time=lambda: now[0], perf_counter=lambda: now[0]))
 
     def attempt(seconds: float, stopped: bool = False) -> float:
-        with recovery._stage(state, "samples", 1) as stage:
+        with Run(tmp_path, "id").stage("samples") as stage:
             now[0] += seconds
             if stopped:
                 raise KeyboardInterrupt
@@ -408,7 +412,7 @@ def test_a_stage_takes_as_long_as_all_its_attempts(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         attempt(5, stopped=True)
     # as a kill would leave it: 40 seconds in, the last shard 30 seconds after the start
-    killed = recovery._stage(state, "samples", 1)
+    killed = Run(tmp_path, "id").stage("samples")
     killed.__enter__()
     shard = tmp_path / "samples" / "train-00000.parquet"
     shard.parent.mkdir()

@@ -34,7 +34,7 @@ from caprese.efficient_methods import (
     compose,
     phases_of,
 )
-from caprese.efficient_methods.state import TAIL
+from caprese.efficient_methods.memory import TAIL
 from caprese.models import FAMILIES
 
 WINDOW = 8  # of the families below, in tests/families.py

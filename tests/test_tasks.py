@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama
 from test_phases import recovered
+from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
 import caprese
@@ -87,6 +88,22 @@ def test_a_scored_answer_is_what_generation_would_give_it(method, name):
             tokens = byte_tokenizer()(context).input_ids or [lm.prefix_token_id]
             expected, is_greedy = stepwise(model, tokens, byte_tokenizer()(continuation).input_ids)
             assert abs(value - expected) < 1e-3 and greedy == is_greedy
+
+
+def test_a_context_does_not_end_with_end_of_text():
+    tokenizer = byte_tokenizer()
+    model = caprese.apply(tiny_llama(), caprese.Griffin(sparsity=0.5))
+    lm = language_model(model, tokenizer, 2)
+    pair = lm._encode_pair("12+30=", "42")
+    ids, mask = lm.tok_batch_encode(["12+30=", "7"])
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<pad> $A <end>", special_tokens=[("<pad>", 0), ("<end>", 1)]
+    )
+    lm = language_model(model, tokenizer, 2)
+    assert lm._encode_pair("12+30=", "42") == ([0, *pair[0]], pair[1])
+    after, over = lm.tok_batch_encode(["12+30=", "7"])
+    assert after[0].tolist() == [0, *ids[0].tolist()] and over[0].all()
+    assert after[1, -2:].tolist() == [0, int(ids[1, -1])] and over[1].sum() == mask[1].sum() + 1
 
 
 def test_yaml_tasks_on_generated_data_from_the_command_line(tasks, tmp_path):

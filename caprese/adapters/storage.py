@@ -347,8 +347,7 @@ def load(
     ):
         raise CapreseError("this model has the mixers of another adapter; caprese.remove(model) first")
     if applied:
-        phases_of(base).check_reselect(every)
-        phases_of(base).reselect_every = every
+        phases_of(base).reselect(every)
     else:
         apply(base, methods, calibration=calibration, reselect_every=every)
     try:

@@ -46,9 +46,9 @@ def eval(
     """
     from caprese.adapters import load, load_base_for, read_sidecar
     from caprese.efficient_methods import phases_of
-    from caprese.evaluation import Evaluation
+    from caprese.evaluation import Evaluation, measure
     from caprese.inference import load as load_fused
-    from caprese.recovery.recover import beside, measure
+    from caprese.recovery.run import beside
     from caprese.report.tables import describe_evaluation
 
     if tasks is not None and (prompts is not None or max_new_tokens is not None):

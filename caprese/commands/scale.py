@@ -58,7 +58,7 @@ def scale(
     from caprese.files import check_writable, write_json
     from caprese.inference import load
     from caprese.recipes.recipe import explain
-    from caprese.recovery.recover import beside
+    from caprese.recovery.run import beside
     from caprese.report.tables import figures_table
     from caprese.studies.scaling import Scaling, describe_scaling, plot_scaling
     from caprese.studies.scaling import contenders as choose
@@ -80,8 +80,9 @@ def scale(
         config = asked.model_validate(asked.model_dump() | {key: v for key, v in given.items() if v is not None})
     except ValidationError as error:
         raise explain(error, "scale") from error
-    rows = load_prompts(config.prompts, problems, seed + 1, config.column, trained)
+    asks = (config.prompts, problems, seed + 1, config.column, trained)
     if dry_run:
+        rows = load_prompts(*asks)
         facts = {
             "contenders": [c.name for c in over],
             "problems": len(rows),
@@ -93,6 +94,7 @@ def scale(
         return
     check_writable(Path(output))
     base, tokenizer = load_base_for(sidecar, model, revision=revision, dtype=dtype, device=device)
+    rows = load_prompts(*asks, config.encode(tokenizer))
     say(f"{model}, {adapter}: {len(over)} contenders, {len(rows)} problems of {config.prompts}, {samples} samples each")
     # samples of one problem share its choice, so its rows are gathered once for all of them
     lm = load(base, adapter, fused=True, form="packed", reselect_every=None)

@@ -10,13 +10,14 @@ from caprese.data_gen.generate import (
     trained_prompts,
 )
 from caprese.data_gen.prompts import Prompt, load_prompts
-from caprese.data_gen.shards import VERSION, Sample, read_shard, write_shard
+from caprese.data_gen.shards import VERSION, Sample, Shards, read_shard, write_shard
 
 __all__ = [
     "VERSION",
     "Prompt",
     "Sample",
     "Samples",
+    "Shards",
     "complete",
     "complete_in_shards",
     "describe",

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from caprese.data_gen.prompts import Prompt, load_prompts
-from caprese.data_gen.shards import VERSION, Sample, read_shard, shard_settings, write_shard
+from caprese.data_gen.prompts import Encode, Prompt, load_prompts
+from caprese.data_gen.shards import VERSION, Sample, Shards, read_shard, write_shard
 from caprese.errors import CapreseError
 from caprese.models import check_context, encode_prompt, unwrap
 from caprese.models.cache import roomy_cache
@@ -50,6 +50,10 @@ class Samples(BaseModel):
     """Sequences generated together."""
     shard_size: Annotated[int, Field(ge=1)] = 512
     """Samples per file; an interrupted run loses at most one."""
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase) -> Encode:
+        """How these samples ask: a prompt's text -> its token ids."""
+        return lambda text: encode_prompt(tokenizer, text, self.instruction, self.chat_template)
 
 
 class NucleusSampler(LogitsProcessor):
@@ -141,14 +145,17 @@ def complete(
     return results
 
 
-def split_prompts(config: Samples, seed: int) -> dict[str, list[Prompt]]:
+def split_prompts(config: Samples, seed: int, encode: Encode | None = None) -> dict[str, list[Prompt]]:
     """Distinct prompts for test, validation and train; the first two do not depend on the size of the third.
 
+    Args:
+        encode: gives prompts their token ids, by which they are then distinct.
+
     Raises:
-        CapreseError: too few prompts to hold any out.
+        CapreseError: bad prompts, or too few to hold any out.
     """
     held_out = config.test + config.validation
-    prompts = load_prompts(config.prompts, held_out + config.train, seed, config.column)
+    prompts = load_prompts(config.prompts, held_out + config.train, seed, config.column, encode=encode)
     if len(prompts) <= held_out:
         raise CapreseError(
             f"{config.prompts} has {len(prompts)} distinct prompts; with {config.test} for test and "
@@ -188,33 +195,17 @@ def make_samples(
         "model": dict(identity),
         "version": VERSION,
     }
-    prompts = split_prompts(config, seed)
-    encoded = {
-        split: [encode_prompt(tokenizer, p.text, config.instruction, config.chat_template) for p in prompts[split]]
-        for split in SPLITS
-    }
-    for split in SPLITS:
-        check_context(model, [p.text for p in prompts[split]], encoded[split], config.max_new_tokens)
+    prompts = split_prompts(config, seed, config.encode(tokenizer))
+    shards = {split: Shards(directory, split, settings, config.shard_size) for split in SPLITS}
+    for asked in prompts.values():
+        check_context(model, [p.text for p in asked], [p.ids for p in asked], config.max_new_tokens)
     if overwrite:
         if PartialState().is_main_process:
-            _clear(directory, {split: len(prompts[split]) for split in SPLITS}, config.shard_size, settings)
+            for split in SPLITS:
+                shards[split].clear(len(prompts[split]))
         PartialState().wait_for_everyone()
-    samples = {}
     with bar("1/4 samples", sum(len(p) for p in prompts.values()), "samples") as advance:
-        for split in SPLITS:
-            samples[split] = complete_in_shards(
-                model, tokenizer, prompts[split], encoded[split], config, directory, split, settings, advance
-            )
-    return samples
-
-
-def _clear(directory: Path, counts: Mapping[str, int], shard_size: int, settings: Mapping[str, object]) -> None:
-    """Delete the shards that are not what `settings` would make."""
-    for split, count in counts.items():
-        for path in sorted(directory.glob(f"{split}-{'[0-9]' * 5}.parquet")):
-            start = int(path.stem.rpartition("-")[2]) * shard_size
-            if shard_settings(path) != {**settings, "rows": min(shard_size, max(0, count - start))}:
-                path.unlink()
+        return {s: complete_in_shards(model, tokenizer, prompts[s], config, shards[s], advance) for s in SPLITS}
 
 
 def trained_prompts(directory: Path) -> set[str]:
@@ -231,35 +222,34 @@ def complete_in_shards(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    encoded: Sequence[list[int]],
     config: Samples,
-    directory: Path,
-    name: str,
-    settings: dict[str, object],
+    shards: Shards,
     advance: Callable[[int], None],
 ) -> list[Sample]:
-    """Completions of prompts as shards `name-00000.parquet` ...; those that exist are read, not made.
+    """Completions of prompts, which have their token ids, as shards; those that exist are read, not made.
 
     Every process of a distributed run makes its share, then all read all.
+
+    Raises:
+        CapreseError: damaged or foreign shards.
     """
     world = PartialState()
-    starts = range(0, len(prompts), config.shard_size)
-    paths = [directory / f"{name}-{number:05d}.parquet" for number in range(len(starts))]
-    for number, (start, path) in enumerate(zip(starts, paths, strict=True)):
-        chunk = slice(start, start + config.shard_size)
+    chunks = shards.chunks(len(prompts))
+    for number, chunk in enumerate(chunks):
+        asked, path = prompts[chunk], shards.path(number)
         if path.exists():
-            advance(len(prompts[chunk]))
+            advance(len(asked))
         elif number % world.num_processes == world.process_index:
-            seed = (settings["seed"], name, number)
-            completions = complete(model, tokenizer, encoded[chunk], config, seed, advance)
-            shard = [
+            encoded = [list(p.ids) for p in asked]
+            seed = (shards.settings["seed"], shards.name, number)
+            completions = complete(model, tokenizer, encoded, config, seed, advance)
+            rows = [
                 Sample(ids + new, len(ids), p.text, str(tokenizer.decode(new, skip_special_tokens=True)), p.answer)
-                for p, ids, new in zip(prompts[chunk], encoded[chunk], completions, strict=True)
+                for p, ids, new in zip(asked, encoded, completions, strict=True)
             ]
-            write_shard(path, shard, {**settings, "rows": len(shard)})
+            write_shard(path, rows, shards.made_with(chunk))
     world.wait_for_everyone()
-    rows = [len(prompts[start : start + config.shard_size]) for start in starts]
-    return [s for path, n in zip(paths, rows, strict=True) for s in read_shard(path, {**settings, "rows": n})]
+    return [s for number, chunk in enumerate(chunks) for s in read_shard(shards.path(number), shards.made_with(chunk))]
 
 
 def describe(samples: list[Sample]) -> dict[str, int]:

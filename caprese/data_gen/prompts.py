@@ -5,16 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from caprese.data_gen.chains import chains
 from caprese.errors import CapreseError
+from caprese.models import broken
 
 # Rows of a streamed dataset that are held to draw the next one from.
 _BUFFER = 10_000
+
+
+Encode = Callable[[str], Sequence[int]]
+"""A prompt's text -> its token ids, as the model is asked."""
 
 
 @dataclass(frozen=True)
@@ -23,49 +30,60 @@ class Prompt:
     answer: str | None = None
     #: the reasoning-gym item it comes from, which its task's own scorer wants to see
     item: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+    #: its token ids, as the model is asked; empty if there was no tokenizer to ask
+    ids: Sequence[int] = field(default=(), compare=False, repr=False)
 
 
 def load_prompts(
-    source: str, count: int, seed: int, column: str = "prompt", exclude: Collection[str] = ()
+    source: str,
+    count: int,
+    seed: int,
+    column: str = "prompt",
+    exclude: Collection[str] = (),
+    encode: Encode | None = None,
 ) -> list[Prompt]:
     """Up to `count` distinct prompts, drawn and ordered by the seed; a smaller count gives the first of a larger one's.
 
+    Two prompts are one if they are the same tokens to the model, as those that differ in white space often are.
+
     Args:
         source: "gym:TASK", "chains:SPLIT", a .jsonl or .parquet file, or the name of a dataset ("openai/gsm8k:train").
-        column: where a file or dataset has the prompt; the answer is in "answer" if there is such a column.
+        column: where a file or dataset has the prompt, as text or as a list of one user message; the answer is in
+            "answer" if there is such a column.
         exclude: prompts not to give.
+        encode: what gives prompts their token ids; without it they are one if they differ in white space around them.
 
     Raises:
         CapreseError: unknown source or task, a bad row, an empty prompt, or no prompt at all.
     """
+    size = 2 * (count + len(exclude)) + 100
     if source.startswith("gym:"):
-        size = 2 * (count + len(exclude)) + 100
         rows: Iterable[tuple[int, dict[str, Any]]] = enumerate(_gym(source[4:], size, seed))
         column = "question"
     elif source.startswith("chains:"):
-        rows = enumerate({"question": c.question, "answer": c.answer} for c in chains(source[7:], seed))
+        drawn = islice(chains(source[7:], seed), size)
+        rows = enumerate({"question": c.question, "answer": c.answer} for c in drawn)
         column = "question"
     elif source.endswith((".jsonl", ".parquet")) or Path(source).exists():
         rows = list(enumerate(_file(Path(source))))
         random.Random(seed).shuffle(rows)
     else:
         rows = enumerate(_dataset(source, seed))
-    seen: dict[str, Prompt] = {}
+
+    def ids_of(text: str) -> tuple[int, ...]:
+        return () if encode is None else tuple(encode(text))
+
+    known = {ids_of(text) or text.strip() for text in exclude}
+    seen: dict[Hashable, Prompt] = {}
     excluded = False
     for number, row in rows:
-        text = row.get(column)
-        if not isinstance(text, str):
-            raise CapreseError(
-                f"{source}, row {number + 1}: no text in column {column!r} (columns: {', '.join(row)}); see --column"
-            )
-        if not text.strip():
-            raise CapreseError(f"{source}, row {number + 1}: the prompt is empty; remove the row")
-        if text in exclude:
+        text, answer = _read(row, column, f"{source}, row {number + 1}")
+        ids = ids_of(text)
+        key = ids or text.strip()
+        if key in known:
             excluded = True
             continue
-        answer = row.get("answer")
-        item = row if source.startswith("gym:") else None
-        seen.setdefault(text, Prompt(text, None if answer is None else str(answer), item))
+        seen.setdefault(key, Prompt(text, answer, row if source.startswith("gym:") else None, ids))
         if len(seen) >= count:
             break
     if not seen:
@@ -73,6 +91,39 @@ def load_prompts(
             f"{source} holds no prompts" + (" but those the adapter was trained on; give others" if excluded else "")
         )
     return list(seen.values())
+
+
+def _read(row: Mapping[str, Any], column: str, place: str) -> tuple[str, str | None]:
+    """(prompt, answer if there is one) of a row."""
+    text, answer = row.get(column), row.get("answer")
+    if isinstance(text, list) and text and all(isinstance(m, dict) and "content" in m for m in text):
+        roles = [str(m.get("role")) for m in text]
+        if roles != ["user"]:
+            raise CapreseError(
+                f"{place}: {len(text)} messages ({', '.join(roles)[:80]!a}) in column {column!r}; a prompt is one user "
+                "message"
+            )
+        text = text[0]["content"]
+        if isinstance(text, list) and len(text) == 1 and isinstance(text[0], dict):  # in parts
+            text = text[0].get("text")
+    if not isinstance(text, str):
+        kind = "" if text is None else f" but {type(text).__name__}"
+        raise CapreseError(
+            f"{place}: no text in column {column!r}{kind} (columns: {', '.join(map(_shown, row))}); see --column"
+        )
+    if not text.strip():
+        raise CapreseError(f"{place}: the prompt is empty; remove the row")
+    if answer is not None:
+        answer = None if answer != answer else str(answer)  # NaN is how pandas writes that there is none
+    for name, value in ((column, text), ("answer", answer)):
+        if value is not None and (bad := broken(value)):
+            raise CapreseError(f"{place}: {bad} in column {name!r}, no valid text; mend or remove the row")
+    return text, answer
+
+
+def _shown(name: object) -> str:
+    """A foreign name as one may print it."""
+    return str(name) if str(name).isprintable() else ascii(name)
 
 
 def _gym(task: str, size: int, seed: int) -> Iterator[dict[str, Any]]:
@@ -94,32 +145,60 @@ def _gym(task: str, size: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def _file(path: Path) -> Iterator[dict[str, Any]]:
+    if path.is_dir():
+        raise CapreseError(f"{path} is a directory; give a .jsonl or .parquet file")
     if not path.is_file():
         raise CapreseError(f"no prompt file at {path}")
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
+    if path.suffix in (".csv", ".tsv"):
+        raise CapreseError(f"{path}: prompts are read from .jsonl and .parquet, not from {path.suffix}; convert it")
+    try:
+        yield from _parquet(path) if path.suffix == ".parquet" else _lines(path)
+    except OSError as error:
+        raise CapreseError(f"cannot read {path} ({error.strerror or error}); make it readable") from error
 
-        try:
-            yield from pyarrow.parquet.read_table(path).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise CapreseError(f"{path} is not a readable Parquet file ({error}); write it again") from error
-        return
+
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        yield from pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CapreseError(f"{path} is not a readable Parquet file ({first}); write it again") from error
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    wanted = "one object with a 'prompt' per line"
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+            place = f"{path}, line {number}"
+            if number == 1 and line.startswith((b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd")):
+                raise CapreseError(f"{path} is compressed; unpack it first")
+            if b"\0" in line or line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise CapreseError(f"{place}: not UTF-8 text but UTF-16 or binary; save the file as UTF-8")
             try:
-                row = json.loads(line.decode("utf-8"))
+                text = line.decode("utf-8-sig").strip()  # Notepad and PowerShell begin files with a byte order mark
+                if not text:
+                    continue
+                row = json.loads(text, object_pairs_hook=_object)
             except UnicodeDecodeError as error:
-                raise CapreseError(f"{path}, line {number}: not UTF-8 text; save the file as UTF-8") from error
-            except json.JSONDecodeError as error:
-                raise CapreseError(
-                    f"{path}, line {number}: not JSON ({error.msg}); one object with a 'prompt' per line"
-                ) from error
+                raise CapreseError(f"{place}: not UTF-8 text; save the file as UTF-8") from error
+            except (ValueError, RecursionError) as error:
+                if text.startswith("["):
+                    wanted += ", no list over several lines"
+                raise CapreseError(f"{place}: not JSON ({getattr(error, 'msg', error)}); {wanted}") from error
             if not isinstance(row, dict):
-                raise CapreseError(f"{path}, line {number}: not an object; one object with a 'prompt' per line")
+                raise CapreseError(f"{place}: not an object but {type(row).__name__}; {wanted}")
             yield row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise ValueError(f"{twice!a} is there twice")
+    return found
 
 
 def _dataset(name: str, seed: int) -> Iterator[dict[str, Any]]:

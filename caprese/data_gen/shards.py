@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,3 +108,34 @@ def read_shard(path: Path, settings: dict[str, Any] | None = None) -> list[Sampl
             f"{path.parent} holds samples made with another {differ}; choose another --output, or give --overwrite"
         )
     return samples
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The shards `name-00000.parquet` ... of one split: where they lie and what makes them."""
+
+    directory: Path
+    name: str
+    settings: Mapping[str, Any]
+    """What their samples depend on, "seed" among it."""
+    size: int
+    """Samples in each but the last."""
+
+    def path(self, number: int) -> Path:
+        return self.directory / f"{self.name}-{number:05d}.parquet"
+
+    def chunks(self, count: int) -> list[slice]:
+        """Which of `count` samples each shard holds."""
+        return [slice(at, min(at + self.size, count)) for at in range(0, count, self.size)]
+
+    def made_with(self, chunk: slice) -> dict[str, Any]:
+        """What is written into the shard of `chunk`."""
+        return {**self.settings, "rows": chunk.stop - chunk.start}
+
+    def clear(self, count: int) -> None:
+        """Delete those that are not what would be made of `count` samples."""
+        chunks = dict(enumerate(self.chunks(count)))
+        for path in sorted(self.directory.glob(f"{self.name}-{'[0-9]' * 5}.parquet")):
+            chunk = chunks.get(int(path.stem.rpartition("-")[2]))
+            if chunk is None or shard_settings(path) != self.made_with(chunk):
+                path.unlink()

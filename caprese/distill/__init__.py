@@ -1,20 +1,30 @@
-"""The recovery branches are learned from the dense model: layer by layer in closed form, then end to end."""
+"""The recovery branches are learned from the dense model: layer by layer in closed form, then end to end.
+
+`fit` does all of it for an applied model and samples.
+"""
 
 from caprese.distill.batches import Batch, make_batches
+from caprese.distill.checkpoints import Checkpoints
 from caprese.distill.end_to_end import EndToEnd, HeldOut
+from caprese.distill.fit import Branches, Distillation, Fitted, fit
 from caprese.distill.layerwise import Layerwise, accumulate, allocate_ranks, fit_layer, new_moments
 from caprese.distill.mixer import Alignment, align, alignment, hidden_alignment, match_scale
 
 __all__ = [
     "Alignment",
     "Batch",
+    "Branches",
+    "Checkpoints",
+    "Distillation",
     "EndToEnd",
+    "Fitted",
     "HeldOut",
     "Layerwise",
     "accumulate",
     "align",
     "alignment",
     "allocate_ranks",
+    "fit",
     "fit_layer",
     "hidden_alignment",
     "make_batches",

@@ -18,7 +18,7 @@ from transformers import Cache
 
 from caprese.data_gen import Sample
 from caprese.efficient_methods import Observer, Tokens, phases, phases_of
-from caprese.efficient_methods.state import keep_state, state_of
+from caprese.efficient_methods.memory import keep_memory, memory_of
 from caprese.models import unwrap
 
 
@@ -115,8 +115,10 @@ class Context:
         # the others share the longest cache's tensors, but for sliding windows; see `prefill`
         each: list[list[Any]] = [cache.layers for _, _, cache in self.blocks]
         layers = each[-1] + [layer for before in each[:-1] for layer in before if layer.is_sliding]
-        states = [state for _, _, cache in self.blocks if (state := state_of(cache)) is not None]
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) + sum(s.nbytes for s in states)
+        learned = [memory for _, _, cache in self.blocks if (memory := memory_of(cache)) is not None]
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) + sum(
+            memory.nbytes for memory in learned
+        )
 
 
 @torch.no_grad()
@@ -132,8 +134,8 @@ def prefill(model: nn.Module, batch: Batch) -> Context:
     blocks = []
     for first in range(0, size, every):
         end = min(first + every, size)
-        if (state := state_of(cache)) is not None:
-            state.settle()  # these caches are never cropped, and many are remembered
+        if (memory := memory_of(cache)) is not None:
+            memory.settle()  # these caches are never cropped, and many are remembered
         blocks.append((first, end, fork(cache)))
         if end < size:
             mask = torch.cat([batch.prompt_mask, batch.mask[:, :end]], 1)
@@ -168,9 +170,8 @@ def fork(cache: Cache) -> Cache:
     """A cache that grows on its own; what is in it already is shared."""
     twin = copy.copy(cache)
     twin.layers = [copy.copy(layer) for layer in cache.layers]
-    state = state_of(cache)
-    if state is not None:
-        keep_state(twin, state.fork())
+    if (memory := memory_of(cache)) is not None:
+        keep_memory(twin, memory.fork())
     return twin
 
 

@@ -35,6 +35,8 @@ class Layerwise(BaseModel):
     validation samples."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Sequences in one forward pass."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 512
+    """closed: samples between two saved states: what a kill can cost."""
     epochs: Annotated[int, Field(ge=1)] = 20
     """adam: passes over the samples."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3

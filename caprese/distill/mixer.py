@@ -9,17 +9,16 @@ states after every layer are to be the dense model's (Zebra-HyLo, arXiv 2604.247
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from pydantic import Field
 from torch import nn
 
 from caprese.distill.batches import Batch, positions_of
-from caprese.distill.end_to_end import Descent, descend
-from caprese.efficient_methods import dense, phases, phases_of, replacements
+from caprese.distill.checkpoints import Checkpoints, shared
+from caprese.distill.descend import Descent, descend
+from caprese.efficient_methods import dense, observing_mixers, phases, replacements
 from caprese.errors import CapreseError
 from caprese.models import device_of, unwrap
 
@@ -59,16 +58,14 @@ def _whole(model: nn.Module, batch: Batch, **more: Any) -> tuple[Any, torch.Tens
 def teacher_mixing(model: nn.Module, batch: Batch, matrices: bool = False) -> tuple[Seen, torch.Tensor]:
     """What each replaced attention saw and gave in the dense model, and which tokens are real [B, T]."""
     seen: Seen = {}
-    shared, base = phases_of(model), unwrap(model)
+    base = unwrap(model)
     how = base.config._attn_implementation
-    shared.mixer_observer = lambda at, *facts: seen.__setitem__(at.layer, facts)
     try:
         if matrices:  # other implementations do not say their probabilities
             base.set_attn_implementation("eager")
-        with dense(model):
+        with observing_mixers(model, lambda at, *facts: seen.__setitem__(at.layer, facts)), dense(model):
             _, mask = _whole(model, batch)
     finally:
-        shared.mixer_observer = None
         if matrices:
             base.set_attn_implementation(how)
     return seen, mask
@@ -135,10 +132,8 @@ def align(
     batches: Sequence[Batch],
     validation: Sequence[Batch],
     config: Descent,
-    seed: int,
-    state: Path,
-    identity: str,
-    label: str,
+    run: Checkpoints | None = None,
+    name: str = "alignment",
 ) -> tuple[float, float, list[dict[str, float]]]:
     """Train the mixers of `model` in place by `measure`, such as `alignment`; see `descend`.
 
@@ -155,6 +150,6 @@ def align(
         batch = batches[index].to(device_of(model))
         return measure(model, batch).mean() * batch.tokens
 
-    before = broadcast_object_list([check()])[0]
-    after, curve, _ = descend(model, batches, loss, check, config, seed, state, identity, before, label)
+    before = shared(check())
+    after, curve, _ = descend(model, batches, loss, check, config, before, run, name)
     return before, after, curve

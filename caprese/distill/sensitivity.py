@@ -13,17 +13,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 
 from caprese.distill.batches import Batch
+from caprese.distill.checkpoints import Checkpoints
 from caprese.distill.end_to_end import HeldOut
 from caprese.distill.mixer import Alignment, align, alignment, match_scale
 from caprese.efficient_methods import Mamba, Sparse, apply, calibrate, needs_calibration, only, remove, weights_saved
 from caprese.errors import CapreseError
 from caprese.models import active_parameters, device_of, find_ffns
-from caprese.progress import bar
 
 LEVELS = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
 # Optimiser steps of alignment before mixers are compared.
@@ -160,10 +159,8 @@ def select_attention(
     rows: Sequence[Batch],
     held_out: Sequence[Batch],
     config: Alignment,
-    seed: int,
-    state: Path,
-    identity: str,
     cache_gigabytes: float,
+    run: Checkpoints | None = None,
 ) -> tuple[Mamba, dict[int, float]]:
     """The method with the layers named that keep their attention, and by layer the KL of its mixer alone.
 
@@ -171,11 +168,12 @@ def select_attention(
         model: without a method.
         rows: micro-batches that mixers are aligned on, for `ALIGNED` steps of `config`.
         held_out: samples that KL is measured on.
-        state: file that alignment resumes from.
+        run: the alignment is kept there as "sensitivity".
 
     Raises:
         CapreseError: no rows.
     """
+    run = run or Checkpoints()
     if not rows:
         raise CapreseError("no sample has more than one token; give --samples prompts that the model answers")
     candidates = method.model_copy(update={"selected": "evenly", "keep_attention": 0.0})
@@ -187,11 +185,11 @@ def select_attention(
     apply(model, candidates)
     try:
         match_scale(model, rows[len(rows) // 2].to(device_of(model)))
-        align(model, measure, again, held_out, short, seed, state, identity, "2/4 sensitivity: mixers")
+        align(model, measure, again, held_out, short, run, "sensitivity")
         measured = HeldOut(model, held_out, cache_gigabytes)
         cost = {}
         layers = candidates.layer_indices(count)
-        with bar("2/4 sensitivity", len(layers), "layers") as advance:
+        with run.bar("sensitivity", len(layers), "layers") as advance:
             for layer in layers:
                 with only(model, {layer}):
                     cost[layer] = measured.kl()

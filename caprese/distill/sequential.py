@@ -17,7 +17,7 @@ from caprese.adapters import set_branch
 from caprese.distill.batches import Batch
 from caprese.distill.layerwise import Fit, Moments, fit_layer
 from caprese.efficient_methods import applied_ffns, dense, phases
-from caprese.efficient_methods.phases import Pass, phases_of
+from caprese.efficient_methods.passes import Pass, phases_of
 from caprese.errors import CapreseError
 from caprese.models import device_of, unwrap
 from caprese.models.families import family_of
@@ -115,12 +115,10 @@ def fit_sequential(
         for is_train, group in streams.items():
             for stream in group:
                 dense_before, recovered_before = stream.dense, stream.recovered
-                shared.current = None
                 with dense(model):
                     stream.dense = layer(dense_before, **stream.kwargs)
-                shared.prompt_lengths, shared.current = torch.zeros(0), stream.current
-                stream.recovered = layer(recovered_before, **stream.kwargs)  # the branch is still zero
-                shared.prompt_lengths = shared.current = None
+                with shared.within(stream.current):
+                    stream.recovered = layer(recovered_before, **stream.kwargs)  # the branch is still zero
                 if wrapper is not None:
                     m, at = moments[is_train], stream.completion
                     assert m is not None

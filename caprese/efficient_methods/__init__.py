@@ -1,4 +1,4 @@
-"""What is taken away: the wrapper around an FFN, phases, and one file per method.
+"""What is taken away: the wrapper around an FFN, which pass is which, and one file per method.
 
 To add a method: a file like `griffin.py`, and its class in `METHODS`; or a package of your own (docs/methods.md).
 """
@@ -35,11 +35,12 @@ from caprese.efficient_methods.mamba import (
     MixerState,
     Replacement,
     mixers_at_start,
+    observing_mixers,
     replacements,
     settle_mixers,
 )
 from caprese.efficient_methods.none import Nothing
-from caprese.efficient_methods.phases import Observer, dense, only, phases, phases_of, reselection
+from caprese.efficient_methods.passes import Observer, dense, only, phases, phases_of, reselection
 from caprese.efficient_methods.quantized import Int8, Nf4
 from caprese.efficient_methods.static import Static
 from caprese.efficient_methods.teal import Teal
@@ -87,6 +88,7 @@ __all__ = [
     "make_method",
     "methods_by_layer",
     "mixers_at_start",
+    "observing_mixers",
     "needs_calibration",
     "parse_methods",
     "only",

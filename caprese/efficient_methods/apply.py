@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from caprese.efficient_methods.base import Method, check_reselect
+from caprese.efficient_methods.base import Method
 from caprese.efficient_methods.compose import compose
+from caprese.efficient_methods.hooks import attach
 from caprese.efficient_methods.mamba import Mamba, Replacement
-from caprese.efficient_methods.phases import Phases
+from caprese.efficient_methods.passes import Phases
 from caprese.efficient_methods.wrapper import EfficientFFN, RecoverySlot
 from caprese.errors import CapreseError
 from caprese.models import Site, find_ffns, unwrap
@@ -57,8 +58,7 @@ def apply(
     facts = {i: _fixed(own, i, sites[i], calibration) for i, own in layers.items()}
     learners = {i: [m for m in own if "prompt" in m.learns] for i, own in layers.items()}
     phases = Phases(chosen, learners)
-    phases.check_reselect(reselect_every)
-    phases.reselect_every = check_reselect(reselect_every)
+    phases.reselect(reselect_every)
     try:
         for i, own in layers.items():
             wrapper = EfficientFFN(sites[i], own, facts[i], phases)
@@ -68,7 +68,7 @@ def apply(
             for method in own:
                 if isinstance(method, Mamba):
                     phases.undo.append(put_mixer(sites[i], unwrap(model).config, method, phases))
-        phases.attach(unwrap(model))
+        phases.undo += attach(unwrap(model), phases)
     except BaseException:  # such as a missing bitsandbytes: the model goes back as it came
         _restore(model, phases)
         raise
@@ -85,7 +85,6 @@ def put_mixer(site: Site, config: Any, method: Mamba, phases: Phases) -> Callabl
     replacement = Replacement(site, config, method, phases)
     replacement.train(site.layer.training)
     setattr(site.layer, site.attention_name, replacement)
-    phases.mixes = True
     return functools.partial(setattr, site.layer, site.attention_name, attention)
 
 
@@ -136,7 +135,7 @@ def attention_hooks(site: Site, wrapper: EfficientFFN) -> list[Callable[[], None
 def _before_attention(
     wrapper: EfficientFFN, methods: list[Method], number: int, _: nn.Module, args: tuple[Any, ...]
 ) -> tuple[Any, ...] | None:
-    decodes = wrapper.phases.static and torch.compiler.is_compiling()
+    decodes = wrapper.phases.compiled and torch.compiler.is_compiling()
     current = wrapper.phases.current
     if not decodes and (current is None or current.completion is None or not wrapper.phases.acts_on(wrapper.layer)):
         return None
@@ -172,4 +171,6 @@ def _restore(model: nn.Module, phases: Phases) -> None:
         if wrapper.fused is not None:
             wrapper.fused.restore()
         wrapper.site.restore()
-    phases.detach()
+    for undo in phases.undo:
+        undo()
+    phases.undo.clear()

@@ -12,8 +12,8 @@ from torch import nn
 from caprese.efficient_methods.apply import attention_hooks, methods_by_layer
 from caprese.efficient_methods.base import Method
 from caprese.efficient_methods.compose import compose
-from caprese.efficient_methods.phases import Pass, Phases
-from caprese.efficient_methods.state import State
+from caprese.efficient_methods.memory import PromptMemory
+from caprese.efficient_methods.passes import Pass, Phases
 from caprese.efficient_methods.wrapper import EfficientFFN
 from caprese.errors import CapreseError
 from caprese.models import Site, find_ffns, unwrap
@@ -195,7 +195,7 @@ class _OnBlock:
         self.sizes = [linear.weight.numel() for linear in site.attention_linears()]  # type: ignore[operator]
         self.dense = self._output()
         self.scale = float(self.dense.square().sum())
-        self.phases = Phases((method,), {site.index: []})
+        self.phases = Phases((method,), {})
         self.wrapper: EfficientFFN | None = None
         self.method = method
         self.undo: list[Callable[[], None]] = []
@@ -210,13 +210,9 @@ class _OnBlock:
             self.site.replace(self.wrapper)
             self.undo = [*attention_hooks(self.site, self.wrapper), self.site.restore]
         setattr(self.wrapper, f"fixed_{self.method.name}", choice)
-        state = State({self.site.index: []})
-        shape = tuple(self.completion.shape)
-        self.phases.current = Pass(~self.completion, self.completion, state, shape)  # type: ignore[arg-type]
-        try:
+        batch, length = self.completion.shape
+        with self.phases.within(Pass(~self.completion, self.completion, PromptMemory({}), (batch, length))):
             return float((self._output() - self.dense).square().sum()) / max(self.scale, 1e-30)
-        finally:
-            self.phases.current = None
 
     def close(self) -> None:
         for undo in self.undo:

@@ -16,7 +16,7 @@ from caprese.efficient_methods.apply import applied_ffns, methods_by_layer
 from caprese.efficient_methods.base import Method, Reads
 from caprese.efficient_methods.compose import idle_branches
 from caprese.efficient_methods.mamba import replacements
-from caprese.efficient_methods.phases import phases_of
+from caprese.efficient_methods.passes import phases_of
 from caprese.models import FFN, Site, active_parameters, count_parameters, find_ffns, unwrap
 
 Variant = Literal["dense", "efficient", "recovered"]

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from caprese.efficient_methods.base import Method
-from caprese.efficient_methods.phases import Phases
-from caprese.efficient_methods.state import LayerState, Seen
+from caprese.efficient_methods.memory import LayerMemory, Seen
+from caprese.efficient_methods.passes import Phases
 from caprese.errors import CapreseError
 from caprese.kernels import PackedFFN, sparse_down
 from caprese.models import FFN, Site
@@ -62,7 +62,7 @@ class EfficientFFN(nn.Module):
         view: the dense FFN.
         methods: what acts on this layer's FFN, each with its own sparsity.
         fixed: choices made from samples, by method name.
-        start: the FFN that completion tokens go through before anything is dropped per sequence or token.
+        transformed: the FFN that completion tokens go through, before anything is dropped per sequence or token.
     """
 
     def __init__(self, site: Site, methods: list[Method], fixed: dict[str, torch.Tensor], phases: Phases) -> None:
@@ -74,38 +74,38 @@ class EfficientFFN(nn.Module):
         self.methods = methods
         for name, choice in fixed.items():
             self.register_buffer(f"fixed_{name}", choice, persistent=False)
-        self.start: FFN | PackedFFN = site.ffn
+        self.transformed: FFN | PackedFFN = site.ffn
         for method in methods:
-            self.start = method.transform(self.start, fixed.get(method.name))
+            self.transformed = method.transform(self.transformed, fixed.get(method.name))
         self.learners = [m for m in methods if "prompt" in m.learns]
         #: runs generated tokens in place of `efficient` and the branch; see `caprese.fuse`
         self.fused: Any = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.shape
-        if self.phases.static and torch.compiler.is_compiling():
+        if self.phases.compiled and torch.compiler.is_compiling():
             return self.fused(x.reshape(-1, 1, flat[-1])).view(flat)
         current = self.phases.current
         if current is None:
             return self.ffn(x)
         x = x.reshape(*current.shape, flat[-1])  # some families flatten the batch
-        state = current.state.layer(self.layer)
+        memory = current.memory.layer(self.layer)
         if self.fused is not None and current.prompt is None and current.shape[1] == 1 and self.can_decode_fused:
-            self.fused.follow(state, current.shape[0])
+            self.fused.follow(memory, current.shape[0])
             return self.fused(x).view(flat)
         y: torch.Tensor | None = None
         acts = current.completion is not None and self.phases.acts_on(self.layer)
         if current.prompt is not None or not acts:
-            y = self._dense(x, state)
+            y = self._dense(x, memory)
         if current.completion is None or not (acts or self.phases.observer is not None):
             assert y is not None
             return y.view(flat)
         if self.phases.observer is not None:
             assert y is not None
             x_seen, y_seen = x[current.completion], y[current.completion]
-            self.phases.observer(self, x_seen, self._residual(x, y, state)[current.completion], y_seen)
+            self.phases.observer(self, x_seen, self._residual(x, y, memory)[current.completion], y_seen)
             return y.view(flat)
-        efficient = self.efficient(x, state)
+        efficient = self.efficient(x, memory)
         if type(self.recovery) is not RecoverySlot:
             efficient = efficient + self.recovery(x)
         return (efficient if y is None else torch.where(current.completion.unsqueeze(-1), efficient, y)).view(flat)
@@ -121,7 +121,7 @@ class EfficientFFN(nn.Module):
         """The neurons a fixed choice left, [k]; None is all."""
         return next((getattr(self, f"fixed_{m.name}")[0] for m in self.methods if "width" in m.acts_on), None)
 
-    def _dense(self, x: torch.Tensor, state: LayerState) -> torch.Tensor:
+    def _dense(self, x: torch.Tensor, memory: LayerMemory) -> torch.Tensor:
         """FF(x), learning from the prompt tokens on the way."""
         current = self.phases.current
         assert current is not None
@@ -130,15 +130,15 @@ class EfficientFFN(nn.Module):
         a, z = self.view.neurons(x)
         with torch.no_grad():
             seen_a, seen_z = (a, z) if (rows := self.rows) is None else (a[..., rows], z[..., rows])
-            seen = Seen(current.start, x.detach(), seen_a.detach(), seen_z.detach(), current.prompt)
-            state.learn(self.learners, seen, current.tail)
+            seen = Seen(current.offset, x.detach(), seen_a.detach(), seen_z.detach(), current.prompt)
+            memory.learn(self.learners, seen, current.tail)
         return self.view.down(z)
 
-    def choices(self, state: LayerState, batch: int) -> list[torch.Tensor | None]:
+    def choices(self, memory: LayerMemory, batch: int) -> list[torch.Tensor | None]:
         """Of each method, for a batch of `batch` sequences."""
         known = [getattr(self, f"fixed_{m.name}", None) for m in self.methods]
         return [
-            state.chosen(m, self.start, batch, k) if "prompt" in m.learns else k
+            memory.chosen(m, self.transformed, batch, k) if "prompt" in m.learns else k
             for m, k in zip(self.methods, known, strict=True)
         ]
 
@@ -157,27 +157,27 @@ class EfficientFFN(nn.Module):
                 keep = mask if keep is None else keep & mask
         return z, keep
 
-    def efficient(self, x: torch.Tensor, state: LayerState) -> torch.Tensor:
+    def efficient(self, x: torch.Tensor, memory: LayerMemory) -> torch.Tensor:
         """FF_eff(x), [B, T, D], without the branch."""
-        methods = list(zip(self.methods, self.choices(state, len(x)), strict=True))
-        ffn = self.start
+        methods = list(zip(self.methods, self.choices(memory, len(x)), strict=True))
+        ffn = self.transformed
         if x.shape[1] == 1 and self.view.row_wise:
             rows = [choice for m, choice in methods if m.acts_on == {"rows"} and choice is not None]
             if rows and all(len(choice) == 1 for choice in rows):  # one choice for all that decode here
-                if state.packed is None:
+                if memory.packed is None:
                     index = torch.stack([choice.flatten() for choice in rows]).all(0).nonzero().squeeze(-1)
-                    state.packed = PackedFFN(self.start, index)
-                ffn = state.packed
+                    memory.packed = PackedFFN(self.transformed, index)
+                ffn = memory.packed
                 methods = [(m, choice) for m, choice in methods if m.acts_on != {"rows"}]
         return sparse_down(ffn, *self.kept(x, ffn, methods))
 
-    def _residual(self, x: torch.Tensor, y: torch.Tensor, state: LayerState) -> torch.Tensor:
+    def _residual(self, x: torch.Tensor, y: torch.Tensor, memory: LayerMemory) -> torch.Tensor:
         """FF(x) - FF_eff(x), [B, T, D]."""
-        by_neuron = self.start is self.view and self.view.row_wise
+        by_neuron = self.transformed is self.view and self.view.row_wise
         if by_neuron and not any("inputs" in m.acts_on for m in self.methods):
             # from the dropped neurons themselves, which keeps its precision in bfloat16
-            z, keep = self.kept(x, self.view, list(zip(self.methods, self.choices(state, len(x)), strict=True)))
+            z, keep = self.kept(x, self.view, list(zip(self.methods, self.choices(memory, len(x)), strict=True)))
             if keep is None:
                 return torch.zeros_like(y)
             return nn.functional.linear(z.masked_fill(keep, 0), self.view.weights().down)
-        return y - self.efficient(x, state)
+        return y - self.efficient(x, memory)

@@ -2,7 +2,7 @@
 
 from caprese.evaluation.accuracy import accuracy, is_correct, mean_new_tokens
 from caprese.evaluation.config import Evaluation
-from caprese.evaluation.evaluate import environment, evaluate, finite, lost, recovered_fraction
+from caprese.evaluation.evaluate import environment, evaluate, finite, lost, measure, recovered_fraction
 from caprese.evaluation.fidelity import VARIANTS, fidelity, layer_errors, variant
 from caprese.evaluation.latency import parameter_counts, time_to_next_token
 
@@ -18,6 +18,7 @@ __all__ = [
     "layer_errors",
     "lost",
     "mean_new_tokens",
+    "measure",
     "parameter_counts",
     "recovered_fraction",
     "time_to_next_token",

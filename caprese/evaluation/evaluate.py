@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from caprese.data_gen import Prompt, Sample, Samples, complete_in_shards
+from caprese.data_gen import Prompt, Sample, Samples, Shards, complete_in_shards, load_prompts
 from caprese.distill import make_batches
 from caprese.efficient_methods import phases_of
 from caprese.evaluation.accuracy import accuracy, mean_new_tokens
 from caprese.evaluation.config import Evaluation
 from caprese.evaluation.fidelity import VARIANTS, fidelity, layer_errors, variant
 from caprese.evaluation.latency import parameter_counts, time_to_next_token
-from caprese.models import device_of, unwrap
+from caprese.models import check_context, device_of, unwrap
 from caprese.progress import bar
 
 
@@ -61,14 +62,12 @@ def evaluate(
     quality: dict[str, dict[str, float | None]] = {n: dict(q) for n, q in fidelity(model, batches).items()}
     answers = {"dense": list(test)}
     if config.generate:
-        prompts = [Prompt(s.prompt, s.answer) for s in test]
-        encoded = [s.prompt_ids for s in test]
+        prompts = [Prompt(s.prompt, s.answer, ids=s.prompt_ids) for s in test]
         with bar("evaluation: answers", 2 * len(test), "samples") as advance:
             for name in VARIANTS[1:]:
+                shards = Shards(scratch, name, settings, samples.shard_size)
                 with variant(model, name):
-                    answers[name] = complete_in_shards(
-                        model, tokenizer, prompts, encoded, samples, scratch, name, dict(settings), advance
-                    )
+                    answers[name] = complete_in_shards(model, tokenizer, prompts, samples, shards, advance)
     for name in VARIANTS:
         quality[name]["accuracy"] = accuracy(answers[name]) if name in answers else None
         quality[name]["mean_new_tokens"] = mean_new_tokens(answers[name]) if name in answers else None
@@ -102,6 +101,33 @@ def evaluate(
             for i, sample in enumerate(test[: config.examples])
         ],
     }
+
+
+def measure(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Samples,
+    evaluation: Evaluation,
+    seed: int,
+    exclude: Collection[str] = (),
+) -> dict[str, Any]:
+    """`evaluate` for a loaded adapter: dense, efficient and recovered side by side, None where it is no number.
+
+    Args:
+        model: from `caprese.load`.
+        samples: `test` prompts are asked; the other splits are not made.
+        exclude: prompts not to ask, such as those it was trained on.
+    """
+    with tempfile.TemporaryDirectory(prefix="caprese-") as scratch:
+        encode = samples.encode(tokenizer)
+        prompts = load_prompts(samples.prompts, samples.test, seed, samples.column, exclude, encode)
+        check_context(model, [p.text for p in prompts], [p.ids for p in prompts], samples.max_new_tokens)
+        settings = {"seed": seed}
+        shards = Shards(Path(scratch), "test", settings, samples.shard_size)
+        with bar("evaluation: dense", len(prompts), "samples") as advance, variant(model, "dense"):
+            test = complete_in_shards(model, tokenizer, prompts, samples, shards, advance)
+        measured = evaluate(model, tokenizer, test, samples, evaluation, Path(scratch), settings)
+    return cast(dict[str, Any], finite(measured))
 
 
 def environment(model: nn.Module) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from caprese.data_gen import Prompt
 from caprese.data_gen.chains import soundness
 from caprese.errors import CapreseError
 from caprese.evaluation.accuracy import Marker
-from caprese.models import load_base, resolve
+from caprese.models import encode_text, load_base, resolve
 from caprese.models.loading import pick_device
 
 #: (problem, completion) -> how good it looks, from 0 to 1
@@ -48,7 +48,7 @@ def _likelihood(name: str, device: str) -> Scorer:
 
     @torch.no_grad()
     def score(problem: Prompt, completion: str) -> float:
-        before = words(problem.text + "\n").input_ids
+        before = encode_text(words, problem.text + "\n")
         after = words(completion, add_special_tokens=False).input_ids[: room and max(0, room - len(before))]
         if not after:
             return 0.0

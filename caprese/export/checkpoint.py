@@ -56,6 +56,7 @@ from caprese.models import (
     base_parameters,
     base_terms,
     count_parameters,
+    encode_text,
     family_of,
     find_ffns,
     unwrap,
@@ -338,7 +339,7 @@ def _write(model: nn.Module, parts: Mapping[int, Branch | None], path: Path, dty
     for i, layer in enumerate(base.get_submodule(family.layers)):
         if i in wrappers:
             views.append(wrappers[i].view)
-            pieces.append(_widen(views[i], wrappers[i].start.weights(), parts[i], dtype))
+            pieces.append(_widen(views[i], wrappers[i].transformed.weights(), parts[i], dtype))
         else:
             views.append(FFN(getattr(layer, family.ffn) if family.ffn else layer, family))
             pieces.append(views[i].weights())
@@ -463,7 +464,7 @@ def _ids(base: Any, tokenizer: PreTrainedTokenizerBase | None) -> torch.Tensor:
     """Tokens to compare logits on, [2, T]."""
     if tokenizer is None:
         return torch.randint(0, base.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
-    rows = [tokenizer(text).input_ids for text in _SENTENCES]
+    rows = [encode_text(tokenizer, text) for text in _SENTENCES]
     return torch.tensor([row[: min(map(len, rows))] for row in rows])
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from caprese.data_gen.generate import NucleusSampler
-from caprese.efficient_methods.state import state_of
+from caprese.efficient_methods.memory import memory_of
 from caprese.models import unwrap
 from caprese.models.cache import roomy_cache
 
@@ -45,8 +45,8 @@ def sample(
     ids = torch.tensor([list(prompt)], device=device)
     out: Any = base(input_ids=ids, past_key_values=roomy_cache(model), use_cache=True, logits_to_keep=1)
     cache = out.past_key_values
-    if (state := state_of(cache)) is not None:
-        state.settle()  # it is not cropped: what would undo the prompt need not be repeated
+    if (memory := memory_of(cache)) is not None:
+        memory.settle()  # it is not cropped: what would undo the prompt need not be repeated
     cache.batch_repeat_interleave(count)
     logits = out.logits[:, -1].repeat_interleave(count, 0)
     alive = torch.arange(count, device=device)

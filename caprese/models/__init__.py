@@ -26,7 +26,7 @@ from caprese.models.loading import (
     save_base,
 )
 from caprese.models.shapes import SHAPES, random_model, shape_config
-from caprese.models.text import check_context, encode_prompt
+from caprese.models.text import broken, check_context, encode_prompt, encode_text, ending
 
 __all__ = [
     "ALIASES",
@@ -42,11 +42,14 @@ __all__ = [
     "base_of",
     "base_parameters",
     "base_terms",
+    "broken",
     "check_context",
     "check_keepable",
     "count_parameters",
     "device_of",
     "encode_prompt",
+    "encode_text",
+    "ending",
     "family_of",
     "find_ffns",
     "load_base",

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer
 
 from caprese.models.families import unwrap
+from caprese.models.private import needed
 
 
 class RoomyLayer(DynamicLayer):
@@ -83,4 +84,5 @@ class RoomyCache(DynamicCache):
 def roomy_cache(model: nn.Module) -> RoomyCache | None:
     """An empty cache for a transformers model; None where a model makes a cache of its own kind."""
     base: Any = unwrap(model)
-    return RoomyCache(base.config) if getattr(base, "_supports_default_dynamic_cache", lambda: False)() else None
+    usual = isinstance(base, GenerationMixin) and needed(base, "_supports_default_dynamic_cache")()
+    return RoomyCache(base.config) if usual else None

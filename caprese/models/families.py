@@ -194,7 +194,7 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]
     attention = {path.split(".")[0] for path in family.attention}
     within = f".{family.attention[0].split('.')[0]}.attention."
     for name, parameter in base.named_parameters():
-        if ".lora_" in name or ".start." in name or ".mixer." in name:
+        if ".lora_" in name or ".transformed." in name or ".mixer." in name:
             continue
         name = name.replace(within, within.removesuffix("attention."))  # an attention that a mixer stands before
         inside = f".{family.ffn or family.up}.ffn."

@@ -32,6 +32,7 @@ from caprese.efficient_methods import (
     needs_calibration,
     settle_mixers,
 )
+from caprese.efficient_methods.memory import memory_of
 from caprese.errors import CapreseError
 from caprese.evaluation.evaluate import environment
 from caprese.evaluation.latency import TURN
@@ -60,7 +61,7 @@ class _LoraStep(Packed):
     def _fill(self, choices: list[tuple[Method, torch.Tensor | None]], branch: Any) -> None:
         super()._fill(choices, None)
         (wrapper,) = self.wrapper
-        d, k, like = wrapper.view.hidden_size, self.width, wrapper.start.weights().down
+        d, k, like = wrapper.view.hidden_size, self.width, wrapper.transformed.weights().down
         shapes = {"gate": (d, k), "up": (d, k), "down": (k, d)}
         for name, (fan_in, fan_out) in shapes.items():
             self.register_buffer(f"{name}_A", like.new_empty(self.rank, fan_in).normal_(), persistent=False)
@@ -254,12 +255,12 @@ class Bench:
             contender.cache, contender.token = out.past_key_values, out.logits[:, -1:].argmax(-1)
 
         contender.prefill_ms = _milliseconds(self.device, prefill)
-        state = getattr(contender.cache, "caprese_state", None)
+        memory = memory_of(contender.cache)
         fused = [w for w in applied_ffns(contender.model).values() if w.fused is not None]
 
         def select() -> None:
             for wrapper in fused:
-                wrapper.fused.follow(state.layer(wrapper.layer), len(ids))  # type: ignore[union-attr]
+                wrapper.fused.follow(memory.layer(wrapper.layer), len(ids))  # type: ignore[union-attr]
 
         if fused:  # twice: what is allocated once is no cost of choosing
             select()
@@ -340,8 +341,8 @@ def _held(contender: Contender) -> int:
     for layer in contender.cache.layers:
         held = (layer.window, layer.state) if isinstance(layer, MixerState) else (layer.keys, layer.values)
         tensors += [t for t in held if t is not None]
-    state = getattr(contender.cache, "caprese_state", None)
-    for known in state.layers.values() if state is not None else ():
+    memory = memory_of(contender.cache)
+    for known in memory.layers.values() if memory is not None else ():
         tensors += known.packed.buffers() if known.packed is not None else ()
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())

@@ -28,7 +28,7 @@ from caprese.evaluation.latency import parameter_counts
 from caprese.evaluation.rewards import Scorer
 from caprese.files import write_atomic, write_json
 from caprese.inference.sampling import sample
-from caprese.models import check_context, encode_prompt
+from caprese.models import check_context
 from caprese.progress import bar, say
 
 # Problems for which every n is timed; their own samples are the time of the largest.
@@ -107,9 +107,8 @@ class Scaling:
         self.model, self.tokenizer, self.config, self.count = model, tokenizer, config, count
         self.directory, self.seed, self.scorer = directory, seed, scorer
         self.sizes = sizes_up_to(count)
-        self.encoded = [
-            encode_prompt(tokenizer, p.text, config.instruction, config.chat_template) for p in self.problems
-        ]
+        encode = config.encode(tokenizer)
+        self.encoded = [list(p.ids or encode(p.text)) for p in self.problems]
         check_context(model, [p.text for p in self.problems], self.encoded, config.max_new_tokens)
 
     def _draw(

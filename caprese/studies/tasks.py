@@ -20,7 +20,7 @@ from caprese.efficient_methods import phases
 from caprese.errors import CapreseError
 from caprese.evaluation.fidelity import VARIANTS, variant
 from caprese.files import check_writable, sha256, write_json
-from caprese.models import base_of
+from caprese.models import base_of, ending
 from caprese.models.cache import roomy_cache
 from caprese.progress import bar, say
 
@@ -43,6 +43,18 @@ def language_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_s
     _, HFLM, _ = _harness()
 
     class Phased(HFLM):  # type: ignore[misc, valid-type]
+        def tok_encode(self, string: str, *args: Any, **how: Any) -> list[int]:
+            ids: list[int] = super().tok_encode(string, *args, **how)
+            end = ending(self.tokenizer, string)  # a context goes on: nothing stands behind it
+            return ids[: len(ids) - len(end)] if end and ids[-len(end) :] == end else ids
+
+        def tok_batch_encode(self, strings: list[str], *args: Any, **how: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            ids, mask = super().tok_batch_encode(strings, *args, **how)
+            end = ending(self.tokenizer, strings[0])
+            if end and bool((ids[:, -len(end) :] == torch.tensor(end)).all()):
+                return ids[:, : -len(end)], mask[:, : -len(end)]
+            return ids, mask
+
         def _loglikelihood_tokens(
             self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
         ) -> list[tuple[float, bool]]:

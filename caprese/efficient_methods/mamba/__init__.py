@@ -5,6 +5,7 @@ from caprese.efficient_methods.mamba.mixer import Mixer, MixerState
 from caprese.efficient_methods.mamba.replacement import (
     Replacement,
     mixers_at_start,
+    observing_mixers,
     replacements,
     settle_mixers,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "MixerState",
     "Replacement",
     "mixers_at_start",
+    "observing_mixers",
     "replacements",
     "settle_mixers",
 ]

@@ -18,7 +18,7 @@ from caprese.models import Site, unwrap
 from caprese.models.attention import read_attention
 
 if TYPE_CHECKING:
-    from caprese.efficient_methods.phases import Phases
+    from caprese.efficient_methods.passes import Phases
 
 #: called with (replacement, x [B, T, D], out [B, T, D], probabilities [B, H, T, T] if it gives them) by every replaced
 #: attention in a dense pass
@@ -30,6 +30,7 @@ class Replacement(nn.Module):
 
     Attributes:
         lost: what of the attention the mixer's start does not have.
+        observer: see `observing_mixers`.
     """
 
     def __init__(self, site: Site, config: Any, method: Mamba, phases: Phases) -> None:
@@ -37,6 +38,7 @@ class Replacement(nn.Module):
         self.attention = site.attention()
         self.layer, self.phases = site.index, phases
         self.config, self.method = config, method
+        self.observer: MixerObserver | None = None
         self.lost = read_attention(self.attention, config).lost
         self.mixer = self._fresh()
         self._start: list[Mixer] = []  # and no module of it, which it would be by itself
@@ -59,8 +61,8 @@ class Replacement(nn.Module):
         x = args[0] if args else kwargs["hidden_states"]
         if self.phases.dense or not self.phases.acts_on(self.layer):
             out = self.attention(*args, **kwargs)
-            if self.phases.mixer_observer is not None:
-                self.phases.mixer_observer(self, x, *out[:2])
+            if self.observer is not None:
+                self.observer(self, x, *out[:2])
             return out
         cache = next((v for v in (*kwargs.values(), *args) if isinstance(v, Cache)), None)
         state = None if cache is None else self._state(cache)
@@ -97,6 +99,18 @@ class Replacement(nn.Module):
 def replacements(model: nn.Module) -> list[Replacement]:
     """The replaced attentions of a model, in layer order."""
     return [m for m in model.modules() if isinstance(m, Replacement)]
+
+
+@contextmanager
+def observing_mixers(model: nn.Module, observer: MixerObserver) -> Iterator[None]:
+    """Inside, `observer` is shown what each replaced attention sees and gives in dense passes."""
+    for at in replacements(model):
+        at.observer = observer
+    try:
+        yield
+    finally:
+        for at in replacements(model):
+            at.observer = None
 
 
 def settle_mixers(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from caprese import kernels
 from caprese.efficient_methods import EfficientFFN
-from caprese.efficient_methods.state import LayerState, Seen
+from caprese.efficient_methods.memory import LayerMemory, Seen
 from caprese.errors import CapreseError
 from caprese.inference.fused.in_place import InPlace
 from caprese.inference.fused.indexed import Indexed
@@ -37,9 +37,9 @@ def forms_of(wrapper: EfficientFFN) -> dict[Form, Callable[[EfficientFFN], Step]
     forms: dict[Form, Callable[[EfficientFFN], Step]] = {
         "packed": Packed if rows_chosen and not every & {"inputs", "weights"} else InPlace
     }
-    if "weights" in every or kernels.activation_name(wrapper.start.act) is None:
+    if "weights" in every or kernels.activation_name(wrapper.transformed.act) is None:
         return forms
-    base = wrapper.start is wrapper.view
+    base = wrapper.transformed is wrapper.view
     gated, conv = wrapper.view.gated, not isinstance(wrapper.view.part("up"), nn.Linear)
     acting = every - {"width", "attention"}
     if conv or wrapper.view.part("down").__class__ is not nn.Linear:
@@ -64,11 +64,11 @@ def faster_form(wrapper: EfficientFFN) -> Form:
         a, z = a[..., wrapper.rows], z[..., wrapper.rows]
     seen = Seen(0, x, a, z, torch.ones(1, 1, dtype=torch.bool, device=x.device))
     for name, make in forms.items():
-        state = LayerState()
-        state.learn(wrapper.learners, seen)
+        memory = LayerMemory()
+        memory.learn(wrapper.learners, seen)
         step = make(wrapper)
         try:
-            step.follow(state, 1)
+            step.follow(memory, 1)
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             for trial in range(_TRIALS + 3):
                 if trial == 3:

@@ -27,7 +27,7 @@ class InPlace(Step):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         (wrapper,) = self.wrapper
         choices = [(m, getattr(self, f"choice_{i}")) for i, m in enumerate(self.methods)]
-        y = sparse_down(wrapper.start, *wrapper.kept(x, wrapper.start, choices))
+        y = sparse_down(wrapper.transformed, *wrapper.kept(x, wrapper.transformed, choices))
         left: Any = self.left
         right: Any = self.right
         extra: Any = self.extra

@@ -20,7 +20,7 @@ class Indexed(Step):
 
     def __init__(self, wrapper: EfficientFFN) -> None:
         super().__init__(wrapper)
-        name = kernels.activation_name(wrapper.start.act)
+        name = kernels.activation_name(wrapper.transformed.act)
         assert name is not None
         self.act_name = name
         acting = frozenset().union(*(m.acts_on for m in wrapper.methods))
@@ -35,14 +35,14 @@ class Indexed(Step):
     def _transposed(self) -> list[torch.Tensor]:
         """The weights that are read by input channel."""
         (wrapper,) = self.wrapper
-        start: Any = wrapper.start
-        if start is not wrapper.view:
-            return [start.down_weight]
+        ffn: Any = wrapper.transformed
+        if ffn is not wrapper.view:
+            return [ffn.down_weight]
         return [wrapper.view.part(p).weight for p in (("gate", "up", "down") if self.kind == "inputs" else ("down",))]
 
     def _fill(self, choices: list[tuple[Method, torch.Tensor | None]], branch: Any) -> None:
         (wrapper,) = self.wrapper
-        w = wrapper.start.weights()
+        w = wrapper.transformed.weights()
         rows = chosen_rows(choices)
         index = None
         if rows is not None:  # exactly k in each row
@@ -57,7 +57,7 @@ class Indexed(Step):
         self._hold("last_bias", extra if w.down_bias is None else w.down_bias + (0 if extra is None else extra))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        w = self.wrapper[0].start.weights()  # not kept here: compiled, they are to be known as the model's own
+        w = self.wrapper[0].transformed.weights()  # not kept here: compiled, they are to be known as the model's own
         flat = x.flatten(0, 1)
         left: Any = self.left
         right: Any = self.right

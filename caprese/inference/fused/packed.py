@@ -56,7 +56,7 @@ class Packed(Step):
 
     def _fill(self, choices: list[tuple[Method, torch.Tensor | None]], branch: Any) -> None:
         (wrapper,) = self.wrapper
-        w = wrapper.start.weights()
+        w = wrapper.transformed.weights()
         rows = chosen_rows(choices)
         masks = [(m, choice) for m, choice in choices if "neurons" in m.acts_on]
         index: torch.Tensor | None = None
@@ -84,7 +84,7 @@ class Packed(Step):
         """A buffer of this shape to write into: the last one if it fits."""
         held = getattr(self, name, None)
         if held is None or held.shape != shape:
-            like = self.wrapper[0].start.weights().down
+            like = self.wrapper[0].transformed.weights().down
             turned = by_column(*shape, like.dtype, like.device)
             held = torch.empty(shape[::-1] if turned else shape, dtype=like.dtype, device=like.device)
             held = held.T if turned else held
@@ -97,7 +97,7 @@ class Packed(Step):
         if len(rows) == 1:
             return index, None
         most, width = len(rows) * int(rows[0].sum()), rows.shape[-1]
-        wanted = most if self.wrapper[0].phases.static else -(-len(index) // _ROUND) * _ROUND
+        wanted = most if self.wrapper[0].phases.compiled else -(-len(index) // _ROUND) * _ROUND
         if wanted >= width:
             return None, rows
         own = F.pad(rows[..., index], (0, wanted - len(index)))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from caprese.efficient_methods import EfficientFFN, Method
-from caprese.efficient_methods.state import LayerState
+from caprese.efficient_methods.memory import LayerMemory
 
 
 def branch_of(recovery: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
@@ -42,26 +42,26 @@ class Step(nn.Module):
     def __init__(self, wrapper: EfficientFFN) -> None:
         super().__init__()
         self.wrapper = (wrapper,)  # in a tuple, so that it is no submodule
-        self.act = wrapper.start.act
+        self.act = wrapper.transformed.act
         self.source: Any = None  # the choices these tensors were filled from
         self.version: Any = None
         self.tensors: list[torch.Tensor] = []
 
-    def follow(self, state: LayerState, batch: int) -> None:
+    def follow(self, memory: LayerMemory, batch: int) -> None:
         """Take over the choice of the cache that decodes now, and the adapter as it is now; cheap if nothing changed.
 
         Raises:
-            CapreseError: see `LayerState.chosen`.
+            CapreseError: see `LayerMemory.chosen`.
         """
         (wrapper,) = self.wrapper
         version, tensors = _version(wrapper.recovery)
-        version = (wrapper.phases.static, *version)
-        if self.source is state.choices and self.version == version:
+        version = (wrapper.phases.compiled, *version)
+        if self.source is memory.choices and self.version == version:
             return
         with torch.no_grad():
-            choices = wrapper.choices(state, batch)
+            choices = wrapper.choices(memory, batch)
             self._fill(list(zip(wrapper.methods, choices, strict=True)), branch_of(wrapper.recovery))
-        self.source, self.version, self.tensors = state.choices, version, tensors
+        self.source, self.version, self.tensors = memory.choices, version, tensors
 
     def _fill(self, choices: list[tuple[Method, torch.Tensor | None]], branch: Any) -> None:
         raise NotImplementedError

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers import Cache
 
 from caprese.efficient_methods.base import Method
+from caprese.efficient_methods.reselection import Pending
 from caprese.errors import CapreseError
 from caprese.kernels import PackedFFN
 from caprese.models import FFN
 
-STATE = "caprese_state"
+MEMORY = "caprese_memory"
 # Tokens (times sequences) at the end of a pass whose activations are kept, so that a crop of a few tokens, as after
 # speculative verification, can be followed exactly.
 TAIL = 32
@@ -27,9 +26,9 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Seen:
-    """Activations of the last tokens learned from, [B, n, ...]; `start` is the first one's place in the cache."""
+    """Activations of the last tokens learned from, [B, n, ...]; `offset` is the first one's position in the cache."""
 
-    start: int
+    offset: int
     x: torch.Tensor
     a: torch.Tensor
     z: torch.Tensor
@@ -38,15 +37,15 @@ class Seen:
     def part(self, begin: int, end: int) -> Seen:
         """Tokens begin to end, counted within."""
         cut = slice(begin, end)
-        return Seen(self.start + begin, self.x[:, cut], self.a[:, cut], self.z[:, cut], self.mask[:, cut])
+        return Seen(self.offset + begin, self.x[:, cut], self.a[:, cut], self.z[:, cut], self.mask[:, cut])
 
     def own(self) -> Seen:
         """A copy, which does not hold on to the rest of the pass."""
-        return Seen(self.start, self.x.clone(), self.a.clone(), self.z.clone(), self.mask.clone())
+        return Seen(self.offset, self.x.clone(), self.a.clone(), self.z.clone(), self.mask.clone())
 
 
 @dataclass
-class LayerState:
+class LayerMemory:
     """The running statistics, the choices made from them, and how to go back."""
 
     statistics: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -64,22 +63,22 @@ class LayerState:
         """Add a pass over prompt tokens, of which the last `tail` (over the batch) can be unlearned one by one."""
         tokens = seen.x.shape[1]
         if not self.history:
-            self.first_end = seen.start + tokens
+            self.first_end = seen.offset + tokens
         tail = max(0, tokens - max(1, tail // len(seen.x)))
         for part in (seen.part(0, tail), seen.part(tail, tokens)):
             if part.x.shape[1]:
                 self._add(methods, part)
-                self.history.append((part.start, part.start + part.x.shape[1], dict(self.statistics)))
+                self.history.append((part.offset, part.offset + part.x.shape[1], dict(self.statistics)))
                 self.tail = part.own()
         self._forget()
 
     def _forget(self) -> None:
         """Drop the oldest passes but the first, to which a conversation is most often cut back."""
-        first = sum(start < self.first_end for start, _, _ in self.history)
+        first = sum(offset < self.first_end for offset, _, _ in self.history)
         surplus = self.history[first:-HISTORY]
         if surplus:
-            start = surplus[0][0] if self.forgotten is None else self.forgotten[0]
-            self.forgotten = (start, surplus[-1][1])
+            offset = surplus[0][0] if self.forgotten is None else self.forgotten[0]
+            self.forgotten = (offset, surplus[-1][1])
             del self.history[first : first + len(surplus)]
 
     def _add(self, methods: list[Method], seen: Seen) -> None:
@@ -119,17 +118,17 @@ class LayerState:
         if following == len(self.history) and (not following or self.history[-1][1] <= length):
             return  # only generated tokens went, which teach nothing
         if self.forgotten is not None:
-            start, end = self.forgotten
-            if start < length < end:
+            offset, end = self.forgotten
+            if offset < length < end:
                 raise CapreseError(
-                    f"the KV cache was cropped to {length} tokens, and what was known at passes {start}-{end} is gone; "
-                    f"crop to {start} or fewer tokens, or to {end} or more"
+                    f"the KV cache was cropped to {length} tokens, and what was known at passes {offset}-{end} is "
+                    f"gone; crop to {offset} or fewer tokens, or to {end} or more"
                 )
-            if length <= start:
+            if length <= offset:
                 self.forgotten = None
         kept = self.history[:following]
         split = kept.pop() if kept and kept[-1][1] > length else None
-        if split is not None and (self.tail is None or self.tail.start != split[0]):
+        if split is not None and (self.tail is None or self.tail.offset != split[0]):
             raise CapreseError(
                 f"the KV cache was cropped to {length} tokens, inside a prompt pass of tokens {split[0]}-{split[1]} "
                 "whose statistic cannot be taken apart; crop to where a pass began or ended, or prefill again"
@@ -139,7 +138,7 @@ class LayerState:
         self.statistics = dict(kept[-1][2]) if kept else {}
         self.choices, self.packed = {}, None
         if split is not None and tail is not None:
-            self.learn(methods, tail.part(0, length - tail.start))
+            self.learn(methods, tail.part(0, length - tail.offset))
 
     def change(self, change: Change, batch: int) -> None:
         """Reorder, select or repeat sequences; what the whole batch shares stays."""
@@ -150,39 +149,49 @@ class LayerState:
         if any(len(t) != batch for t in self.statistics.values()):
             self.tail = None  # shared by sequences that may be gone: no longer to be taken apart
         self.statistics, self.choices, self.packed = each(self.statistics), each(self.choices), None
-        self.history = [(start, end, each(known)) for start, end, known in self.history]
+        self.history = [(offset, end, each(known)) for offset, end, known in self.history]
         if self.tail is not None:
             t = self.tail
-            self.tail = Seen(t.start, change(t.x), change(t.a), change(t.z), change(t.mask))
+            self.tail = Seen(t.offset, change(t.x), change(t.a), change(t.z), change(t.mask))
 
-    def fork(self) -> LayerState:
+    def fork(self) -> LayerMemory:
         return replace(self, statistics=dict(self.statistics), choices=dict(self.choices), history=list(self.history))
 
 
 @dataclass
-class State:
-    """`LayerState` by layer, and the generated tokens since the last dense pass; lives on the KV cache."""
+class PromptMemory:
+    """What methods learned in each layer from the prompts behind one KV cache, and how far that cache goes."""
 
-    methods: dict[int, list[Method]]
-    layers: dict[int, LayerState] = field(default_factory=dict)
+    learners: dict[int, list[Method]]
+    """By layer, the methods that learn from prompts."""
+    layers: dict[int, LayerMemory] = field(default_factory=dict)
     #: tokens in the cache after the last pass, and sequences
     length: int = 0
     batch: int = 0
     #: which tokens of the dense passes are real, [B, n]; every generated token is
     valid: torch.Tensor | None = None
-    #: inputs of the decoding passes since the last dense one, for reselection: (place, tokens or embeddings, positions)
-    pending: list[tuple[int, torch.Tensor, torch.Tensor | None]] = field(default_factory=list)
-    #: cache layers as they were when `pending` began, where they cannot be cropped
-    kept: dict[int, Any] = field(default_factory=dict)
+    #: the generated tokens since the last dense pass, for reselection
+    pending: Pending = field(default_factory=Pending)
 
-    def layer(self, index: int) -> LayerState:
-        return self.layers.setdefault(index, LayerState())
+    def layer(self, index: int) -> LayerMemory:
+        return self.layers.setdefault(index, LayerMemory())
+
+    def mask(self, length: int, like: torch.Tensor) -> torch.Tensor:
+        """Which of the first `length` tokens are real, bool [B, length], for as many sequences as `like` has."""
+        valid = self.valid if self.valid is not None and len(self.valid) == len(like) else None
+        known = like.new_ones(len(like), 0, dtype=torch.bool) if valid is None else valid
+        return torch.cat([known, known.new_ones(len(like), length - known.shape[1])], 1)
+
+    def saw(self, real: torch.Tensor, offset: int) -> None:
+        """Take down a dense pass behind `offset` tokens: which of its own are real, [B, T]."""
+        self.pending.clear()  # reselection begins after it
+        self.valid = torch.cat([self.mask(offset, real), real], 1)
 
     def crop(self, length: int) -> None:
         """Follow a cache that became shorter."""
         for index, layer in self.layers.items():
-            layer.crop(self.methods[index], length)
-        self.pending = [entry for entry in self.pending if entry[0] < length]
+            layer.crop(self.learners[index], length)
+        self.pending.crop(length)
         if self.valid is not None:
             self.valid = self.valid[:, :length]
         self.length = length
@@ -192,11 +201,7 @@ class State:
         for layer in self.layers.values():
             layer.change(change, self.batch)
         self.valid = None if self.valid is None else change(self.valid)
-        self.pending = [
-            (at, change(t), p if p is None or len(p) != self.batch else change(p)) for at, t, p in self.pending
-        ]
-        for layer in self.kept.values():
-            layer.keys, layer.values = change(layer.keys), change(layer.values)
+        self.pending.change(change, self.batch)
         self.batch = len(change(torch.zeros(self.batch)))
 
     def settle(self) -> None:
@@ -210,34 +215,33 @@ class State:
         known = [t for layer in self.layers.values() for t in (*layer.statistics.values(), *layer.choices.values())]
         return sum(t.nbytes for t in known)
 
-    def fork(self) -> State:
-        """A state that goes its own way; tensors are never changed in place, so they are shared."""
+    def fork(self) -> PromptMemory:
+        """One that goes its own way; tensors are never changed in place, so they are shared."""
         layers = {index: layer.fork() for index, layer in self.layers.items()}
-        kept = {index: copy.copy(layer) for index, layer in self.kept.items()}
-        return State(self.methods, layers, self.length, self.batch, self.valid, list(self.pending), kept)
+        return PromptMemory(self.learners, layers, self.length, self.batch, self.valid, self.pending.fork())
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+    def __deepcopy__(self, memo: dict[int, Any]) -> PromptMemory:
         return self.fork()
 
 
 class _Following:
-    """Mixed into the class of a cache that has a state, so that the state sees its sequences move."""
+    """Mixed into the class of a cache that has a memory, so that this sees its sequences move."""
 
     def _follow(self, change: Change) -> None:
-        state: State | None = getattr(self, STATE, None)
-        if state is not None:
-            state.change(change)
+        memory = memory_of(self)
+        if memory is not None:
+            memory.change(change)
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         super().crop(*args, **kwargs)  # type: ignore[misc]
-        state: State | None = getattr(self, STATE, None)
+        memory = memory_of(self)
         # at once: what is done to the sequences next is done to what is left
-        if state is not None and state.length > (length := int(self.get_seq_length())):  # type: ignore[attr-defined]
-            state.crop(length)
+        if memory is not None and memory.length > (length := int(self.get_seq_length())):  # type: ignore[attr-defined]
+            memory.crop(length)
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
-        setattr(self, STATE, None)
+        setattr(self, MEMORY, None)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
@@ -258,52 +262,14 @@ def _following(kind: Hashable) -> type:
     return type(kind.__name__, (_Following, kind), {"__module__": kind.__module__})
 
 
-def state_of(cache: Cache | None) -> State | None:
-    """The state on a cache, if there is one."""
-    return getattr(cache, STATE, None)
+def memory_of(cache: Any) -> PromptMemory | None:
+    """The memory on a cache, if there is one."""
+    return getattr(cache, MEMORY, None)
 
 
-def keep_state(cache: Any, state: State) -> None:
-    """Put `state` on a cache, which from now on moves it along."""
+def keep_memory(cache: Any, memory: PromptMemory) -> None:
+    """Put `memory` on a cache, which from now on moves it along."""
     if not isinstance(cache, _Following):
         kind: Any = type(cache)
         cache.__class__ = _following(kind)
-    setattr(cache, STATE, state)
-
-
-def rewind(cache: Any, tokens: int, kept: dict[int, Any]) -> None:
-    """Take the last `tokens` tokens out of a cache, from `kept` copies of the layers that cannot be cropped.
-
-    Raises:
-        CapreseError: a kind of cache that can do neither.
-    """
-    for index, layer in enumerate(cache.layers):
-        if index in kept:
-            before = kept[index]
-            if layer.is_compileable:
-                layer.keys.copy_(before.keys)
-                layer.values.copy_(before.values)
-                layer.cumulative_length.copy_(before.cumulative_length)
-                layer.cumulative_length_int = before.cumulative_length_int
-            else:
-                layer.keys, layer.values = before.keys, before.values
-                layer.cumulative_length = before.cumulative_length
-        elif layer.is_compileable:
-            layer.cumulative_length.sub_(tokens)
-        elif hasattr(layer, "crop"):
-            layer.crop(-tokens)
-        else:
-            raise CapreseError(f"reselection cannot rewrite a {type(cache).__name__}; use a dynamic or static cache")
-
-
-def remember(cache: Any) -> dict[int, Any]:
-    """Copies of the cache layers that `rewind` cannot crop: those with a sliding window."""
-    kept = {}
-    for index, layer in enumerate(cache.layers):
-        if getattr(layer, "is_sliding", False) and layer.is_initialized:
-            twin = copy.copy(layer)
-            if layer.is_compileable:  # written in place
-                twin.keys, twin.values = layer.keys.clone(), layer.values.clone()
-                twin.cumulative_length = layer.cumulative_length.clone()
-            kept[index] = twin
-    return kept
+    setattr(cache, MEMORY, memory)

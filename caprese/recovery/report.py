@@ -1,0 +1,75 @@
+"""What a job says of itself: report.json."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from caprese import __version__
+from caprese.adapters import public_id, read_sidecar
+from caprese.data_gen import Sample, describe
+from caprese.distill import Fitted
+from caprese.efficient_methods import applied_ffns, phases_of, replacements
+from caprese.evaluation import environment
+from caprese.models import base_of, base_terms
+from caprese.recipes import Recipe
+from caprese.recovery.run import Run
+
+
+def portable(recipe: Recipe, revision: str | None) -> Recipe:
+    """The recipe without this machine's directories, and with the base's commit."""
+    samples = recipe.samples.model_copy(update={"prompts": public_id(recipe.samples.prompts)})
+    places = {
+        "model": public_id(recipe.model) if recipe.model else None,
+        "output": Path(recipe.output).expanduser().resolve().name,
+        "samples": samples,
+    }
+    return recipe.model_copy(update={**places, "revision": revision or recipe.revision})
+
+
+def report_of(
+    run: Run,
+    recipe: Recipe,
+    prints: Mapping[str, str],
+    samples: Mapping[str, Sequence[Sample]],
+    fitted: Fitted,
+    measured: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Everything that is known of a job whose adapter is saved.
+
+    Args:
+        recipe: as it is published.
+        prints: the base's fingerprint.
+        measured: what `evaluate` gave.
+    """
+    model = fitted.model
+    base, methods = base_of(model), phases_of(model).methods
+    return {
+        "caprese_version": __version__,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": "caprese recover --recipe recipe.yaml",
+        "model": recipe.model,
+        "model_id": public_id(base.model_id),
+        "revision": base.revision,
+        "fingerprint": ":".join(prints.values()),
+        "license": None,
+        **base_terms(Path(base.source)),
+        "adapter_digest": read_sidecar(run.directory).digest,
+        "method": "+".join(method.name for method in methods),
+        "sparsity": getattr(methods[0], "sparsity", None) if len(methods) == 1 else None,
+        "methods": [{"name": method.name, **method.model_dump(mode="json")} for method in methods],
+        "reselect_every": recipe.reselect_every,
+        "rank": fitted.ranks[0] if len(set(fitted.ranks)) == 1 else fitted.ranks,
+        "layers": [wrapper.layer for wrapper in applied_ffns(model).values()],
+        "lost": sorted({what for at in replacements(model) for what in at.lost}),
+        "seed": run.seed,
+        **measured,
+        "stages": run.stages(),
+        "curves": fitted.curves,
+        "samples": {split: describe(list(rows)) for split, rows in samples.items()},
+        "environment": environment(model),
+        "recipe": recipe.model_dump(mode="json"),
+        "identity": run.identity,
+    }

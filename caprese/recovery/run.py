@@ -1,0 +1,189 @@
+"""One recovery job on disk: whose it is, what it has done, and the mark that it is finished.
+
+Every stage leaves its result in OUTPUT/.state, and a later attempt goes on from it. report.json is the finished mark:
+it is written last, holds a digest of every other file, and goes first when anything is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from caprese.adapters import locate
+from caprese.data_gen import Samples, trained_prompts
+from caprese.distill import Checkpoints
+from caprese.distill.checkpoints import Kept, shared
+from caprese.errors import CapreseError
+from caprese.files import read_tensors, write_json, write_tensors
+from caprese.progress import bar, say
+from caprese.recipes import resolve_recipe
+
+STATE = ".state"
+_AGAIN = "delete it and run again to repeat this stage"
+#: how the work is counted for those who wait; what comes before the layer-wise fit counts as it
+_PARTS = {"samples": 1, "layerwise": 2, "end_to_end": 3, "evaluation": 4}
+
+
+class Run(Checkpoints):
+    """The directory of a job, whose it is, its seed, its processes, and what it says of its stages.
+
+    Every process calls every method; only the main one writes, and what it wrote is what all go on from.
+
+    Args:
+        directory: of the result.
+        identity: a digest of all that decides the result; another's directory is refused.
+        seed: of everything random.
+    """
+
+    def __init__(self, directory: Path, identity: str, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.directory, self.identity = directory, identity
+        self.state = directory / STATE
+        self.part = 1
+        self.main = PartialState().is_main_process
+
+    def claim(self, overwrite: bool) -> None:
+        """Mark the directory as this job's.
+
+        Raises:
+            CapreseError: it is another's, and `overwrite` is not given.
+        """
+        mark = self.state / "identity.json"
+        if not overwrite:
+            held = "is half way through" if mark.exists() else "holds the result of"
+            path = mark if mark.exists() else self.directory / "report.json"
+            if path.exists() and _identity_in(path) != self.identity:
+                raise CapreseError(
+                    f"{self.directory} {held} another recipe or base; choose another --output, or give --overwrite"
+                )
+        elif self.main and mark.exists() and _identity_in(mark) != self.identity:
+            shutil.rmtree(self.state)
+        if self.main:
+            write_json(mark, {"identity": self.identity})
+        PartialState().wait_for_everyone()
+
+    def finished(self) -> dict[str, Any] | None:
+        """The report, if the directory holds this job's result."""
+        try:
+            report = json.loads((self.directory / "report.json").read_text())
+        except (OSError, ValueError):
+            return None
+        if report.get("identity") != self.identity or not (self.directory / "caprese_config.json").exists():
+            return None
+        self.close()
+        say(f"[green]{self.directory} already holds this run's result[/green]; nothing to do")
+        return dict(report)
+
+    def close(self) -> None:
+        """Forget the state of a finished job."""
+        shutil.rmtree(self.state, ignore_errors=True)
+
+    def load(self, name: str) -> Kept | None:
+        path = self._path(name)
+        if not shared(path.exists()):
+            return None
+        tensors, facts = read_tensors(path, _AGAIN)
+        if facts.pop("identity", None) != self.identity:
+            raise CapreseError(f"{path} belongs to another recipe; choose another --output, or delete that file")
+        return tensors, facts
+
+    def save(self, name: str, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        if self.main:
+            write_tensors(self._path(name), tensors, {"identity": self.identity, **facts})
+        PartialState().wait_for_everyone()
+
+    def once(self, name: str, make: Callable[[], Kept]) -> Kept:
+        found = self.load(name)
+        if found is None:
+            self.save(name, *make())
+            found = self.load(name)
+            assert found is not None
+        return found
+
+    def _path(self, name: str) -> Path:
+        return self.state / f"{name}.safetensors"
+
+    def bar(self, name: str, total: int, unit: str, done: int = 0) -> AbstractContextManager[Callable[[int], None]]:
+        return bar(f"{self.part}/4 {name.replace('_', ' ')}", total, unit, done)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+        """Time a stage and note it in stages.json: the work of all attempts; a stage done keeps the time it took.
+
+        Of an attempt that was killed, the time up to the last file it left counts.
+        """
+        self.part = _PARTS.get(name, 2)
+        known = {each["name"]: each for each in self._noted()}
+        others = [each for each in known.values() if each["name"] != name]
+        stage: dict[str, Any] = {"name": name, "seconds": 0.0, "kept": True, "note": "", "done": False}
+        before = known.get(name, stage)
+        spent, done = before["seconds"], before.get("done", True)
+        if "begun" in before and self.main:
+            spent += max(0.0, self._last_write() - before["begun"])
+        begin = time.perf_counter()
+
+        def note(**more: Any) -> None:
+            stage["seconds"] = round(spent if done else spent + time.perf_counter() - begin, 2)
+            if self.main:
+                write_json(self.state / "stages.json", [*others, {**stage, **more}])
+
+        if not done:
+            note(begun=time.time())
+        try:
+            yield stage
+        except BaseException:
+            with suppress(CapreseError):
+                note(done=done)
+            raise
+        note(done=True)
+        kept = "" if stage["kept"] else " [yellow](not kept)[/yellow]"
+        say(f"{self.part}/4 {name}: {stage['note']}{kept}")
+
+    def stages(self) -> list[dict[str, Any]]:
+        """What was done, in order: {"name", "seconds", "kept", "note"}."""
+        return [{key: value for key, value in each.items() if key != "done"} for each in self._noted()]
+
+    def _noted(self) -> list[dict[str, Any]]:
+        path = self.state / "stages.json"
+        try:
+            found = json.loads(path.read_text()) if path.exists() else []
+            return [dict(each, name=each["name"], seconds=float(each["seconds"])) for each in found]
+        except (ValueError, TypeError, KeyError) as error:
+            raise CapreseError(f"{path} is damaged ({error}); delete it and run again") from error
+
+    def _last_write(self) -> float:
+        """When the newest of a run's unfinished files was written."""
+        files = (path for place in (self.state, self.directory / "samples") for path in place.rglob("[!.]*.*"))
+        return max((path.stat().st_mtime for path in files), default=0.0)
+
+
+def _identity_in(path: Path) -> str | None:
+    """Whose result it is; nobody's if the file is damaged."""
+    try:
+        found = json.loads(path.read_text()).get("identity")
+        return None if found is None else str(found)
+    except (ValueError, AttributeError):
+        return None
+
+
+def beside(adapter: str | os.PathLike[str]) -> tuple[Samples, set[str]]:
+    """What the job that made an adapter left with it: how it sampled, and the prompts it was trained on.
+
+    No prompts for an adapter from the hub; defaults for one that stands alone.
+
+    Raises:
+        CapreseError: the recipe or a shard is damaged.
+    """
+    directory = locate(adapter, None, "recipe.yaml")
+    recipe = directory / "recipe.yaml"
+    samples = resolve_recipe(str(recipe)).samples if recipe.is_file() else Samples(max_new_tokens=128)
+    return samples, trained_prompts(directory / "samples")

@@ -1,0 +1,153 @@
+"""What comes before distillation: a job is checked, its samples are looked at, its methods learn from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from caprese.data_gen import Sample
+from caprese.distill import Alignment, Branches, Layerwise, make_batches
+from caprese.distill.checkpoints import Checkpoints, Kept
+from caprese.distill.sensitivity import LEVELS, Sensitivity, allocate_sparsity, select_attention
+from caprese.distill.sequential import check_sequential
+from caprese.efficient_methods import (
+    Mamba,
+    Method,
+    Sparse,
+    calibrate,
+    compose,
+    describe_methods,
+    idle_branches,
+    make_method,
+    methods_by_layer,
+    needs_calibration,
+)
+from caprese.errors import CapreseError
+from caprese.models import find_ffns
+from caprese.progress import say
+
+
+def check_job(model: nn.Module, methods: Sequence[Method], branches: Branches, layerwise: Layerwise) -> None:
+    """Refuse, before any work, what this model cannot be given.
+
+    Raises:
+        CapreseError: something a method needs is not installed, layers out of range, a rank above the hidden size D, or
+            a layer-wise fit that the family does not allow.
+    """
+    for method in methods:
+        method.check()
+    sites = find_ffns(model)
+    methods_by_layer(methods, len(sites))
+    hidden = sites[0].ffn.hidden_size
+    if branches.rank != "auto" and branches.rank > hidden and not idle_branches(methods):
+        raise CapreseError(f"rank {branches.rank} exceeds the hidden size {hidden}; choose 1 to {hidden}, or auto")
+    if layerwise.how == "sequential":
+        check_sequential(model)
+
+
+def check_samples(samples: Mapping[str, Sequence[Sample]]) -> None:
+    """Refuse samples from which nothing can be learned.
+
+    Raises:
+        CapreseError: a split whose answers are all empty or one token, or training samples that all say the same.
+    """
+    why = "usually the chat template or the end of text is not the model's; look at the shards in samples/"
+    for split, rows in samples.items():
+        if not any(len(each.completion_ids) > 1 for each in rows):
+            raise CapreseError(
+                f"nothing can be learned: no {split} sample is longer than one token: {why}, or give more or other "
+                "prompts"
+            )
+    answers = {tuple(each.completion_ids) for each in samples["train"]}
+    if len(answers) == 1 < len(samples["train"]):
+        raise CapreseError(f"nothing can be learned: all {len(samples['train'])} training samples say the same: {why}")
+
+
+@dataclass(frozen=True)
+class Calibrating:
+    """How methods learn from samples: the part of a recipe that `choose` takes."""
+
+    samples: int
+    """Of the training samples."""
+    batch_size: int
+    cache_gigabytes: float
+    target_kl: float | None = None
+    """Allocate sparsity to layers until KL(dense || efficient) reaches this."""
+    target_active: float | None = None
+    """Allocate sparsity to layers until this fraction of the active parameters is left."""
+
+    @property
+    def allocates(self) -> bool:
+        return self.target_kl is not None or self.target_active is not None
+
+
+def choose(
+    model: nn.Module,
+    methods: tuple[Method, ...],
+    samples: Mapping[str, Sequence[Sample]],
+    config: Calibrating,
+    alignment: Alignment,
+    run: Checkpoints,
+) -> tuple[tuple[Method, ...], dict[str, torch.Tensor] | None]:
+    """What the methods learn from samples: how much each layer gets where that is asked for, which layers keep their
+    attention where that is to be measured, and their calibration.
+
+    Returns: the methods, settled, and what `apply` takes as calibration.
+    """
+    if not (config.allocates or needs_calibration(methods) or any(map(_selects, methods))):
+        return methods, None
+    train, validation = samples["train"][: config.samples], samples["validation"]
+
+    def make() -> Kept:
+        chosen = tuple(
+            _select(model, each, train, validation, config, alignment, run) if _selects(each) else each
+            for each in methods
+        )
+        rows = make_batches(train, config.batch_size)
+        if config.allocates:
+            (one,) = chosen
+            assert isinstance(one, Sparse)
+            held_out = make_batches(validation, config.batch_size)
+            sensitivity = Sensitivity(model, one, rows, held_out, config.cache_gigabytes)
+            with run.bar("sensitivity", len(LEVELS) * len(sensitivity.sites), "layers") as advance:
+                target = {"target_kl": config.target_kl, "target_active": config.target_active}
+                chosen = (allocate_sparsity(sensitivity, advance=advance, **target),)
+        calibration: dict[str, torch.Tensor] = {}
+        # sorted by length; the first, a method may look at closely
+        rows = rows[len(rows) // 2 :] + rows[: len(rows) // 2]
+        if needs_calibration(chosen):
+            learners = sum("samples" in m.learns for m in chosen)
+            with run.bar("calibration", learners * len(rows), "batches") as advance:
+                calibration = calibrate(model, chosen, [batch.whole() for batch in rows], advance)
+        return calibration, {"methods": [{"name": m.name, **m.model_dump(mode="json")} for m in chosen]}
+
+    with run.stage("calibration") as stage:
+        calibration, facts = run.once("methods", make)
+        methods = compose([make_method(each) for each in facts["methods"]])
+        stage.update(note=describe_methods(methods))
+    return methods, calibration or None
+
+
+def _selects(method: Method) -> bool:
+    return isinstance(method, Mamba) and method.selected == "sensitivity"
+
+
+def _select(
+    model: nn.Module,
+    method: Method,
+    train: Sequence[Sample],
+    validation: Sequence[Sample],
+    config: Calibrating,
+    alignment: Alignment,
+    run: Checkpoints,
+) -> Mamba:
+    """Which layers keep their attention, by what their mixers cost alone."""
+    assert isinstance(method, Mamba)
+    rows = make_batches(train, alignment.micro_batch)
+    held_out = make_batches(validation, alignment.micro_batch, first=True)
+    selected, cost = select_attention(model, method, rows, held_out, alignment, config.cache_gigabytes, run)
+    say("KL of each layer's mixer alone: " + ", ".join(f"{layer} {kl:.3f}" for layer, kl in cost.items()))
+    return selected
