@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
 
 from caprese.commands.options import Device, Dtype, Json
-from caprese.progress import show
+from caprese.commands.output import print_table, quiet
 
 
 def info(
@@ -20,9 +21,12 @@ def info(
 ) -> None:
     """What an adapter is, what it needs, and whether it fits a base (by its weights, not its name)."""
     from caprese.publish import info as look
-    from caprese.report.tables import figures_table
 
+    quiet(as_json)
     facts = look(adapter, revision=revision, model=model, dtype=dtype, device=device)
-    show(facts, as_json, lambda found: [figures_table(adapter, {**found, "quality": None})])
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        print_table(adapter, {k: v for k, v in facts.items() if v is not None and k != "quality"})
     if facts.get("fits") is False:
         raise typer.Exit(1)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
 
 from caprese.commands.options import Json, Private
-from caprese.progress import say, show
+from caprese.commands.output import print_table, quiet
 
 
 def push(
@@ -19,9 +20,12 @@ def push(
 ) -> None:
     """Put an adapter with its report on the model hub, in one commit. The token is `hf auth login`'s, or HF_TOKEN."""
     from caprese.publish import push as publish
-    from caprese.report.tables import figures_table
 
+    quiet(as_json)
     facts = publish(directory, repo, private=private, dry_run=dry_run)
-    show(facts, as_json, lambda found: [figures_table("would push" if dry_run else "pushed", found)])
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    print_table("would push" if dry_run else "pushed", {k: v for k, v in facts.items() if v is not None})
     if not dry_run:
-        say(f"load it: caprese.load(model, {repo!r})")
+        print(f"load it: caprese.load(model, {repo!r})")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from caprese import progress
 from caprese.commands.options import Json
 from caprese.errors import CapreseError
 
@@ -15,13 +15,15 @@ def ls(as_json: Json = False) -> None:
     from caprese.models import ALIASES
     from caprese.recipes import names, resolve_recipe
 
-    recipes = {name: resolve_recipe(name) for name in names()}
-    lines = (
-        f"{name:32} {ALIASES.get(r.model or '', r.model):44} {describe_methods(r.make_methods())} on {r.layers}, "
-        f"rank {r.rank}, {r.samples.train} samples"
-        for name, r in recipes.items()
-    )
-    progress.show({name: r.model_dump(mode="json") for name, r in recipes.items()}, as_json, lambda _: lines)
+    rows = {name: resolve_recipe(name) for name in names()}
+    if as_json:
+        print(json.dumps({name: r.model_dump(mode="json") for name, r in rows.items()}, indent=2))
+        return
+    for name, r in rows.items():
+        print(
+            f"{name:32} {ALIASES.get(r.model or '', r.model):44} {describe_methods(r.make_methods())} on {r.layers}, "
+            f"rank {r.rank}, {r.samples.train} samples"
+        )
 
 
 def show(name: str, as_json: Json = False) -> None:
@@ -29,7 +31,10 @@ def show(name: str, as_json: Json = False) -> None:
     from caprese.recipes import resolve_recipe
 
     recipe = resolve_recipe(name)
-    progress.show(recipe.model_dump(mode="json"), as_json, lambda _: [recipe.to_yaml().rstrip()])
+    print(
+        json.dumps(recipe.model_dump(mode="json"), indent=2) if as_json else recipe.to_yaml(),
+        end="\n" if as_json else "",
+    )
 
 
 def cp(name: str, target: Path) -> None:
@@ -42,7 +47,7 @@ def cp(name: str, target: Path) -> None:
     if target.exists():
         raise CapreseError(f"{target} exists; choose another name")
     write_text(target, resolve_recipe(name).to_yaml())
-    progress.write(str(target))
+    print(target)
 
 
 def validate(name: str, as_json: Json = False) -> None:
@@ -54,4 +59,4 @@ def validate(name: str, as_json: Json = False) -> None:
     recipe.make_methods()
     if recipe.model is not None:
         resolve(recipe.model)
-    progress.show({"valid": True}, as_json, lambda _: [f"{name}: valid"])
+    print(json.dumps({"valid": True}) if as_json else f"{name}: valid")

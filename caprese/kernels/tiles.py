@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-# Defaults by reasoning, not yet measured on hardware; `benchmarks/ffn_kernels.py --sweep` measures others.
+# Defaults by reasoning, not yet measured on hardware; `benchmarks/run.py kernels` measures others.
 # PROGRAMS: how many programs the rows are split for. Keys in capitals are for the launchers and kernels.
 CONFIGS: dict[str, dict[str, int]] = {
     "gate_up": {"BLOCK_ROWS": 16, "BLOCK_COLS": 128, "DOT_FROM": 3, "num_warps": 4, "num_stages": 3},

@@ -1,26 +1,23 @@
-"""Time to next token and cache memory against context length: dense, hybrid, pure Mamba.
-
-    python benchmarks/context.py --shape llama-3.2-1b --output benchmarks/results/context-llama-3.2-1b.json
+"""Time to next token and cache memory against context length: dense, hybrid, pure.
 
 Random weights. The caches are filled with random keys, values and states of the given length instead of by a prefill,
 which a decode step cannot tell apart. Variants take turns; medians.
+
+Settings of a cell: shape; keep_attention; context, in tokens; steps.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
 import caprese
-from caprese.efficient_methods import MixerState, replacements
+from caprese.efficient_methods.mamba import MixerState, replacements
 from caprese.efficient_methods.mamba.mixer import KERNEL
 from caprese.evaluation import environment
 from caprese.models import random_model, shape_config
@@ -76,36 +73,22 @@ def measure(model: Any, length: int, mixed: set[int], steps: int) -> dict[str, d
     return {name: {"ttnt_ms": statistics.median(times[name]), "cache_bytes": held[name]} for name in caches}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--shape", default="llama-3.2-1b")
-    parser.add_argument("--contexts", default="1024,2048,4096,8192,16384,32768")
-    parser.add_argument("--keep", default="0.5,0.25,0")
-    parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--output", required=True)
-    args = parser.parse_args()
-    model = random_model(shape_config(args.shape), torch.float32, "cpu")
-    rows = []
-    for keep in map(float, args.keep.split(",")):
-        caprese.apply(model, caprese.Mamba(keep_attention=keep))
-        mixed = {at.layer for at in replacements(model)}
-        for length in map(int, args.contexts.split(",")):
-            found = measure(model, length, mixed, args.steps)
-            row = {"keep_attention": keep, "context": length, **found}
-            row["ratio"] = found["mixed"]["ttnt_ms"] / found["dense"]["ttnt_ms"]
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-        caprese.remove(model)
-    command = f"python benchmarks/context.py --shape {args.shape} --contexts {args.contexts} --keep {args.keep}"
-    command += f" --steps {args.steps} --output {args.output}"
-    facts = {
-        "command": command,
-        "shape": args.shape,
-        "rows": rows,
-        "environment": environment(model),
-    }
-    Path(args.output).write_text(json.dumps(facts, indent=2) + "\n")
+class Measure:
+    """Holds one model, and applies what each cell asks for."""
 
+    def __init__(self) -> None:
+        self.model: Any = None
 
-if __name__ == "__main__":
-    main()
+    def environment(self) -> dict[str, Any]:
+        return environment(self.model)
+
+    def __call__(self, cell: dict[str, Any]) -> dict[str, Any]:
+        if self.model is None:
+            self.model = random_model(shape_config(cell["shape"]), torch.float32, "cpu")
+        caprese.apply(self.model, caprese.Mamba(keep_attention=cell["keep_attention"]))
+        try:
+            mixed = {at.layer for at in replacements(self.model)}
+            found = measure(self.model, cell["context"], mixed, cell["steps"])
+        finally:
+            caprese.remove(self.model)
+        return {**found, "ratio": found["mixed"]["ttnt_ms"] / found["dense"]["ttnt_ms"]}

@@ -1,42 +1,37 @@
-"""How near the kernels come to the memory's bandwidth, at the FFN shapes of known models.
+"""How near the Triton kernels come to the memory's bandwidth, at the FFN shapes of known models; needs a GPU.
 
-    python benchmarks/ffn_kernels.py              every kernel, model and batch with the default block sizes
-    python benchmarks/ffn_kernels.py --sweep      and other block sizes on the first model, the best of them printed
+bfloat16. Each time is the median of replays of a CUDA graph that goes through several layers' weights in turn, so that
+none of them is found in a cache, divided by the layers. GB/s count the bytes that must be read: the rows that are kept,
+once for all sequences where they share the list. Beside them stand the dense products by the vendor's library and the
+bandwidth of a copy. Every result is first compared with its reference.
 
-bfloat16, half of the neurons or channels removed, rank 256. Each time is the median of replays of a CUDA graph that
-goes through several layers' weights in turn, so that none of them is found in a cache, divided by the layers. GB/s
-count the bytes that must be read: the rows that are kept, once for all sequences where they share the list. Beside
-them stand the dense products by the vendor's library and the bandwidth of a copy. Every result is first compared with
-its reference.
+Settings of a cell: shape; kernel, one that `jobs` names, dense_gate_or_up or dense_down; batch; sparsity; rank; trials,
+other block sizes to try.
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
 import importlib
 import itertools
 import platform
 import random
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from caprese import kernels
-from caprese.files import write_json
 from caprese.kernels import Rows, triton_runs
 from caprese.kernels.down.naive import down as naive_down
 from caprese.kernels.gate_up.naive import gate_up as naive_gate_up
 from caprese.kernels.input_sparse.naive import input_sparse as naive_input_sparse
 from caprese.models.shapes import SHAPES
 
-MODELS = {"llama-3.1-8b": "silu", "gemma-2-9b": "gelu_tanh", "qwen2.5-14b": "silu"}
-BATCHES = (1, 4, 16)
+ACTIVATIONS = {"llama-3.1-8b": "silu", "gemma-2-9b": "gelu_tanh", "qwen2.5-14b": "silu"}
 SWEEP: dict[str, tuple[int, ...]] = {
     "BLOCK_ROWS": (8, 16, 32, 64),
     "BLOCK_COLS": (64, 128, 256, 512),
@@ -216,97 +211,48 @@ def configs(key: str, trials: int, seed: int = 0) -> list[dict[str, int]]:
     return [dict(default), *random.Random(seed).sample(every, min(trials, len(every)))]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
-    parser.add_argument("--kernels", nargs="+", help="only these")
-    parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--rank", type=int, default=256)
-    parser.add_argument("--sweep", action="store_true", help="block sizes other than the default, on the first model")
-    parser.add_argument("--trials", type=int, default=24, help="--sweep: how many for each kernel and batch")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kernels.json"))
-    args = parser.parse_args()
-    if not torch.cuda.is_available() or not triton_runs(torch.device("cuda")):
-        print(
-            "benchmarks/ffn_kernels.py measures Triton kernels and needs a GPU with Triton; there is none",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    import triton
+class Measure:
+    """Knows the bandwidth of a copy."""
 
-    torch.manual_seed(0)
-    copy = copy_bandwidth()
-    print(f"{torch.cuda.get_device_name()}: copy {copy:.0f} GB/s")
-    result: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "environment": {
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "python": platform.python_version(),
-        },
-        "sparsity": args.sparsity,
-        "rank": args.rank,
-        "copy_gbps": copy,
-        "rows": [],
-        "sweep": [],
-    }
-    with torch.inference_mode():
-        for model, batch in itertools.product(args.models, args.batches):
-            measure(result, model, batch, args, sweep=args.sweep and model == args.models[0])
-            write_json(args.output, result)
+    def __init__(self) -> None:
+        if not torch.cuda.is_available() or not triton_runs(torch.device("cuda")):
+            raise SystemExit("this measures Triton kernels and needs a GPU with Triton; there is none")
+        torch.manual_seed(0)
+        self.copy = functools.cache(copy_bandwidth)
 
+    def environment(self) -> dict[str, Any]:
+        triton = importlib.import_module("triton")
+        versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
+        return {"device": torch.cuda.get_device_name(), "copy_gbps": self.copy(), **versions}
 
-def measure(result: dict[str, Any], model: str, batch: int, args: argparse.Namespace, sweep: bool) -> None:
-    """Add a model's rows at one batch size."""
-    shape, act, copy = SHAPES[model], MODELS[model], result["copy_gbps"]
-    # a layer's weights are more than any cache holds; four of them leave nothing of the first when it is its turn again
-    layers = [make_layer(shape["intermediate_size"], shape["hidden_size"], args.rank, "cuda") for _ in range(4)]
-    per_layer = [jobs(layer, batch, act, args.sparsity) for layer in layers]
-
-    width, hidden = layers[0].gate.shape
-    x = torch.randn(batch, hidden, device="cuda", dtype=torch.bfloat16)
-    z = torch.randn(batch, width, device="cuda", dtype=torch.bfloat16)
-    dense = {
-        "dense_gate_or_up": [partial(F.linear, x, layer.gate) for layer in layers],
-        "dense_down": [partial(F.linear, z, layer.down.T) for layer in layers],
-    }
-    for name, calls in dense.items():
-        add(result, model, name, batch, microseconds(calls), width * hidden * 2, copy)
-    for name in per_layer[0]:
-        if args.kernels and name not in args.kernels:
-            continue
-        same = [each[name] for each in per_layer]
+    @torch.inference_mode()
+    def __call__(self, cell: dict[str, Any]) -> dict[str, Any]:
+        shape, act, name, batch = SHAPES[cell["shape"]], ACTIVATIONS[cell["shape"]], cell["kernel"], cell["batch"]
+        # a layer's weights are more than any cache holds; four of them leave nothing of the first when its turn comes
+        size = shape["intermediate_size"], shape["hidden_size"], cell["rank"]
+        layers = [make_layer(*size, "cuda") for _ in range(4)]
+        width, hidden = layers[0].gate.shape
+        if name.startswith("dense"):
+            x = torch.randn(batch, hidden if name == "dense_gate_or_up" else width, device="cuda", dtype=torch.bfloat16)
+            weights = [layer.gate if name == "dense_gate_or_up" else layer.down.T for layer in layers]
+            return self._row(microseconds([partial(F.linear, x, weight) for weight in weights]), width * hidden * 2)
+        same = [jobs(layer, batch, act, cell["sparsity"])[name] for layer in layers]
         check(name, same[0])
         needed = round(statistics.mean(job.bytes for job in same))
-        add(result, model, name, batch, microseconds([job.run for job in same]), needed, copy)
-        if not sweep:
-            continue
-        best: tuple[float, dict[str, int]] | None = None
-        for config in configs(same[0].key, args.trials):
+        row = self._row(microseconds([job.run for job in same]), needed)
+        row["sweep"] = []
+        for config in configs(same[0].key, cell["trials"]) if cell["trials"] else []:
             try:
                 with tiles().configured(same[0].key, **config):
-                    time = microseconds([job.run for job in same])
+                    row["sweep"].append({**self._row(microseconds([job.run for job in same]), needed), **config})
             except Exception as error:  # a tile that does not fit says so in many ways
-                print(f"  {config}: {type(error).__name__}")
+                row["sweep"].append({**config, "refused": type(error).__name__})
                 torch.cuda.synchronize()
-                continue
-            result["sweep"].append(
-                {"model": model, "kernel": name, "batch": batch, "microseconds": time, "config": config}
-            )
-            if best is None or time < best[0]:
-                best = (time, config)
-        if best is not None:
-            print(f"  best of the sweep: {best[0]:.1f} us, {needed / best[0] / 1000:.0f} GB/s, {best[1]}")
+        row["best"] = min(
+            (each for each in row["sweep"] if "microseconds" in each), key=lambda e: e["microseconds"], default=None
+        )
+        return row
 
-
-def add(result: dict[str, Any], model: str, kernel: str, batch: int, time: float, needed: int, copy: float) -> None:
-    speed = needed / time / 1000
-    row = {"model": model, "kernel": kernel, "batch": batch, "microseconds": time, "bytes": needed, "gbps": speed}
-    result["rows"].append({**row, "of_copy": speed / copy})
-    print(f"{model:14s} {kernel:18s} batch {batch:2d} {time:8.1f} us {speed:6.0f} GB/s {speed / copy:5.0%} of a copy")
-
-
-if __name__ == "__main__":
-    main()
+    def _row(self, time: float, needed: int) -> dict[str, Any]:
+        speed = needed / time / 1000
+        return {"microseconds": time, "bytes": needed, "gbps": speed, "of_copy": speed / self.copy()}

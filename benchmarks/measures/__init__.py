@@ -1,0 +1,1 @@
+"""How the cells of an experiment are measured: one file a kind, each with a `Measure`."""

@@ -1,0 +1,51 @@
+"""LoRA on gate, up and down of an efficient FFN: what the paper compares its branch with (arXiv 2505.07861)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def equal_rank(ffn: Any, rank: int) -> int:
+    """Of the LoRA on three linear layers that has as many parameters as a branch of `rank`."""
+    return max(1, round(2 * ffn.hidden_size * rank / (3 * (ffn.hidden_size + ffn.width))))
+
+
+class LoraFFN(nn.Module):
+    """LoRA on gate, up and down of an efficient FFN, as the paper compares: W x + B A x."""
+
+    def __init__(self, inner: Any, rank: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.act, self.gated, self.fused = inner.act, True, False
+        self.hidden_size, self.width, self.device = inner.hidden_size, inner.width, inner.device
+        self.recovery = nn.Module()  # by this name `train` takes it for the branch
+        d, f = inner.hidden_size, inner.width
+        for name, fan_in, fan_out in (("gate", d, f), ("up", d, f), ("down", f, d)):
+            a = nn.Parameter(torch.randn(rank, fan_in) / fan_in**0.5)
+            self.recovery.register_parameter(f"lora_A_{name}", a)
+            self.recovery.register_parameter(f"lora_B_{name}", nn.Parameter(torch.zeros(fan_out, rank)))
+
+    def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        packed = getattr(self.inner, f"{name}_proj", None)  # a quantised FFN has modules, the others weights
+        if packed is not None:
+            y = packed(x)
+        else:
+            weights = self.inner.weights()
+            y = F.linear(x, getattr(weights, name), getattr(weights, f"{name}_bias"))
+        a, b = (getattr(self.recovery, f"lora_{part}_{name}") for part in "AB")
+        return y + F.linear(F.linear(x, a), b)
+
+    def neurons(self, x: torch.Tensor, x_up: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        a = self.act(self._linear("gate", x))
+        return a, a * self._linear("up", x if x_up is None else x_up)
+
+    def down(self, z: torch.Tensor) -> torch.Tensor:
+        return self._linear("down", z)
+
+    def weights(self) -> Any:
+        """For choices alone: rows gathered from these would lack the LoRA."""
+        return self.inner.weights()

@@ -1,0 +1,43 @@
+"""What a mixer's start and its training are worth: held-out KL over tokens seen, at equal tokens.
+
+Settings of a cell: model; samples; count; method, a mamba with its settings; alignment, hidden_states and end_to_end,
+the passes over the samples of each part; matrices, the weight of mixing matrices in the alignment; rounds; batch; rate;
+seed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import caprese
+from caprese.distill import Alignment, Branches, Checkpoints, Distillation, EndToEnd, Layerwise, fit, make_batches
+from caprese.evaluation import environment
+from measures.recovery import read_samples
+
+
+class Measure:
+    """A fresh model for every cell."""
+
+    def environment(self) -> dict[str, Any]:
+        return environment(self.model)
+
+    def __call__(self, cell: dict[str, Any]) -> dict[str, Any]:
+        self.model, _ = caprese.load_base(cell["model"])
+        train = read_samples(cell["samples"], "train")[: cell["count"]]
+        validation = read_samples(cell["samples"], "validation")[:64]
+        (method,) = caprese.resolve_recipe(method=cell["method"]).make_methods()
+        how = {"learning_rate": cell["rate"], "batch_size": cell["batch"], "micro_batch": cell["batch"]}
+        config = Distillation(
+            Branches(1),
+            Alignment(epochs=cell["alignment"], hidden_epochs=cell["hidden_states"], matrices=cell["matrices"], **how),
+            Layerwise(how="none", batch_size=cell["batch"]),
+            EndToEnd(epochs=cell["end_to_end"] // cell["rounds"], rounds=cell["rounds"], **how),
+        )
+        caprese.apply(self.model, method)
+        fitted = fit(self.model, train, validation, config, Checkpoints(cell["seed"]))
+        tokens = sum(batch.tokens for batch in make_batches(train, cell["batch"], True))
+        passed = cell["alignment"] + cell["hidden_states"] + cell["end_to_end"] - cell["end_to_end"] // cell["rounds"]
+        first, _, *epochs = fitted.curves["validation"]
+        curve = [{"tokens": passed * tokens, "kl": first["kl"]}]
+        curve += [{"tokens": (passed + i) * tokens, "kl": point["kl"]} for i, point in enumerate(epochs, 1)]
+        return {"kl": curve[-1]["kl"], "best": fitted.kl["end_to_end"], "curve": curve}

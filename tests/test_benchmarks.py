@@ -1,0 +1,95 @@
+"""The runner of experiments: what is measured once stays, what is asked otherwise is measured anew."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+EXPERIMENTS = sorted((BENCHMARKS / "experiments").glob("*.yaml"))
+
+
+@pytest.fixture
+def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """run.py with an experiment `squares`, whose measure notes its cells."""
+    spec = importlib.util.spec_from_file_location("benchmarks_run", BENCHMARKS / "run.py")
+    assert spec is not None and spec.loader is not None
+    run: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(run)
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "squares.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "about": "Squares",
+                "measure": "squares",
+                "settings": {"x": 0, "plus": 0},
+                "tables": {"small": [{"x": 1}, {"x": 2}], "large": [{"x": 10}, {"x": 2}]},
+                "columns": {"x": "cell.x", "square": "found.square:.1f found.none"},
+                "plot": [{"x": "x", "y": "square", "lines": {"squares": "small found.square"}}],
+            },
+            sort_keys=False,
+        )
+    )
+    run.HERE, run.asked = tmp_path, []
+
+    class Measure:
+        def environment(self) -> dict[str, Any]:
+            return {"cpu": "any"}
+
+        def __call__(self, cell: dict[str, Any]) -> dict[str, Any]:
+            run.asked.append(cell["x"])
+            if cell["x"] == run.fails:
+                raise KeyboardInterrupt
+            return {"found": {"square": float(cell["x"] ** 2 + cell["plus"])}}
+
+    run.fails = None
+    monkeypatch.setitem(sys.modules, "measures.squares", SimpleNamespace(Measure=Measure))
+    return run
+
+
+def call(run: Any, monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", *args])
+    run.main()
+
+
+def test_an_interrupted_run_goes_on(runner, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.json"
+    runner.fails = 2
+    with pytest.raises(KeyboardInterrupt):
+        call(runner, monkeypatch, "squares", "--output", str(out))
+    runner.fails = None
+    call(runner, monkeypatch, "squares", "--output", str(out))
+    assert runner.asked == [1, 2, 2, 10]  # 1 is there already, and 2 stands in both tables
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["found"]["square"] for row in rows] == [1, 4, 100] and out.with_suffix(".png").stat().st_size > 1000
+    assert "| 10 | 100.0 - |" in capsys.readouterr().out
+
+
+def test_other_settings_are_measured_anew(runner, tmp_path, monkeypatch):
+    for args in (["small"], ["small", "--set", "plus=1"]):
+        call(runner, monkeypatch, "squares", *args, "--output", str(tmp_path / "out.json"))
+    assert runner.asked == [1, 2, 1, 2]
+
+
+@pytest.mark.parametrize("args", [["cubes"], ["squares", "huge"], ["squares", "--set", "y=1"]])
+def test_what_there_is_not(runner, monkeypatch, args):
+    with pytest.raises(SystemExit, match="squares|small, large|x, plus"):
+        call(runner, monkeypatch, *args)
+    assert not runner.asked
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_experiments_say_what_their_measure_asks(path):
+    experiment = yaml.safe_load(path.read_text())
+    measure = (BENCHMARKS / "measures" / f"{experiment['measure']}.py").read_text()
+    asked = {part.split('"')[0] for part in measure.split('cell["')[1:]}
+    assert asked <= experiment["settings"].keys()
+    for cells in experiment["tables"].values():
+        assert all(set(cell or {}) <= experiment["settings"].keys() for cell in cells)
