@@ -49,7 +49,7 @@ def config_of(recipe: Recipe) -> PretrainedConfig:
     except CapreseError as error:
         if recipe.model not in SHAPES:
             raise
-        say(f"[yellow]{error}; planned with the shape that caprese knows[/yellow]")
+        say((f"{error}; planned with the shape that caprese knows", "yellow"))
         return shape_config(recipe.model)
 
 

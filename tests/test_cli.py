@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shutil
+from pathlib import Path
+from typing import Annotated
 
 import pytest
 import torch
+import typer
 import yaml
 from typer.testing import CliRunner
 
 import caprese
+from caprese import progress
+from caprese.adapters import attach_adapter
 from caprese.cli import app
+from caprese.commands.verb import in_flags
 from caprese.data_gen import read_shard
 from caprese.evaluation import VARIANTS
 from caprese.models import ALIASES
@@ -164,45 +171,23 @@ def test_generate(tiny_dir, adapter):
     streamed = call(
         "generate", "--model", str(tiny_dir), "--adapter", str(adapter), "--prompt", "1+1", "--max-new-tokens", "6"
     )
-    assert streamed.rstrip("\n") == answer["text"].rstrip("\n")
+    assert streamed.rstrip("\n") == progress.clean(answer["text"]).rstrip("\n")
 
 
-def test_eval(tiny_dir, adapter):
-    figures = json.loads(
-        call(
-            "eval",
-            "--model",
-            str(tiny_dir),
-            "--adapter",
-            str(adapter),
-            "--samples",
-            "3",
-            "--max-new-tokens",
-            "8",
-            "--prompts",
-            "gym:simple_equations",
-            "--latency-tokens",
-            "6",
-            "--json",
-        )
-    )
-    assert figures["quality"]["dense"]["kl"] == 0 and figures["method"] == "griffin"
-    table = call(
-        "eval",
-        "--model",
-        str(tiny_dir),
-        "--adapter",
-        str(adapter),
-        "--samples",
-        "3",
-        "--max-new-tokens",
-        "8",
-        "--prompts",
-        "gym:simple_equations",
-        "--latency-tokens",
-        "6",
-    )
-    assert "recovered" in table
+def test_eval(tiny_dir, adapter, monkeypatch):
+    asked = ["eval", "--model", str(tiny_dir), "--adapter", str(adapter), "--samples", "3", "--max-new-tokens", "8"]
+    asked += ["--prompts", "gym:simple_equations", "--latency-tokens", "0"]
+    figures = json.loads(call(*asked, "--json"))
+    quality = figures["quality"]
+    assert quality["dense"]["kl"] == 0 < quality["efficient"]["kl"] and figures["method"] == "griffin"
+    monkeypatch.setenv("COLUMNS", "120")
+    lines = call(*asked).splitlines()
+    for name in VARIANTS:
+        cells = next(line.split() for line in lines if line.split()[:1] == [name])
+        shown = [f"{quality[name]['kl']:.4f}", f"{quality[name]['top1_agreement']:.1%}"]
+        assert cells[1:4] == [*shown, f"{quality[name]['perplexity']:.2f}"] and cells[-1] == "–"
+    share = f"{figures['recovered_fraction']['kl']:.0%} in KL divergence"
+    assert lines[-1].startswith("Recovered: ") and share in lines[-1]
 
 
 SHORT = ("--samples", "3", "--latency-tokens", "0", "--json")
@@ -257,3 +242,111 @@ def test_json_alone_on_stdout(tiny_dir, adapter):
         "--json",
     )
     assert json.loads(again) == report
+
+
+# What a file of another's may hold: a tag that closes nothing, a colour, a title for the window, a line written over,
+# one written backwards.
+FOREIGN = "[/x] \x1b[31m \x1b]0;owned\x07 \x9b2J \rover \u202edrow"
+SHOWN = r"[/x] \x1b[31m \x1b]0;owned\x07 \x9b2J \rover \u202edrow"
+OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def shown(*args: str, code: int = 0) -> str:
+    """Both streams of a command, in one line, checked to hold nothing that a terminal would obey."""
+    progress.quiet = False
+    result = runner.invoke(app, list(args), env={"COLUMNS": "300"}, catch_exceptions=False)
+    progress.quiet = True
+    assert result.exit_code == code, result.output
+    assert not OBEYED.search(result.output), result.output
+    return result.output
+
+
+def test_what_a_terminal_obeys_is_written_out():
+    assert progress.clean(FOREIGN) == SHOWN
+    assert progress.clean("half an emoji \ud83d") == r"half an emoji \ud83d"
+    plain = "Zürich, 東京\n\t👩‍🔬 שלום [bold]:smile:"
+    assert progress.clean(plain) == plain
+
+
+@pytest.fixture
+def foreign(adapter, tmp_path):
+    """An adapter whose directory, sidecar and recipe hold what a terminal would obey."""
+    place = shutil.copytree(adapter, tmp_path / "x[" / "foo] \x1b[31m\x1b]0;t\x07\u202e")
+    sidecar = json.loads((place / "caprese_config.json").read_text())
+    sidecar["base"] |= {"id": FOREIGN}
+    sidecar["caprese_version"] = "0 [/x] \x1b[2J"
+    (place / "caprese_config.json").write_text(json.dumps(sidecar))
+    (place / "report.json").unlink()
+    return place
+
+
+def test_foreign_text_in_an_adapter(tiny_dir, foreign, tmp_path):
+    assert SHOWN in (text := shown("info", str(foreign))) and r"0 [/x] \x1b[2J" in text and r"foo] \x1b[31m" in text
+    assert json.loads(shown("info", str(foreign), "--json"))["needs"][0].endswith(FOREIGN)
+    assert r"foo] \x1b[31m" in shown("info", str(foreign / "[/y]"), code=1)
+    assert "no[x]" in shown("push", str(foreign), "no[x] \x1b[1m", code=1)
+    assert r"would push" in shown("push", str(foreign), "user/name", "--dry-run")
+    model = ("--model", str(tiny_dir))
+    base, _ = caprese.load_base(str(tiny_dir))
+    caprese.save(attach_adapter(caprese.apply(base, caprese.Nothing()), 2), foreign / "static")
+    args = ("export", str(foreign / "static"), *model, "--to", str(foreign))
+    assert r"foo] \x1b[31m" in shown(*args, code=1) and "would write" in shown(*args, "--dry-run")
+    scale = (
+        "scale",
+        *model,
+        "--adapter",
+        str(foreign),
+        "--samples",
+        "2",
+        "--problems",
+        "2",
+        "--prompts",
+        "chains:test",
+    )
+    assert "first prompt" in shown(*scale, "--dry-run")
+    assert r"\x1b[31m" in shown(*scale, "--max-new-tokens", "4", "--output", str(foreign / "[/s]"))
+
+
+def test_foreign_text_in_a_recipe_and_in_prompts(tiny_dir, tmp_path):
+    recipe = tmp_path / "mine[" / "x].yaml"
+    recipe.parent.mkdir()
+    recipe.write_text(yaml.safe_dump({"output": str(tmp_path / "out") + FOREIGN, "samples": {"prompts": "[/p]"}}))
+    assert r"\e[31m" in shown("recipes", "show", str(recipe))  # as YAML writes it
+    assert "mine[/x].yaml: valid" in shown("recipes", "validate", str(recipe))
+    plan = ("recover", "--recipe", str(recipe), "--model", str(tiny_dir), "--rank", "2", "--dry-run")
+    assert r"out[/x] \x1b[31m" in shown(*plan)
+    recipe.write_text(yaml.safe_dump({"[/key]\x1b[31m": 1}))
+    assert r"[/key]\x1b[31m" in shown("recipes", "validate", str(recipe), code=1)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"[/column]\x1b[31m": "1 + 1"}) + "\n")
+    asked = ("recover", "--model", str(tiny_dir), "--prompts", str(rows), "--output", str(tmp_path / "o[/x]"))
+    assert r"[/column]\x1b[31m" in shown(*asked, code=1)
+
+
+def test_what_a_model_writes_is_streamed_as_text(tiny_dir, monkeypatch):
+    def write(*args, emit, **how):
+        for piece in ("a\n\tb ", "\x1b[31", "m[/x]"):
+            emit(piece)
+        return {"text": "", "new_tokens": 3, "first_token_ms": 1.0, "ttnt_ms": None}
+
+    monkeypatch.setattr("caprese.inference.stream", write)
+    assert shown("generate", "--model", str(tiny_dir), "--prompt", "1").startswith("a\n\tb \\x1b[31m[/x]\n")
+
+
+def test_one_place_prints():
+    for file in Path(caprese.__file__).parent.rglob("*.py"):
+        if file.name != "progress.py":
+            assert not re.search(r"(?<![\w.])print\(|Console\(|sys\.std(out|err)", file.read_text()), file
+
+
+def test_arguments_are_flags_on_the_command_line():
+    def command(
+        output: Annotated[str, typer.Option("--output", "-o")],
+        target_kl: Annotated[float, typer.Option()],
+        compiled: Annotated[bool, typer.Option("--compile/--no-compile")],
+        name: str = "",
+    ) -> None: ...
+
+    said = "choose another `output`, `target_kl` or `sparsity`; `compiled=False`, `target_kl=0.1`, `name`, `a b`"
+    flags = "choose another --output, --target-kl or `sparsity`; --no-compile, --target-kl 0.1, `name`, `a b`"
+    assert in_flags(said, command) == flags

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from rich.console import Console
 
+from caprese.progress import show
 from caprese.report.card import render_card
 from caprese.report.html import render_html
 from caprese.report.plots import plot_names, plot_uris, write_plots
@@ -323,12 +323,13 @@ def test_portable_leaves_the_rest_alone(report: dict[str, Any]) -> None:
     assert portable(report) == before == report
 
 
-def test_terminal_table(report: dict[str, Any]) -> None:
+def test_terminal_table(
+    report: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     report["method"] = "griffin[red]"  # not markup
-    console = Console(width=120)
-    with console.capture() as capture:
-        console.print(summary_table(report))
-    text = capture.get()
+    monkeypatch.setenv("COLUMNS", "120")
+    show(report, False, lambda found: [summary_table(found)])
+    text = capsys.readouterr().out
     assert "griffin[red]" in text
     rows = [line for line in text.splitlines() if "0.4127" in line or "0.1033" in line]
     assert "efficient" in rows[0] and "81.2%" in rows[0] and "recovered" in rows[1] and "31.60" in rows[1]

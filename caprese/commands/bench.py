@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from caprese.commands.options import Device, Dtype, Json, parse_layers
-from caprese.commands.output import print_table, quiet
 from caprese.errors import CapreseError
+from caprese.progress import say, show
 
 
 def bench(
@@ -49,12 +48,11 @@ def bench(
     from caprese.files import check_writable, write_json
     from caprese.models import load_base, load_config, random_model, shape_config
     from caprese.models.loading import pick_device, pick_dtype
-    from caprese.progress import say
     from caprese.recipes import resolve_recipe
+    from caprese.report.tables import figures_table
     from caprese.studies.bench import bench as measure
     from caprese.studies.bench import bench_plan, describe_bench, plot_bench
 
-    quiet(as_json)
     name = model or random_weights
     if name is None or (model and random_weights):
         raise CapreseError("which model? give --model, or --random-weights with a known shape, and not both")
@@ -66,7 +64,7 @@ def bench(
     if dry_run:
         config = shape_config(random_weights) if random_weights else load_config(name, revision)
         figures = bench_plan(config, methods, rank, pick_dtype(dtype, pick_device(device)) or torch.bfloat16, batches)
-        print(json.dumps(figures, indent=2)) if as_json else print_table("bench", figures)
+        show(figures, as_json, lambda found: [figures_table("bench", found)])
         return
     if output is not None:
         check_writable(Path(output))
@@ -93,10 +91,4 @@ def bench(
     if output is not None:
         write_json(Path(output) / "bench.json", result)
         plot_bench(result, Path(output) / "bench.png")
-    if as_json:
-        print(json.dumps(result, indent=2))
-        return
-    from rich.console import Console
-
-    for part in describe_bench(result):
-        Console().print(part)
+    show(result, as_json, describe_bench)

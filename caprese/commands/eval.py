@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from caprese.commands.options import Adapter, Device, Dtype, Json, Model, Reselect, parse_reselect
-from caprese.commands.output import quiet
 from caprese.errors import CapreseError
+from caprese.progress import show
 
 
 def eval(
@@ -50,15 +49,13 @@ def eval(
     from caprese.evaluation import Evaluation, measure
     from caprese.inference import load as load_fused
     from caprese.recovery.run import beside
+    from caprese.report.tables import describe_evaluation
 
-    quiet(as_json)
     if tasks is not None and (prompts is not None or max_new_tokens is not None):
         raise CapreseError("--tasks brings its own prompts and lengths; leave out --prompts and --max-new-tokens")
     sidecar = read_sidecar(adapter)
     base, tokenizer = load_base_for(sidecar, model, dtype=dtype, device=device)
     if tasks is not None:
-        from rich.console import Console
-
         from caprese.studies.tasks import describe_tasks, run_tasks
 
         fused = load_fused(base, adapter, fused=True, reselect_every=parse_reselect(reselect_every))
@@ -76,7 +73,7 @@ def eval(
             seed=seed,
             overwrite=overwrite,
         )
-        print(json.dumps(scores, indent=2)) if as_json else Console().print(describe_tasks(scores))
+        show(scores, as_json, lambda found: [describe_tasks(found)])
         return
     lm = load(base, adapter, reselect_every=parse_reselect(reselect_every))
     asked, trained = beside(adapter)
@@ -96,12 +93,4 @@ def eval(
         "samples": asked.model_dump(mode="json", exclude={"train", "validation"}),
         **measured,
     }
-    if as_json:
-        print(json.dumps(report, indent=2))
-    else:
-        from rich.console import Console
-
-        from caprese.report.summary import recovered, summary_table
-
-        Console().print(summary_table(report))
-        print(f"Recovered: {recovered(report) or 'not measured'}")
+    show(report, as_json, describe_evaluation)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, cast
 
 import typer
 
 from caprese.commands.options import Device, Json
-from caprese.commands.output import print_table, quiet
 from caprese.errors import CapreseError
+from caprese.progress import say, show
 
 
 def export(
@@ -35,9 +34,8 @@ def export(
     from caprese.inference import load
     from caprese.models import load_config
     from caprese.models.loading import pick_dtype
-    from caprese.progress import say
+    from caprese.report.tables import figures_table
 
-    quiet(as_json)
     if format not in ("hf", "gguf"):
         raise CapreseError(f"--format {format}: hf or gguf")
     sidecar = read_sidecar(adapter)
@@ -53,5 +51,4 @@ def export(
         figures = write(
             lm, tokenizer, to, format=cast(Any, format), dtype=kind, outtype=outtype, overwrite=overwrite, say=say
         )
-    shown = {key: value for key, value in figures.items() if value is not None}
-    print(json.dumps(figures, indent=2)) if as_json else print_table("would write" if dry_run else "written", shown)
+    show(figures, as_json, lambda found: [figures_table("would write" if dry_run else "written", found)])

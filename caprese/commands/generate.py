@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
 
 from caprese.commands.options import Device, Dtype, Json, Model, Reselect, parse_reselect
-from caprese.commands.output import quiet
 from caprese.errors import CapreseError
+from caprese.progress import say, show, write
 
 
 def generate(
@@ -33,9 +32,7 @@ def generate(
     from caprese.adapters import fingerprint, load_base_for, read_sidecar
     from caprese.inference import load, stream
     from caprese.models import load_base
-    from caprese.progress import say
 
-    quiet(as_json)
     if not prompt.strip():
         raise CapreseError("the prompt is empty; give --prompt some text")
     if reselect_every is not None and adapter is None:
@@ -56,11 +53,8 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        emit=None if as_json else lambda text: print(text, end="", flush=True),
+        emit=None if as_json else lambda text: write(text, end=""),
     )
-    if as_json:
-        print(json.dumps(result, indent=2))
-        return
-    print()
+    show(result, as_json, lambda _: [""])  # the text itself has been streamed
     ttnt = "" if result["ttnt_ms"] is None else f", TTNT {result['ttnt_ms']:.1f} ms (median)"
-    say(f"[dim]{result['new_tokens']} tokens, first after {result['first_token_ms']:.0f} ms{ttnt}[/dim]")
+    say((f"{result['new_tokens']} tokens, first after {result['first_token_ms']:.0f} ms{ttnt}", "dim"))

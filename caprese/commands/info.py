@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from caprese.commands.options import Device, Dtype, Json
-from caprese.commands.output import print_table, quiet
+from caprese.progress import show
 
 
 def info(
@@ -21,12 +20,9 @@ def info(
 ) -> None:
     """What an adapter is, what it needs, and whether it fits a base (by its weights, not its name)."""
     from caprese.publish import info as look
+    from caprese.report.tables import figures_table
 
-    quiet(as_json)
     facts = look(adapter, revision=revision, model=model, dtype=dtype, device=device)
-    if as_json:
-        print(json.dumps(facts, indent=2))
-    else:
-        print_table(adapter, {k: v for k, v in facts.items() if v is not None and k != "quality"})
+    show(facts, as_json, lambda found: [figures_table(adapter, {**found, "quality": None})])
     if facts.get("fits") is False:
         raise typer.Exit(1)

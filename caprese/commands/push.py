@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from caprese.commands.options import Json, Private
-from caprese.commands.output import print_table, quiet
+from caprese.progress import say, show
 
 
 def push(
@@ -20,12 +19,9 @@ def push(
 ) -> None:
     """Put an adapter with its report on the model hub, in one commit. The token is `hf auth login`'s, or HF_TOKEN."""
     from caprese.publish import push as publish
+    from caprese.report.tables import figures_table
 
-    quiet(as_json)
     facts = publish(directory, repo, private=private, dry_run=dry_run)
-    if as_json:
-        print(json.dumps(facts, indent=2))
-        return
-    print_table("would push" if dry_run else "pushed", {k: v for k, v in facts.items() if v is not None})
+    show(facts, as_json, lambda found: [figures_table("would push" if dry_run else "pushed", found)])
     if not dry_run:
-        print(f"load it: caprese.load(model, {repo!r})")
+        say(f"load it: caprese.load(model, {repo!r})")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from caprese import progress
 from caprese.commands.options import Json
 from caprese.errors import CapreseError
 
@@ -15,15 +15,13 @@ def ls(as_json: Json = False) -> None:
     from caprese.models import ALIASES
     from caprese.recipes import names, resolve_recipe
 
-    rows = {name: resolve_recipe(name) for name in names()}
-    if as_json:
-        print(json.dumps({name: r.model_dump(mode="json") for name, r in rows.items()}, indent=2))
-        return
-    for name, r in rows.items():
-        print(
-            f"{name:32} {ALIASES.get(r.model or '', r.model):44} {describe_methods(r.make_methods())} on {r.layers}, "
-            f"rank {r.rank}, {r.samples.train} samples"
-        )
+    recipes = {name: resolve_recipe(name) for name in names()}
+    lines = (
+        f"{name:32} {ALIASES.get(r.model or '', r.model):44} {describe_methods(r.make_methods())} on {r.layers}, "
+        f"rank {r.rank}, {r.samples.train} samples"
+        for name, r in recipes.items()
+    )
+    progress.show({name: r.model_dump(mode="json") for name, r in recipes.items()}, as_json, lambda _: lines)
 
 
 def show(name: str, as_json: Json = False) -> None:
@@ -31,10 +29,7 @@ def show(name: str, as_json: Json = False) -> None:
     from caprese.recipes import resolve_recipe
 
     recipe = resolve_recipe(name)
-    print(
-        json.dumps(recipe.model_dump(mode="json"), indent=2) if as_json else recipe.to_yaml(),
-        end="\n" if as_json else "",
-    )
+    progress.show(recipe.model_dump(mode="json"), as_json, lambda _: [recipe.to_yaml().rstrip()])
 
 
 def cp(name: str, target: Path) -> None:
@@ -47,7 +42,7 @@ def cp(name: str, target: Path) -> None:
     if target.exists():
         raise CapreseError(f"{target} exists; choose another name")
     write_text(target, resolve_recipe(name).to_yaml())
-    print(target)
+    progress.write(str(target))
 
 
 def validate(name: str, as_json: Json = False) -> None:
@@ -59,4 +54,4 @@ def validate(name: str, as_json: Json = False) -> None:
     recipe.make_methods()
     if recipe.model is not None:
         resolve(recipe.model)
-    print(json.dumps({"valid": True}) if as_json else f"{name}: valid")
+    progress.show({"valid": True}, as_json, lambda _: [f"{name}: valid"])

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from caprese.commands.options import Json, Private, parse_keep_attention, parse_layers, parse_rank, parse_sparsity
-from caprese.commands.output import is_main, print_report, print_table, quiet
+from caprese.commands.verb import is_main
 from caprese.errors import CapreseError
+from caprese.progress import say, show
 
 
 def _set(overrides: dict[str, Any], path: str, value: Any) -> None:
@@ -82,10 +82,9 @@ def recover(
     """Make MODEL cheaper and distil an adapter that gives its quality back. Goes on where a stopped run was."""
     from caprese.efficient_methods import describe_methods
     from caprese.models import check_keepable, load_base, resolve, save_base
-    from caprese.progress import say
     from caprese.recipes import resolve_recipe
+    from caprese.report.tables import describe_recovery, figures_table
 
-    quiet(as_json)
     overrides: dict[str, Any] = {}
     for path, value in {
         "method": method,
@@ -120,14 +119,14 @@ def recover(
     base = resolve(resolved.model, resolved.revision)
     methods = resolved.make_methods()
     say(
-        f"[bold]{base}[/bold]  {describe_methods(methods)}, rank {resolved.rank}, "
-        f"seed {resolved.seed} -> {resolved.output}"
+        (str(base), "bold"),
+        f"  {describe_methods(methods)}, rank {resolved.rank}, seed {resolved.seed} -> {resolved.output}",
     )
     if dry_run:
         from caprese.plan import config_of, plan
 
         figures = plan(config_of(resolved), resolved)
-        print(json.dumps(figures, indent=2)) if as_json else print_table("plan", figures)
+        show(figures, as_json, lambda found: [figures_table("plan", found)])
         return
     from caprese.adapters import hub
     from caprese.recovery.recover import recover as run
@@ -151,10 +150,7 @@ def recover(
         published = publish(resolved.output, push_to_hub, private=private)
         report = {**report, "hub": {key: published[key] for key in ("repo", "url", "commit")}}
         say(f"pushed to {published['url']}")
-    if as_json:
-        print(json.dumps(report, indent=2))
-        return
-    print_report(report)
+    show(report, as_json, describe_recovery)
     say(f"\nreport: {Path(resolved.output) / 'report.html'}")
     name = whole if full else resolved.model
     say(f"try it: caprese generate --model {name} --adapter {resolved.output} --prompt '...'")

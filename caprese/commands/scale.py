@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from caprese.commands.options import Adapter, Device, Dtype, Json, Model
-from caprese.commands.output import print_table, quiet
 from caprese.errors import CapreseError
+from caprese.progress import say, show
 
 
 def scale(
@@ -58,13 +57,12 @@ def scale(
     from caprese.evaluation.rewards import reward_scorer
     from caprese.files import check_writable, write_json
     from caprese.inference import load
-    from caprese.progress import say
     from caprese.recipes.recipe import explain
     from caprese.recovery.run import beside
+    from caprese.report.tables import figures_table
     from caprese.studies.scaling import Scaling, describe_scaling, plot_scaling
     from caprese.studies.scaling import contenders as choose
 
-    quiet(as_json)
     sidecar = read_sidecar(adapter)
     mixes = any(facts["name"] == "mamba" for facts in sidecar.methods)
     if mixes and reselect_every:
@@ -92,7 +90,7 @@ def scale(
             "tokens_at_most": len(rows) * samples * len(over) * config.max_new_tokens,
             "first_prompt": rows[0].text,
         }
-        print(json.dumps(facts, indent=2)) if as_json else print_table("scale", facts)
+        show(facts, as_json, lambda found: [figures_table("scale", found)])
         return
     check_writable(Path(output))
     base, tokenizer = load_base_for(sidecar, model, revision=revision, dtype=dtype, device=device)
@@ -115,11 +113,5 @@ def scale(
     result["environment"] = environment(lm)
     write_json(Path(output) / "scale.json", result)
     plot_scaling(result, Path(output) / "scale.png")
-    if as_json:
-        print(json.dumps(result, indent=2))
-        return
-    from rich.console import Console
-
-    for part in describe_scaling(result):
-        Console().print(part)
+    show(result, as_json, describe_scaling)
     say(f"{Path(output) / 'scale.json'}, scale.png")

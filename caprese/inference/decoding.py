@@ -58,7 +58,7 @@ def stream(
     check_context(model, [prompt], encoded, max_new_tokens)
     unknown = tokenizer.unk_token_id
     if unknown in encoded[0] and unknown not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
-        say("[yellow]this model has no token for some of the prompt's characters; it reads them as unknown[/yellow]")
+        say(("this model has no token for some of the prompt's characters; it reads them as unknown", "yellow"))
     ids = torch.tensor(encoded, device=device_of(model))
     streamer = _Timed(tokenizer, emit)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}

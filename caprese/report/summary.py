@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 VARIANTS = ("dense", "efficient", "recovered")
@@ -209,7 +208,7 @@ def recipe_yaml(report: dict[str, Any]) -> str:
 
 def summary_table(report: dict[str, Any]) -> Table:
     """The result table for the terminal."""
-    table = Table(title=escape(title(report)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title(report), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     # the spread of TTNT stays with the report: a terminal has 80 columns
     filled = [(name, [*cells[:-1], cells[-1].split(" ±")[0]]) for name, cells in rows(report)]
     table.add_column("", no_wrap=True, min_width=max(map(len, VARIANTS)))

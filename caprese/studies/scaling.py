@@ -101,7 +101,7 @@ class Scaling:
         if not self.problems:
             raise CapreseError("none of these problems has an answer that can be marked; give prompts with answers")
         if left := len(problems) - len(self.problems):
-            say(f"[yellow]{left} of {len(problems)} problems have no answer that can be marked; left out[/yellow]")
+            say((f"{left} of {len(problems)} problems have no answer that can be marked; left out", "yellow"))
         if count < 1:
             raise CapreseError("--samples starts at 1")
         self.model, self.tokenizer, self.config, self.count = model, tokenizer, config, count

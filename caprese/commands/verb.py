@@ -1,0 +1,82 @@
+"""What every verb does around its work: which output it gives, and one line for what a user can mend."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import typing
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from typer.models import OptionInfo
+
+from caprese import progress
+from caprese.errors import CapreseError
+
+
+def is_main() -> bool:
+    """Whether this is the first of several processes, the only one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def verb(function: Callable[..., None]) -> Callable[..., None]:
+    """`function` as a command: with --json nothing but JSON on stdout, and one clear line instead of a traceback."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            _settle(quiet=kwargs.get("as_json", False) or not is_main())
+            function(*args, **kwargs)
+        except CapreseError as error:
+            progress.alert("error:", in_flags(str(error), function))
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            progress.alert("stopped.", "Finished work is kept: run the same command again to go on.", "yellow")
+            raise typer.Exit(130) from None
+
+    return run
+
+
+def _settle(quiet: bool) -> None:
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    progress.quiet = quiet
+    if quiet:
+        disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def in_flags(message: str, function: Callable[..., None]) -> str:
+    """An error of the library, with the arguments it names as this command's flags.
+
+    `output` becomes --output, `sparsity="auto"` --sparsity auto, `compiled=False` --no-compile.
+    """
+    flags = dict(_flags(function))
+
+    def flag(found: re.Match[str]) -> str:
+        name, value = found["name"], found["value"]
+        if name not in flags:
+            return found[0]
+        on, off = flags[name]
+        if value == "False" and off:
+            return off
+        return on if value in (None, "True") else f"{on} {value.strip(chr(39) + chr(34))}"
+
+    return re.sub(r"`(?P<name>\w+)(?:=(?P<value>[^`]+))?`", flag, message)
+
+
+def _flags(function: Callable[..., None]) -> typing.Iterator[tuple[str, tuple[str, str]]]:
+    """For each option of a command its name and its flags: for it, and against it ("" where there is none)."""
+    for name, hint in typing.get_type_hints(function, include_extras=True).items():
+        for option in getattr(hint, "__metadata__", ()):
+            if isinstance(option, OptionInfo):
+                given = next((text for text in option.param_decls or () if text.startswith("--")), "")
+                on, _, off = (given or f"--{name.replace('_', '-')}").partition("/")
+                yield name, (on, off)
