@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from caprese.adapters import Sidecar, check_base, check_files, hub, load_base_for, locate, ranks_of, read_sidecar
-from caprese.adapters.storage import CALIBRATION, CONFIG, FILES, MIXERS, SIDECAR
+from caprese.adapters import Adapter, hub
+from caprese.adapters.adapter import RECIPE, REPORT
+from caprese.adapters.sidecar import FILES
 from caprese.efficient_methods import describe_methods
 from caprese.errors import CapreseError
 from caprese.models import TERMS, base_terms
@@ -16,7 +16,7 @@ from caprese.report import summary
 from caprese.report.card import LOAD_SNIPPET, front_matter, load_arguments, render_card
 
 #: beside the adapter's own files, what a repository holds of a run
-_RUN = ("recipe.yaml", "report.json", "report.html")
+_RUN = (RECIPE, REPORT, "report.html")
 
 
 def push(
@@ -39,26 +39,22 @@ def push(
         raise CapreseError(f"no directory {str(directory)!r}; give one that caprese recover wrote")
     if not hub.is_hub_id(repo):
         raise CapreseError(f"{repo!r} is no hub id; give one like 'user/name'")
-    sidecar = read_sidecar(source)
-    check_files(source, sidecar, directory)
-    report = _report(source, sidecar)
+    adapter = Adapter.open(source)
+    adapter.check()
+    base, report = adapter.sidecar.base, adapter.report()
     terms = {key: report[key] for key in TERMS if report and report.get(key)}
-    if not terms and hub.is_hub_id(sidecar.base.id):
-        terms = base_terms(sidecar.base.id)
-    left_out = {CALIBRATION: sidecar.calibration_sha256, MIXERS: sidecar.mixers_sha256}
-    own = [name for name in FILES if name not in left_out or left_out[name] is not None]
-    files: dict[str, Path | bytes] = {name: source / name for name in own}
+    if not terms and hub.is_hub_id(base.id):
+        terms = base_terms(base.id)
+    files: dict[str, Path | bytes] = {name: source / name for name in adapter.files}
     if report is not None:
         files |= {name: source / name for name in _RUN if (source / name).is_file()}
         files |= {f"plots/{path.name}": path for path in sorted((source / "plots").glob("*.png"))}
-    card = render_card({**report, **terms}, repo) if report else _bare_card(sidecar, terms, repo)
+    card = render_card({**report, **terms}, repo) if report else _bare_card(adapter, terms, repo)
     files["README.md"] = card.encode()
     sizes = {name: len(f) if isinstance(f, bytes) else f.stat().st_size for name, f in files.items()}
     facts = {"repo": repo, "url": None, "commit": None, "license": terms.get("license"), "files": sizes}
     if not dry_run:
-        message = (
-            f"{describe_methods(sidecar.make_methods())} for {sidecar.base.id}, by caprese {sidecar.caprese_version}"
-        )
+        message = f"{describe_methods(adapter.methods)} for {base.id}, by caprese {adapter.sidecar.caprese_version}"
         ours = {*FILES, *_RUN}
         facts["url"], facts["commit"] = hub.upload(
             repo, files, message, private=private, stale=lambda path: path in ours or path.startswith("plots/")
@@ -66,26 +62,12 @@ def push(
     return facts
 
 
-def _report(source: Path, sidecar: Sidecar) -> dict[str, Any] | None:
-    """report.json, if there is one, and if it is of this adapter."""
-    path = source / "report.json"
-    if not path.is_file():
-        return None
-    try:
-        report: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise CapreseError(f"{path} is damaged ({error}); run caprese recover again, or delete it") from error
-    if report.get("adapter_digest") != sidecar.digest:
-        raise CapreseError(f"{path} is of another adapter than the one beside it; delete it, or run recover again")
-    return report
-
-
-def _bare_card(sidecar: Sidecar, terms: dict[str, str], repo: str) -> str:
+def _bare_card(adapter: Adapter, terms: dict[str, str], repo: str) -> str:
     """For an adapter that was saved without a report."""
-    methods = [method["name"] for method in sidecar.methods]
-    matter = front_matter(sidecar.base.id, sidecar.base.revision, methods, terms)
-    how = LOAD_SNIPPET.format(base=load_arguments(sidecar.base.id, sidecar.base.revision), adapter=repo)
-    what = describe_methods(sidecar.make_methods())
+    base = adapter.sidecar.base
+    matter = front_matter(base.id, base.revision, [method.name for method in adapter.methods], terms)
+    how = LOAD_SNIPPET.format(base=load_arguments(base.id, base.revision), adapter=repo)
+    what = describe_methods(adapter.methods)
     return f"---\n{matter}---\n\n# {repo}\n\n{what}, with a recovery adapter.\n\n```python\n{how}\n```\n"
 
 
@@ -101,41 +83,39 @@ def info(
         how: of loading that base (see `load_base`).
 
     Raises:
-        CapreseError: no such adapter, or damaged.
+        CapreseError: no such adapter, incomplete or damaged, or beside the report of another.
     """
-    directory = locate(adapter, revision, SIDECAR, CONFIG, "report.json")
-    sidecar = read_sidecar(directory)
-    rank, others = ranks_of(directory)
-    ranks = sorted({rank, *others.values()})
+    opened = Adapter.open(adapter, revision)
+    opened.check()
+    sidecar, ranks = opened.sidecar, sorted(set(opened.ranks.values()))
     needs = [f"the weights of {sidecar.base.id}" + (f" at {sidecar.base.revision}" if sidecar.base.revision else "")]
     method = " + ".join(m["name"] for m in sidecar.methods)
     try:
-        methods = sidecar.make_methods()
-        method = describe_methods(methods)
-        for each in methods:
+        method = describe_methods(opened.methods)
+        for each in opened.methods:
             each.check()
     except CapreseError as error:
         needs.append(str(error))
     facts: dict[str, Any] = {
-        "adapter": str(adapter),
-        "commit": directory.name if not Path(adapter).expanduser().is_dir() else None,
+        "adapter": opened.name,
+        "commit": opened.commit,
         "base": sidecar.base.id,
         "base_revision": sidecar.base.revision,
         "method": method,
         "reselect_every": sidecar.reselect_every,
-        "rank": rank if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
+        "rank": ranks[0] if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
         "caprese_version": sidecar.caprese_version,
         "needs": needs,
     }
-    report = _report(directory, sidecar)
+    report = opened.report()
     if report is not None:
         facts["parameters"] = report.get("parameters", {}).get("adapter")
         facts["recovered"] = summary.recovered(report)
         facts["quality"] = report.get("quality")
     if model is not None:
-        loaded, _ = load_base_for(sidecar, model, **how)
+        loaded, _ = opened.load_base(model, **how)
         try:
-            check_base(loaded, sidecar.base)
+            opened.check_base(loaded)
             facts |= {"fits": True, "why_not": None}
         except CapreseError as error:
             facts |= {"fits": False, "why_not": str(error)}

@@ -21,7 +21,7 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import Grani
 from typer.testing import CliRunner
 
 import caprese
-from caprese.adapters import attach_adapter, branch_parameters, fingerprint, get_branches, has_branches, read_sidecar
+from caprese.adapters import Adapter, attach_adapter, branch_parameters, fingerprint, get_branches
 from caprese.cli import app
 from caprese.data_gen import Sample
 from caprese.distill import Alignment, EndToEnd, HeldOut, alignment, hidden_alignment, make_batches, match_scale
@@ -499,9 +499,9 @@ def test_adapters_that_differ_in_their_mixers_are_not_one(tmp_path):
         model = attach_adapter(caprese.apply(tiny_llama(), caprese.Mamba()), 1)
         replacements(model)[0].mixer.D.data.fill_(seed)
         caprese.save(model, tmp_path / str(seed))
-        digests.add(read_sidecar(tmp_path / str(seed)).digest)
+        digests.add(Adapter.open(tmp_path / str(seed)).digest)
         caprese.remove(model)
-    assert len(digests) == 2 and not has_branches(tmp_path / "0")
+    assert len(digests) == 2 and not Adapter.open(tmp_path / "0").has_branches()
 
 
 @pytest.mark.parametrize(

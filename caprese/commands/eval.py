@@ -44,27 +44,27 @@ def eval(
     What is not said is as in the recipe.yaml beside a local adapter; prompts it was trained on, by the samples/ there,
     are not asked.
     """
-    from caprese.adapters import load, load_base_for, read_sidecar
+    from caprese import adapters
     from caprese.efficient_methods import phases_of
     from caprese.evaluation import Evaluation, measure
-    from caprese.inference import load as load_fused
+    from caprese.inference import load
     from caprese.recovery.run import beside
     from caprese.report.tables import describe_evaluation
 
     if tasks is not None and (prompts is not None or max_new_tokens is not None):
         raise CapreseError("--tasks brings its own prompts and lengths; leave out --prompts and --max-new-tokens")
-    sidecar = read_sidecar(adapter)
-    base, tokenizer = load_base_for(sidecar, model, dtype=dtype, device=device)
+    opened = adapters.Adapter.open(adapter)
+    base, tokenizer = opened.load_base(model, dtype=dtype, device=device)
     if tasks is not None:
         from caprese.studies.tasks import describe_tasks, run_tasks
 
-        fused = load_fused(base, adapter, fused=True, reselect_every=parse_reselect(reselect_every))
+        fused = load(base, opened, fused=True, reselect_every=parse_reselect(reselect_every))
         scores = run_tasks(
             fused,
             tokenizer,
             tasks.split(","),
             Path(output),
-            identity=[sidecar.digest, phases_of(fused).reselect_every, str(base.dtype)],
+            identity=[opened.digest, phases_of(fused).reselect_every, str(base.dtype)],
             include=include_path,
             limit=limit,
             num_fewshot=num_fewshot,
@@ -75,14 +75,14 @@ def eval(
         )
         show(scores, as_json, lambda found: [describe_tasks(found)])
         return
-    lm = load(base, adapter, reselect_every=parse_reselect(reselect_every))
-    asked, trained = beside(adapter)
+    lm = load(base, opened, reselect_every=parse_reselect(reselect_every))
+    asked, trained = beside(opened)
     if prompts is not None and column is None:
         column = "prompt"
     given = {"prompts": prompts, "column": column, "max_new_tokens": max_new_tokens, "test": samples}
     asked = asked.model_copy(update={key: value for key, value in given.items() if value is not None})
     measured = measure(lm, tokenizer, asked, Evaluation(latency_tokens=latency_tokens, examples=0), seed, trained)
-    methods = [{"name": m.name, **m.model_dump(mode="json")} for m in sidecar.make_methods()]
+    methods = [{"name": m.name, **m.model_dump(mode="json")} for m in opened.methods]
     report = {
         "model": model,
         "adapter": adapter,

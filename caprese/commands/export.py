@@ -28,7 +28,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a recovered model as an ordinary checkpoint that needs no caprese: for transformers, vLLM, llama.cpp."""
-    from caprese.adapters import base_revision, has_branches, load_base_for, ranks_of, read_sidecar
+    from caprese.adapters import Adapter
     from caprese.export import export as write
     from caprese.export import plan_export
     from caprese.inference import load
@@ -38,16 +38,16 @@ def export(
 
     if format not in ("hf", "gguf"):
         raise CapreseError(f"--format {format}: hf or gguf")
-    sidecar = read_sidecar(adapter)
-    name = model or sidecar.base.name
+    opened = Adapter.open(adapter)
     if dry_run:
-        rank, others = ranks_of(adapter) if has_branches(adapter) else (0, {})
-        config = load_config(name, base_revision(sidecar, name))
-        figures = plan_export(config, sidecar.make_methods(), lambda layer: others.get(layer, rank))
+        name = model or opened.sidecar.base.name
+        ranks = opened.ranks if opened.has_branches() else {}
+        config = load_config(name, opened.base_revision(name))
+        figures = plan_export(config, opened.methods, lambda layer: ranks.get(layer, 0))
     else:
         kind = None if dtype == "auto" else pick_dtype(dtype, "cpu")
-        base, tokenizer = load_base_for(sidecar, name, device=device)
-        lm = load(base, adapter)
+        base, tokenizer = opened.load_base(model, device=device)
+        lm = load(base, opened)
         figures = write(
             lm, tokenizer, to, format=cast(Any, format), dtype=kind, outtype=outtype, overwrite=overwrite, say=say
         )

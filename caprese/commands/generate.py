@@ -29,7 +29,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Answer a prompt, streaming, and show the time to next token."""
-    from caprese.adapters import fingerprint, load_base_for, read_sidecar
+    from caprese.adapters import Adapter, fingerprint
     from caprese.inference import load, stream
     from caprese.models import load_base
 
@@ -39,8 +39,9 @@ def generate(
         raise CapreseError("--reselect-every goes with --adapter: without one the model runs dense")
     lm: Any
     if adapter:
-        base, tokenizer = load_base_for(read_sidecar(adapter), model, dtype=dtype, device=device)
-        lm = load(base, adapter, fused=fused, reselect_every=parse_reselect(reselect_every))
+        opened = Adapter.open(adapter)
+        base, tokenizer = opened.load_base(model, dtype=dtype, device=device)
+        lm = load(base, opened, fused=fused, reselect_every=parse_reselect(reselect_every))
     else:
         lm, tokenizer = load_base(model, dtype=dtype, device=device)
         fingerprint(lm)  # refuses damaged weights, as `load` does

@@ -51,7 +51,7 @@ def scale(
 
     from pydantic import ValidationError
 
-    from caprese.adapters import load_base_for, read_sidecar
+    from caprese import adapters
     from caprese.data_gen import load_prompts
     from caprese.evaluation import environment
     from caprese.evaluation.rewards import reward_scorer
@@ -63,8 +63,8 @@ def scale(
     from caprese.studies.scaling import Scaling, describe_scaling, plot_scaling
     from caprese.studies.scaling import contenders as choose
 
-    sidecar = read_sidecar(adapter)
-    mixes = any(facts["name"] == "mamba" for facts in sidecar.methods)
+    opened = adapters.Adapter.open(adapter)
+    mixes = any(facts["name"] == "mamba" for facts in opened.sidecar.methods)
     if mixes and reselect_every:
         raise CapreseError(
             "a hybrid does not choose anew, since a state cannot be taken back; leave out --reselect-every"
@@ -72,7 +72,7 @@ def scale(
     if reselect_every is None:
         reselect_every = 0 if mixes else 32
     over = choose(reselect_every or None, contenders.split(",") if contenders else None)
-    asked, trained = beside(adapter)
+    asked, trained = beside(opened)
     if prompts is not None and column is None:
         column = "prompt"
     given = {"prompts": prompts, "max_new_tokens": max_new_tokens, "temperature": temperature, "column": column}
@@ -93,15 +93,15 @@ def scale(
         show(facts, as_json, lambda found: [figures_table("scale", found)])
         return
     check_writable(Path(output))
-    base, tokenizer = load_base_for(sidecar, model, revision=revision, dtype=dtype, device=device)
+    base, tokenizer = opened.load_base(model, revision=revision, dtype=dtype, device=device)
     rows = load_prompts(*asks, config.encode(tokenizer))
     say(f"{model}, {adapter}: {len(over)} contenders, {len(rows)} problems of {config.prompts}, {samples} samples each")
     # samples of one problem share its choice, so its rows are gathered once for all of them
-    lm = load(base, adapter, fused=True, form="packed", reselect_every=None)
+    lm = load(base, opened, fused=True, form="packed", reselect_every=None)
     scorer = None if reward is None else reward_scorer(reward, device)
     scaling = Scaling(lm, tokenizer, rows, config, samples, Path(output), seed, scorer)
     identity = {
-        "adapter": sidecar.digest,
+        "adapter": opened.digest,
         "type": f"{base.dtype} on {base.device.type}",
         "settings": config.model_dump(mode="json", exclude={"train", "validation", "test", "batch_size", "shard_size"}),
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from caprese import __version__
-from caprese.adapters import public_id, read_sidecar
+from caprese.adapters import Adapter, public_id
 from caprese.data_gen import Sample, describe
 from caprese.distill import Fitted
 from caprese.efficient_methods import applied_ffns, phases_of, replacements
@@ -56,7 +56,7 @@ def report_of(
         "fingerprint": ":".join(prints.values()),
         "license": None,
         **base_terms(Path(base.source)),
-        "adapter_digest": read_sidecar(run.directory).digest,
+        "adapter_digest": Adapter.open(run.directory).digest,
         "method": "+".join(method.name for method in methods),
         "sparsity": getattr(methods[0], "sparsity", None) if len(methods) == 1 else None,
         "methods": [{"name": method.name, **method.model_dump(mode="json")} for method in methods],

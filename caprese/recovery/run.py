@@ -7,7 +7,6 @@ it is written last, holds a digest of every other file, and goes first when anyt
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from caprese.adapters import locate
+from caprese.adapters import Adapter
 from caprese.data_gen import Samples, trained_prompts
 from caprese.distill import Checkpoints
 from caprese.distill.checkpoints import Kept, shared
@@ -175,15 +174,15 @@ def _identity_in(path: Path) -> str | None:
         return None
 
 
-def beside(adapter: str | os.PathLike[str]) -> tuple[Samples, set[str]]:
+def beside(adapter: Adapter) -> tuple[Samples, set[str]]:
     """What the job that made an adapter left with it: how it sampled, and the prompts it was trained on.
 
     No prompts for an adapter from the hub; defaults for one that stands alone.
 
     Raises:
-        CapreseError: the recipe or a shard is damaged.
+        CapreseError: the recipe or a shard is damaged, or the report is of another adapter.
     """
-    directory = locate(adapter, None, "recipe.yaml")
-    recipe = directory / "recipe.yaml"
-    samples = resolve_recipe(str(recipe)).samples if recipe.is_file() else Samples(max_new_tokens=128)
-    return samples, trained_prompts(directory / "samples")
+    adapter.report()  # where it is another's, so are recipe and samples
+    recipe = adapter.recipe
+    samples = Samples(max_new_tokens=128) if recipe is None else resolve_recipe(str(recipe)).samples
+    return samples, trained_prompts(adapter.directory / "samples")

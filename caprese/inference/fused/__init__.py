@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import nn
 
 from caprese import kernels
+from caprese.adapters import Adapter
 from caprese.adapters import load as load_adapter
 from caprese.efficient_methods import applied_ffns
 from caprese.errors import CapreseError
@@ -71,7 +72,12 @@ def is_fused(model: nn.Module) -> bool:
 
 
 def load(
-    base: str | nn.Module, adapter: str | os.PathLike[str], *, fused: bool = False, form: Form = "auto", **how: Any
+    base: str | nn.Module,
+    adapter: str | os.PathLike[str] | Adapter,
+    *,
+    fused: bool = False,
+    form: Form = "auto",
+    **how: Any,
 ) -> PeftModel:
     """Base + methods + recovery adapter, ready for `generate`; see `caprese.adapters.load` for what else it takes.
 

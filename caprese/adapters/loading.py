@@ -1,0 +1,102 @@
+"""Base + methods + recovery adapter: what was saved is put on its base again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from caprese.adapters.adapter import Adapter
+from caprese.adapters.branch import empty_slots
+from caprese.adapters.saving import calibration_of, mixers_of
+from caprese.adapters.sidecar import CONFIG, MIXERS
+from caprese.efficient_methods import (
+    applied_ffns,
+    apply,
+    check_reselect,
+    phases_of,
+    remove,
+    replacements,
+    settle_mixers,
+)
+from caprese.errors import CapreseError
+from caprese.models import unwrap
+
+
+def load(
+    base: str | nn.Module,
+    adapter: str | os.PathLike[str] | Adapter,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+    reselect_every: int | Literal["saved"] | None = "saved",
+) -> PeftModel:
+    """Base + methods + recovery adapter, ready for `generate`.
+
+    Args:
+        base: a model, or the name of one (see `load_base`); of a hub id, the revision the adapter was made for.
+        adapter: a directory `save` or `recover` wrote, a hub id, or what `Adapter.open` made of either.
+        revision: of the adapter, on the hub.
+        reselect_every: generated tokens between two reselections; "saved" as the adapter was made, None never.
+
+    Raises:
+        CapreseError: wrong base, damaged files, unknown method.
+    """
+    if not isinstance(adapter, Adapter):
+        adapter = Adapter.open(adapter, revision)
+    methods = adapter.methods
+    adapter.weights()  # PEFT reads them again, and asks no digest
+    calibration, mixers = adapter.calibration(), adapter.mixers()
+    if isinstance(base, str):
+        base, _ = adapter.load_base(base, dtype=dtype, device=device)
+    adapter.check_base(base)
+    every = check_reselect(adapter.sidecar.reselect_every if reselect_every == "saved" else reselect_every)
+    applied = applied_ffns(base)
+    if applied and phases_of(base).methods != methods:
+        raise CapreseError("another method is applied to this model; caprese.remove(model) first")
+    known = calibration_of(applied)
+    if applied and not (
+        known.keys() == calibration.keys()
+        and all(torch.equal(choice, calibration[name].to(choice.dtype)) for name, choice in known.items())
+    ):
+        raise CapreseError("this method is applied with another calibration; caprese.remove(model) first")
+    if applied and any(
+        not torch.equal(value, mixers[name].to(value.dtype))
+        for name, value in mixers_of(base).items()
+        if name in mixers
+    ):
+        raise CapreseError("this model has the mixers of another adapter; caprese.remove(model) first")
+    if applied:
+        phases_of(base).reselect(every)
+    else:
+        apply(base, methods, calibration=calibration, reselect_every=every)
+    try:
+        _set_mixers(base, mixers, adapter)
+        model = PeftModel.from_pretrained(base, str(adapter.directory))
+    except CapreseError:
+        if not applied:
+            remove(base)
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        if not applied:  # the base goes back as it came
+            empty_slots(base)
+            remove(base)
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CapreseError(f"{CONFIG} of {adapter} is damaged ({first}); fetch or make the adapter again") from error
+    settle_mixers(model)
+    unwrap(model).eval()
+    return model
+
+
+def _set_mixers(model: nn.Module, mixers: Mapping[str, torch.Tensor], adapter: Adapter) -> None:
+    with torch.no_grad():
+        own = {f"{at.layer}.{n}": p for at in replacements(unwrap(model)) for n, p in at.mixer.named_parameters()}
+        if own.keys() != mixers.keys() or any(own[name].shape != t.shape for name, t in mixers.items()):
+            raise CapreseError(f"{MIXERS} of {adapter} does not fit its methods; fetch or make the adapter again")
+        for name, value in mixers.items():
+            own[name].copy_(value)

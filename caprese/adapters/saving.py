@@ -1,0 +1,92 @@
+"""Saving: PEFT's own files, and beside them what was done to which base."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from caprese import __version__
+from caprese.adapters.fingerprint import fingerprint
+from caprese.adapters.sidecar import CALIBRATION, FILES, MIXERS, SIDECAR, WEIGHTS, BaseFacts, Sidecar, public_id
+from caprese.efficient_methods import EfficientFFN, applied_ffns, phases_of, replacements
+from caprese.errors import CapreseError
+from caprese.files import check_writable, put_in_place, sha256, unwritable, write_json
+from caprese.models import base_of, unwrap
+
+
+def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write adapter_config.json, adapter_model.safetensors and caprese_config.json, each atomically.
+
+    Raises:
+        CapreseError: no adapter or no method on the model, NaN in the adapter, or an unwritable directory.
+    """
+    target = Path(directory)
+    if not isinstance(model, PeftModel):
+        raise CapreseError("there is no recovery adapter on this model to save; run caprese.recover first")
+    ffns = applied_ffns(model)
+    if not ffns:
+        raise CapreseError("no efficient method is applied to this model; nothing to save")
+    for name, parameter in model.named_parameters():
+        if (".lora_" in name or ".mixer." in name) and not torch.isfinite(parameter).all():
+            raise CapreseError(f"adapter weight {name} holds NaN or infinity; not saved. Lower the learning rate")
+    check_writable(target)
+    phases = phases_of(model)
+    calibration, mixers = calibration_of(ffns), mixers_of(model)
+    base = base_of(model)
+    id_ = public_id(base.model_id)
+    for config in model.peft_config.values():
+        config.base_model_name_or_path, config.revision = id_, base.revision
+    try:
+        for stale in target.glob(".saving-*"):  # a killed run's
+            shutil.rmtree(stale, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as name:
+            scratch = Path(name)
+            # no look at the hub for embedding layers, which a recovery adapter never has
+            model.save_pretrained(name, safe_serialization=True, save_embedding_layers=False)
+            if calibration:
+                save_file(calibration, scratch / CALIBRATION)
+            if mixers:
+                save_file(mixers, scratch / MIXERS)
+            facts = Sidecar(
+                caprese_version=__version__,
+                methods=[{"name": m.name, **m.model_dump(mode="json")} for m in phases.methods],
+                reselect_every=phases.reselect_every,
+                base=BaseFacts(
+                    name=public_id(base.name), id=id_, revision=base.revision, fingerprint=fingerprint(model)
+                ),
+                weights_sha256=sha256(scratch / WEIGHTS),
+                calibration_sha256=sha256(scratch / CALIBRATION) if calibration else None,
+                mixers_sha256=sha256(scratch / MIXERS) if mixers else None,
+            )
+            write_json(scratch / SIDECAR, facts.model_dump(mode="json"))
+            # only when all are on disk do they take the place of older ones
+            for file in FILES:
+                if (scratch / file).exists():
+                    put_in_place(scratch / file, target / file)
+    except (OSError, SafetensorError) as error:
+        raise unwritable(target, error) from error
+
+
+def calibration_of(ffns: Mapping[str, EfficientFFN]) -> dict[str, torch.Tensor]:
+    """What `apply` was given."""
+    return {
+        f"{m.name}.{w.layer}": getattr(w, f"fixed_{m.name}").detach().cpu().contiguous()
+        for w in ffns.values()
+        for m in w.methods
+        if "samples" in m.learns
+    }
+
+
+def mixers_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What stands in for attentions: parameters by "layer.name"."""
+    named = ((at.layer, n, p) for at in replacements(unwrap(model)) for n, p in at.mixer.named_parameters())
+    return {f"{layer}.{name}": p.detach().cpu().contiguous() for layer, name, p in named}

@@ -1,0 +1,79 @@
+"""caprese_config.json: what stands beside PEFT's files, and what was done to which base."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from caprese.efficient_methods import Method, compose, known_methods, make_method
+from caprese.errors import CapreseError
+
+SIDECAR = "caprese_config.json"
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+CALIBRATION = "caprese_calibration.safetensors"
+MIXERS = "caprese_mixers.safetensors"
+#: all that makes an adapter
+FILES = (WEIGHTS, CONFIG, CALIBRATION, MIXERS, SIDECAR)
+
+
+class BaseFacts(BaseModel):
+    """The base an adapter was made for."""
+
+    name: str
+    id: str
+    revision: str | None
+    fingerprint: dict[str, str]
+
+    def __str__(self) -> str:
+        return f"{self.id}@{self.revision}" if self.revision else self.id
+
+
+class Sidecar(BaseModel):
+    """caprese_config.json: what was done to which base."""
+
+    model_config = ConfigDict(extra="allow")
+
+    caprese_version: str
+    methods: list[dict[str, Any]]
+    reselect_every: int | None = None
+    base: BaseFacts
+    weights_sha256: str
+    calibration_sha256: str | None = None
+    """Of the file with what methods chose from samples, where one does."""
+    mixers_sha256: str | None = None
+    """Of the file with what stands in for attentions, where something does."""
+
+    @property
+    def digest(self) -> str:
+        """Of all that an adapter is, with its base: what was measured with one is not another's."""
+        files = [self.weights_sha256, self.calibration_sha256, self.mixers_sha256]
+        facts = [self.base.fingerprint, self.methods, self.reselect_every, *files]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+    def make_methods(self) -> tuple[Method, ...]:
+        """The methods, in the order in which they act.
+
+        Raises:
+            CapreseError: unknown, damaged, or no longer composable.
+        """
+        for facts in self.methods:
+            if (name := facts.get("name")) not in known_methods():
+                raise CapreseError(
+                    f"this adapter needs the method {name!r}, unknown here; install the package that brings it, or "
+                    "upgrade caprese"
+                )
+        try:
+            return compose([make_method(facts) for facts in self.methods])
+        except CapreseError as error:
+            raise CapreseError(f"{SIDECAR} is damaged ({error}); fetch or make the adapter again") from error
+
+
+def public_id(name: str) -> str:
+    """A hub id as it is; of a local path only the last part, so that nobody's directories end in a file."""
+    path = Path(name).expanduser()
+    return path.resolve().name if name and (name.startswith(("/", ".", "~")) or path.exists()) else name
