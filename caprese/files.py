@@ -73,23 +73,60 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
-    """Tensors with JSON-able facts in the header, as safetensors."""
+    """Tensors with JSON-able facts and a digest of both in the header, as safetensors."""
     flat = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    write_atomic(path, lambda tmp: save_file(flat, tmp, metadata={"caprese": json.dumps(facts)}))
+    said = json.dumps(facts)
+    header = {"caprese": said, "sha256": _content(flat, said)}
+    write_atomic(path, lambda tmp: save_file(flat, tmp, metadata=header))
 
 
 def read_tensors(path: Path, remedy: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """What `write_tensors` wrote.
 
     Raises:
-        CapreseError: truncated, damaged or not ours; `remedy` says what to do.
+        CapreseError: truncated, altered or not ours; `remedy` says what to do.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["caprese"])
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if header["sha256"] != _content(tensors, header["caprese"]):
+            raise ValueError("its content was altered")
+        return tensors, json.loads(header["caprese"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise CapreseError(f"{path} is truncated or damaged ({error}); {remedy}") from error
+
+
+def _content(tensors: Mapping[str, torch.Tensor], said: str) -> str:
+    digest = hashlib.sha256(said.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """A JSON object with a digest of itself."""
+    write_json(path, {**value, "sha256": _seal(value)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` wrote, without the digest.
+
+    Raises:
+        CapreseError: truncated, altered, or no JSON object; the line says no remedy.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or found.pop("sha256", None) != _seal(found):
+            raise ValueError("its content was altered")
+    except (OSError, ValueError) as error:
+        raise CapreseError(f"{path} is damaged ({error})") from error
+    return found
+
+
+def _seal(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

@@ -236,6 +236,93 @@ def test_kill_minus_nine_costs_nothing_but_time(command, unbroken, tmp_path, nam
     assert reports[0]["curves"] == reports[1]["curves"]
 
 
+def vouched(out: Path) -> dict[str, str]:
+    return {name: digest(out / name) for name in json.loads((out / "report.json").read_text())["files"]}
+
+
+def test_a_rerun_does_not_stand_under_anothers_report(small_recipe, monkeypatch):
+    model, tokenizer, out = tiny_llama(), byte_tokenizer(), Path(small_recipe.output)
+    caprese.recover(model, tokenizer, small_recipe)
+    other, replace = small_recipe.model_copy(update={"seed": 1}), os.replace
+
+    def stopping(source, target):
+        if Path(target) == out / "caprese_config.json":  # the other's weights are in place, and this is not
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            caprese.recover(model, tokenizer, other, overwrite=True)
+    with pytest.raises(caprese.CapreseError, match="half way through another recipe"):
+        caprese.recover(model, tokenizer, small_recipe)
+    with pytest.raises(caprese.CapreseError, match=r"adapter_model\.safetensors"):
+        caprese.load(model, out)
+    report = caprese.recover(model, tokenizer, other)
+    assert report["seed"] == 1 and report["files"] == vouched(out)
+
+
+def test_what_is_damaged_is_named_and_made_again(small_recipe, monkeypatch):
+    model, tokenizer, out = tiny_llama(), byte_tokenizer(), Path(small_recipe.output)
+    report, said = caprese.recover(model, tokenizer, small_recipe), []
+    monkeypatch.setattr("caprese.recovery.run.say", said.append)
+    assert {path.relative_to(out).as_posix() for path in out.rglob("*.*")} == {*report["files"], "report.json"}
+    before = vouched(out)
+    (out / "README.md").write_text("mine")
+    next(out.glob("plots/*.png")).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("caprese.recovery.recover.fit", None)  # pages are written from the report
+        assert caprese.recover(model, tokenizer, small_recipe) == report
+    assert vouched(out) == before and "README.md" in said[0] and ".png" in said[0]
+    weights, shard = out / "adapter_model.safetensors", out / "samples" / "train-00001.parquet"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    shard.write_bytes(shard.read_bytes()[:-9])
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("samples/*.parquet")}
+    said.clear()
+    caprese.recover(model, tokenizer, small_recipe)
+    assert "adapter_model.safetensors" in said[0] and "samples/train-00001.parquet" in said[0]
+    assert [path for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp] == [shard]
+    made = [name for name in before if name.startswith(("adapter", "caprese", "samples"))]
+    assert len(made) == 8 and all(digest(out / name) == before[name] for name in made)
+    (out / "report.json").write_text("{")
+    with pytest.raises(caprese.CapreseError, match=r"report\.json is damaged.*--overwrite"):
+        caprese.recover(model, tokenizer, small_recipe)
+    caprese.recover(model, tokenizer, small_recipe, overwrite=True)
+    assert digest(weights) == before["adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("where", ["facts", "tensors"])
+def test_one_altered_bit_of_the_state_is_found(tmp_path, where):
+    run = Run(tmp_path, "id")
+    run.save("layerwise", {"w": torch.arange(6).bfloat16(), "n": torch.tensor(3.0)}, {"ranks": [4, 4]})
+    tensors, facts = run.load("layerwise")
+    assert facts == {"ranks": [4, 4]} and torch.equal(tensors["w"], torch.arange(6).bfloat16())
+    path = tmp_path / ".state" / "layerwise.safetensors"
+    content = path.read_bytes()
+    at = content.index(b"[4, 4]") + 1 if where == "facts" else len(content) - 1
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    with pytest.raises(caprese.CapreseError, match=r"layerwise\.safetensors is .*altered.*; delete it and run again"):
+        run.load("layerwise")
+
+
+def test_nothing_learned_is_no_success(small_recipe):
+    model = tiny_llama()
+    model.generation_config.eos_token_id = list(range(258))  # the first token ends every answer
+    with pytest.raises(caprese.CapreseError, match="nothing can be learned: no .* longer than one token.*template"):
+        caprese.recover(model, byte_tokenizer(), small_recipe)
+    assert not (Path(small_recipe.output) / "adapter_model.safetensors").exists()
+
+    def rows(*answers: list[int]) -> list[Sample]:
+        return [Sample([5, 6 + i, *answer], 2, "", "") for i, answer in enumerate(answers)]
+
+    fine = {"train": rows([7, 8], [9], [8, 1]), "validation": rows([7, 1]), "test": rows([9], [3, 4])}
+    stages.check_samples(fine)
+    with pytest.raises(caprese.CapreseError, match="no validation sample"):
+        stages.check_samples({**fine, "validation": rows([7], [])})
+    with pytest.raises(caprese.CapreseError, match="all 2 training samples say the same"):
+        stages.check_samples({**fine, "train": rows([7, 8, 1], [7, 8, 1])})
+
+
 def test_full_keeps_the_base_too(command, unbroken, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(unbroken, out)

@@ -256,7 +256,8 @@ def test_the_command_and_going_on(made: Path, tmp_path: Path) -> None:
     files = sorted((tmp_path / "out" / "samples").iterdir())
     before = {path.name: path.stat().st_mtime_ns for path in files}
     assert len(files) == 3
-    for damage in ("{", "5", "{}"):  # drawn again
+    altered = files[0].read_text().replace('"count": 4', '"count": 5')
+    for damage in ("{", "5", "{}", altered):  # drawn again
         files[0].write_text(damage)
         code, out = run(made, tmp_path / "out", *how)
         assert code == 0 and "majority at the time dense needs" in " ".join(out.split())

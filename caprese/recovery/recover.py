@@ -21,7 +21,7 @@ from caprese.data_gen import VERSION, make_samples
 from caprese.distill import Branches, Distillation, fit
 from caprese.efficient_methods import apply, remove, replacements
 from caprese.evaluation import evaluate
-from caprese.files import check_writable, write_text
+from caprese.files import check_writable
 from caprese.models import base_of, device_of
 from caprese.progress import say
 from caprese.recipes import Recipe, resolve_recipe
@@ -92,7 +92,6 @@ def recover(
             return measured
         save(adapted, out)
         published = portable(recipe, base_of(model).revision)
-        write_text(out / "recipe.yaml", published.to_yaml())
         report = write_report(report_of(run, published, prints, samples, fitted, measured), out)
         run.close()
         return report

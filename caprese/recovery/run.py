@@ -22,9 +22,10 @@ from caprese.data_gen import Samples, trained_prompts
 from caprese.distill import Checkpoints
 from caprese.distill.checkpoints import Kept, shared
 from caprese.errors import CapreseError
-from caprese.files import read_tensors, write_json, write_tensors
+from caprese.files import read_tensors, sha256, write_json, write_tensors
 from caprese.progress import bar, say
 from caprese.recipes import resolve_recipe
+from caprese.report.write import PAGES, write_report
 
 STATE = ".state"
 _AGAIN = "delete it and run again to repeat this stage"
@@ -60,6 +61,10 @@ class Run(Checkpoints):
         if not overwrite:
             held = "is half way through" if mark.exists() else "holds the result of"
             path = mark if mark.exists() else self.directory / "report.json"
+            if path.exists() and _identity_in(path) is None:
+                raise CapreseError(
+                    f"{path} is damaged, so that nobody knows whose result this is; give --overwrite to make it again"
+                )
             if path.exists() and _identity_in(path) != self.identity:
                 raise CapreseError(
                     f"{self.directory} {held} another recipe or base; choose another --output, or give --overwrite"
@@ -68,19 +73,34 @@ class Run(Checkpoints):
             shutil.rmtree(self.state)
         if self.main:
             write_json(mark, {"identity": self.identity})
+            (self.directory / "report.json").unlink(missing_ok=True)  # it vouches for what is about to be replaced
         PartialState().wait_for_everyone()
 
     def finished(self) -> dict[str, Any] | None:
-        """The report, if the directory holds this job's result."""
-        try:
-            report = json.loads((self.directory / "report.json").read_text())
-        except (OSError, ValueError):
+        """The report, if the directory holds this job's result, whole; pages that are damaged are written again."""
+        report: dict[str, Any] | None = shared(self._finished() if self.main else None)
+        if report is not None:
+            self.close()
+            say(f"[green]{self.directory} already holds this run's result[/green]; nothing to do")
+        return report
+
+    def _finished(self) -> dict[str, Any] | None:
+        path = self.directory / "report.json"
+        if _identity_in(path) != self.identity:
             return None
-        if report.get("identity") != self.identity or not (self.directory / "caprese_config.json").exists():
-            return None
-        self.close()
-        say(f"[green]{self.directory} already holds this run's result[/green]; nothing to do")
-        return dict(report)
+        report: dict[str, Any] = json.loads(path.read_text())
+        vouched = {self.directory / name: digest for name, digest in report["files"].items()}
+        wrong = [path for path, digest in vouched.items() if not path.is_file() or sha256(path) != digest]
+        if not wrong:
+            return report
+        names = ", ".join(path.relative_to(self.directory).as_posix() for path in wrong)
+        say(f"[yellow]{self.directory}: {names} damaged or missing; made again[/yellow]")
+        if all(any(path.match(page) for page in PAGES) for path in wrong):
+            return write_report(report, self.directory)
+        for path in wrong:
+            if path.parent == self.directory / "samples":  # other files are replaced when new ones are whole
+                path.unlink(missing_ok=True)
+        return None
 
     def close(self) -> None:
         """Forget the state of a finished job."""
@@ -170,7 +190,7 @@ def _identity_in(path: Path) -> str | None:
     try:
         found = json.loads(path.read_text()).get("identity")
         return None if found is None else str(found)
-    except (ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError):
         return None
 
 

@@ -6,7 +6,6 @@ problem, against wall-clock time, tokens, and compute units (N times the fractio
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -26,7 +25,7 @@ from caprese.evaluation.estimators import estimate, pass_at, vote
 from caprese.evaluation.fidelity import variant
 from caprese.evaluation.latency import parameter_counts
 from caprese.evaluation.rewards import Scorer
-from caprese.files import write_atomic, write_json
+from caprese.files import read_sealed, write_atomic, write_sealed
 from caprese.inference.sampling import sample
 from caprese.models import check_context
 from caprese.progress import bar, say
@@ -36,7 +35,6 @@ TIMED = 16
 # Sequences decoded together.
 TOGETHER = 64
 METRICS = ("coverage", "majority", "best_of_n")
-_KEYS = {"settings", "prompt", "contenders"}
 
 
 @dataclass(frozen=True)
@@ -175,7 +173,7 @@ class Scaling:
                 each = kept[i]
                 if each is None:
                     each = self._problem(i, over, settings)
-                    write_json(path, each)
+                    write_sealed(path, each)
                     advance(1)
                 found.append(each)
         return found
@@ -291,11 +289,13 @@ def first(seconds: Sequence[float], values: Sequence[float], level: float) -> fl
 
 def _read(path: Path) -> dict[str, Any] | None:
     """One problem's samples, or None if there are none or they are damaged: they are then drawn again."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+    if not path.exists():
         return None
-    return found if isinstance(found, dict) and found.keys() >= _KEYS else None
+    try:
+        return read_sealed(path)
+    except CapreseError as error:
+        say(f"[yellow]{error}; drawn again[/yellow]")
+        return None
 
 
 def _columns(names: Sequence[str]) -> list[str]:
