@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from caprese.adapters.storage import FILES
+from caprese.adapters.sidecar import FILES
 from caprese.evaluation import finite
 from caprese.files import sha256, write_json, write_text
 from caprese.report.card import render_card
