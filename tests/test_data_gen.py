@@ -25,8 +25,8 @@ from caprese.data_gen import (
     split_prompts,
     write_shard,
 )
-from caprese.data_gen.generate import NucleusSampler
 from caprese.errors import CapreseError
+from caprese.inference.sampling import in_nucleus, nucleus
 from caprese.models import encode_prompt, encode_text
 
 
@@ -40,7 +40,7 @@ from caprese.models import encode_prompt, encode_text
 )
 def test_the_nucleus_is_that_of_the_full_sort(seed, top_p, temperature, scale, vocab):
     scores = scale * torch.randn(3, vocab, generator=torch.Generator().manual_seed(seed))
-    probabilities, index = NucleusSampler(temperature, top_p, 0, torch.device("cpu")).nucleus(scores)
+    probabilities, index = in_nucleus(scores, temperature, top_p)
     mine = torch.zeros_like(scores).scatter_(-1, index, probabilities)
     warped = TemperatureLogitsWarper(temperature)(None, scores)
     theirs = (TopPLogitsWarper(top_p)(None, warped) if top_p < 1 else warped).softmax(-1)
@@ -56,10 +56,8 @@ def test_the_nucleus_is_that_of_the_full_sort(seed, top_p, temperature, scale, v
 
 def test_the_sampler_draws_what_it_should():
     scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(4000, 1)
-    sampler = NucleusSampler(1.0, 0.9, 0, torch.device("cpu"))
-    left = sampler(None, scores)
-    assert (torch.isfinite(left).sum(-1) == 1).all()
-    drawn = torch.bincount(left.argmax(-1), minlength=4) / 4000
+    sampler = nucleus(4000, 1.0, 0.9, 0, torch.device("cpu"))
+    drawn = torch.bincount(sampler(scores, torch.arange(4000)), minlength=4) / 4000
     expected = scores[0, :3].softmax(-1)  # 0.64 + 0.24 < 0.9: the third crosses the border and stays
     assert torch.allclose(drawn[:3], expected, atol=0.03) and drawn[3] == 0
 
@@ -333,7 +331,6 @@ def test_completions_end_at_end_of_text_and_are_the_models_own():
         ids = torch.tensor([prompt])
         best = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
         assert best[0, len(prompt) :].tolist()[: len(row)] == row
-    assert model.generation_config.max_new_tokens is None  # the model's own settings are back
 
 
 def test_a_shard_comes_back_as_it_went(tmp_path):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
+import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -18,10 +22,14 @@ from caprese.evaluation import (
     fidelity,
     finite,
     is_correct,
+    latency,
     lost,
     recovered_fraction,
     time_to_next_token,
 )
+from caprese.evaluation.fidelity import variant
+from caprese.inference import is_fused
+from caprese.models import unwrap
 
 NAN = float("nan")
 
@@ -67,12 +75,42 @@ def test_of_nothing_lost_nothing_is_recovered():
         assert recovered_fraction(*values) is None
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5])
-def test_latency_of_a_few_tokens(tokens):
-    times = time_to_next_token(adapted(), [5, 6, 7], tokens)
-    assert times.keys() == set(VARIANTS)
-    for figures in times.values():
-        assert 0 < figures["ttnt_ms"] < 1e5 and 0 <= figures["spread_ms"] < 1e5
+@pytest.mark.parametrize("tokens", [1, 3, 4, 11])
+def test_latency_by_a_clock_that_is_known(monkeypatch, tokens):
+    """Every pass of a variant takes as long as is said; the first of each turn, and the prompt, are not counted."""
+    now, order, running = [0.0], [], [""]
+    took = {"dense": itertools.cycle([5, 5, 7, 11]), "efficient": itertools.cycle([3]), "recovered": itertools.count(1)}
+    model = adapted()
+
+    @contextmanager
+    def known(of, name):
+        running[0] = name
+        with variant(of, name):
+            yield
+
+    def passes(_, args, kwargs, output):
+        order.append(running[0])
+        new = kwargs["input_ids"].shape[1] == 1
+        first = len(order) < 2 or order[-2] != running[0]
+        now[0] += 1000.0 if not new else 100.0 if first else next(took[running[0]]) / 1000
+
+    monkeypatch.setattr(latency, "variant", known)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    unwrap(model).register_forward_hook(passes, with_kwargs=True)
+    times = time_to_next_token(model, [5, 6, 7], tokens)
+    count = max(tokens, latency.TURN - 1)
+    milliseconds = {
+        "dense": ([5, 5, 7, 11] * 3)[:count],
+        "efficient": [3] * count,
+        "recovered": list(range(1, count + 1)),
+    }
+    for name in VARIANTS:
+        low, middle, high = statistics.quantiles(milliseconds[name], n=4)
+        assert times[name] == pytest.approx({"ttnt_ms": middle, "spread_ms": high - low})
+    turns = [name for name, _ in itertools.groupby(order[len(VARIANTS) :])]
+    around = [VARIANTS[(turn + place) % 3] for turn in range(-(-count // (latency.TURN - 1))) for place in range(3)]
+    assert order[: len(VARIANTS)] == list(VARIANTS) and turns == [name for name, _ in itertools.groupby(around)]
+    assert not is_fused(model)
 
 
 def test_only_mathematics_is_marked():

@@ -30,7 +30,7 @@ def generate(
 ) -> None:
     """Answer a prompt, streaming, and show the time to next token."""
     from caprese.adapters import Adapter, fingerprint
-    from caprese.inference import load, stream
+    from caprese.inference import Decoding, load, stream
     from caprese.models import load_base
 
     if not prompt.strip():
@@ -49,11 +49,8 @@ def generate(
         lm,
         tokenizer,
         prompt,
+        Decoding(max_new_tokens, temperature, top_p, seed),
         instruction=instruction,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
         emit=None if as_json else lambda text: write(text, end=""),
     )
     show(result, as_json, lambda _: [""])  # the text itself has been streamed

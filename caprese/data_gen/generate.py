@@ -7,17 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
-import torch
 from accelerate import PartialState
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from caprese.data_gen.prompts import Encode, Prompt, load_prompts
 from caprese.data_gen.shards import VERSION, Sample, Shards, read_shard, write_shard
 from caprese.errors import CapreseError
-from caprese.models import check_context, encode_prompt, unwrap
-from caprese.models.cache import roomy_cache
+from caprese.inference.generate import completions, ends_of, generate
+from caprese.inference.sampling import nucleus
+from caprese.models import check_context, device_of, encode_prompt
 from caprese.progress import bar
 
 SPLITS = ("test", "validation", "train")
@@ -56,41 +56,10 @@ class Samples(BaseModel):
         return lambda text: encode_prompt(tokenizer, text, self.instruction, self.chat_template)
 
 
-class NucleusSampler(LogitsProcessor):
-    """Samples with temperature and top-p, and leaves only the drawn token, so that greedy decoding takes it.
-
-    The same distribution as warping and drawing over the whole vocabulary, by a partial sort instead of several passes
-    over [B, V], which on a CPU take a good part of a step.
-    """
-
-    def __init__(self, temperature: float, top_p: float, seed: int, device: torch.device, head: int = 256) -> None:
-        self.temperature, self.top_p, self.head = temperature, top_p, head
-        self.generator = torch.Generator(device).manual_seed(seed)
-
-    def nucleus(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores [B, V] -> probabilities [B, n], not normalised, and token ids [B, n] of the smallest set that holds
-        top_p of the mass."""
-        scores = scores.float() / self.temperature
-        total = scores.logsumexp(-1, keepdim=True)
-        top, index = scores.topk(min(self.head, scores.shape[-1]))
-        probabilities = (top - total).exp()
-        if top.shape[-1] < scores.shape[-1] and (probabilities.sum(-1) < self.top_p).any():  # flat: sort it all
-            top, index = scores.sort(descending=True)
-            probabilities = (top - total).exp()
-        outside = probabilities.cumsum(-1) - probabilities > self.top_p  # the token that crosses the border stays
-        return probabilities.masked_fill(outside, 0), index
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        probabilities, index = self.nucleus(scores)
-        drawn = index.gather(-1, torch.multinomial(probabilities, 1, generator=self.generator))
-        return torch.full_like(scores, -torch.inf).scatter_(-1, drawn, 0.0)
-
-
 def _seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
 
 
-@torch.no_grad()
 def complete(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -99,49 +68,19 @@ def complete(
     seed: object,
     advance: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """Sampled completions of tokenised prompts, in their order; each ends with end-of-text or at the length limit."""
-    device = unwrap(model).get_input_embeddings().weight.device
-    ends = unwrap(model).generation_config.eos_token_id
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    """Sampled completions of tokenised prompts, in their order; each stops at an end of text or the limit."""
+    device, ends = device_of(model), ends_of(model, tokenizer)
     # long prompts together: less padding
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     results: list[list[int]] = [[] for _ in prompts]
-    # as plain as it can be, whatever the model's own defaults say; the sampler draws
-    settings = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=config.max_new_tokens,
-        pad_token_id=pad,
-        eos_token_id=sorted(ends) or None,
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    own = unwrap(model).generation_config
-    unwrap(model).generation_config = settings
-    try:
-        for start in range(0, len(order), config.batch_size):
-            batch = order[start : start + config.batch_size]
-            longest = max(len(prompts[i]) for i in batch)
-            ids = torch.full((len(batch), longest), pad, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(batch):
-                ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
-                mask[row, longest - len(prompts[i]) :] = 1
-            sampler = NucleusSampler(config.temperature, config.top_p, _seed(seed, start), device)
-            out = model.generate(  # type: ignore[operator]
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                past_key_values=roomy_cache(model),
-                generation_config=settings,
-                logits_processor=LogitsProcessorList([sampler]),
-            )
-            for row, i in enumerate(batch):
-                tokens = out[row, longest:].tolist()
-                stop = next((n + 1 for n, token in enumerate(tokens) if token in ends), len(tokens))
-                results[i] = tokens[:stop]
-            if advance is not None:
-                advance(len(batch))
-    finally:
-        unwrap(model).generation_config = own
+    for start in range(0, len(order), config.batch_size):
+        batch = order[start : start + config.batch_size]
+        sampler = nucleus(len(batch), config.temperature, config.top_p, _seed(seed, start), device)
+        steps = generate(model, [prompts[i] for i in batch], config.max_new_tokens, sampler, ends=ends)
+        for i, tokens in zip(batch, completions(steps, len(batch)), strict=True):
+            results[i] = tokens
+        if advance is not None:
+            advance(len(batch))
     return results
 
 

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from caprese.efficient_methods import cost_of, phases_of
 from caprese.evaluation.fidelity import VARIANTS, variant
 from caprese.inference import fuse, is_fused, unfuse
+from caprese.inference.generate import clock, generate
 from caprese.models import device_of
 from caprese.progress import bar
-
-
-def _sync(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
 
 # Tokens that one variant decodes before the next takes its turn: long enough that processor caches are warm, short
 # enough that a slow moment of the machine hits all alike. The first of each turn is not counted.
 TURN = 5
 
 
-@torch.no_grad()
 def time_to_next_token(
     model: Any, prompt: Sequence[int], new_tokens: int, names: Sequence[str] = VARIANTS
 ) -> dict[str, dict[str, float]]:
@@ -39,29 +31,23 @@ def time_to_next_token(
     turn_length = TURN if every is None else 2 * every + 1
     new_tokens = max(new_tokens, turn_length - 1)
     device = device_of(model)
-    ids = torch.tensor([list(prompt)], device=device)
-    caches: dict[str, Any] = {}
-    token: dict[str, torch.Tensor] = {}
+    rounds = -(-new_tokens // (turn_length - 1))
+    loops = {name: generate(model, [prompt], 1 + rounds * turn_length) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
         with variant(model, name):
-            out = model(input_ids=ids, use_cache=True)
-        caches[name], token[name] = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            next(loops[name])  # the prompt
 
     def step(name: str) -> float:
-        _sync(device)
-        start = time.perf_counter()
-        out = model(input_ids=token[name], past_key_values=caches[name], use_cache=True)
-        token[name] = out.logits[:, -1:].argmax(-1)
-        _sync(device)
-        return 1000 * (time.perf_counter() - start)
+        begin = clock(device)
+        return 1000 * (next(loops[name]).moment - begin)
 
     fused_before = is_fused(model)
     if not fused_before:
         fuse(model)
     try:
         with bar("evaluation: latency", new_tokens, "tokens") as advance:
-            for turn in range(-(-new_tokens // (turn_length - 1))):
+            for turn in range(rounds):
                 for offset in range(len(names)):  # nobody is always first
                     name = names[(turn + offset) % len(names)]
                     with variant(model, name):

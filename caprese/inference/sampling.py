@@ -1,71 +1,49 @@
-"""Many answers to one prompt: one prefill for all, sequences leave the batch as they end."""
+"""Samplers: logits [n, V] of the sequences `rows` [n] -> their next tokens [n]."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch import nn
 
-from caprese.data_gen.generate import NucleusSampler
-from caprese.efficient_methods.memory import memory_of
-from caprese.models import unwrap
-from caprese.models.cache import roomy_cache
+Sampler = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-# Sequences are taken out of the batch when at least this part of it has ended: each time, the KV cache is copied.
-_ENDED = 0.25
+# Tokens among which the nucleus is looked for first: a partial sort instead of several passes over [n, V], which on a
+# CPU take a good part of a step.
+_HEAD = 256
 
 
-@torch.no_grad()
-def sample(
-    model: nn.Module,
-    prompt: Sequence[int],
-    count: int,
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.7,
-    top_p: float = 0.95,
-    seed: int = 0,
-    ends: Sequence[int] | None = None,
-) -> tuple[list[list[int]], list[bool]]:
-    """`count` completions of one prompt, drawn together, and which of them ended: the others met the length limit.
+def greedy(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The likeliest token of each row."""
+    return logits.argmax(-1)
 
-    Args:
-        prompt: token ids.
-        ends: tokens that end a completion; the model's own if not given.
+
+def in_nucleus(logits: torch.Tensor, temperature: float, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [n, V] -> probabilities [n, k], not normalised, and token ids [n, k] of the smallest set that holds top_p
+    of the mass; what is outside it has probability 0."""
+    scores = logits.float() / temperature
+    total = scores.logsumexp(-1, keepdim=True)
+    top, index = scores.topk(min(_HEAD, scores.shape[-1]))
+    probabilities = (top - total).exp()
+    if top.shape[-1] < scores.shape[-1] and (probabilities.sum(-1) < top_p).any():  # flat: sort it all
+        top, index = scores.sort(descending=True)
+        probabilities = (top - total).exp()
+    outside = probabilities.cumsum(-1) - probabilities > top_p  # the token that crosses the border stays
+    return probabilities.masked_fill(outside, 0), index
+
+
+def nucleus(batch: int, temperature: float, top_p: float, seed: int, device: torch.device) -> Sampler:
+    """Draws with temperature and top-p, the same tokens for the same seed.
+
+    argmax(p / q) with q ~ Exp(1) draws from p, as torch.multinomial does. The noise q is that of all `batch` sequences
+    as they began, so a sequence draws the same whether those that ended are still beside it or not.
     """
-    base = unwrap(model)
-    device = base.get_input_embeddings().weight.device
-    if ends is None:
-        own = base.generation_config.eos_token_id
-        ends = [own] if isinstance(own, int) else list(own or ())
-    last = torch.tensor(list(ends), device=device)
-    sampler = NucleusSampler(temperature, top_p, seed, device)
-    ids = torch.tensor([list(prompt)], device=device)
-    out: Any = base(input_ids=ids, past_key_values=roomy_cache(model), use_cache=True, logits_to_keep=1)
-    cache = out.past_key_values
-    if (memory := memory_of(cache)) is not None:
-        memory.settle()  # it is not cropped: what would undo the prompt need not be repeated
-    cache.batch_repeat_interleave(count)
-    logits = out.logits[:, -1].repeat_interleave(count, 0)
-    alive = torch.arange(count, device=device)
-    answers: list[list[int]] = [[] for _ in range(count)]
-    running = torch.ones(count, dtype=torch.bool, device=device)  # of those still in the batch
-    for number in range(max_new_tokens):
-        probabilities, index = sampler.nucleus(logits)
-        drawn = index.gather(-1, torch.multinomial(probabilities, 1, generator=sampler.generator))
-        for place, token, on in zip(alive.tolist(), drawn[:, 0].tolist(), running.tolist(), strict=True):
-            if on:
-                answers[place].append(token)
-        running &= ~torch.isin(drawn[:, 0], last)
-        left = int(running.sum())
-        if not left or number == max_new_tokens - 1:
-            break
-        if left <= (1 - _ENDED) * len(alive):
-            keep = running.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            alive, drawn, running = alive[keep], drawn[keep], running[keep]
-        logits = base(input_ids=drawn, past_key_values=cache, use_cache=True).logits[:, -1]
-    cut = set(alive[running].tolist())
-    return answers, [place not in cut for place in range(count)]
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        probabilities, index = in_nucleus(logits, temperature, top_p)
+        noise = torch.empty(batch, probabilities.shape[-1], device=device).exponential_(generator=generator)
+        best = (probabilities / noise[rows]).argmax(-1, keepdim=True)
+        return index.gather(-1, best).squeeze(-1)
+
+    return draw

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,10 @@ from caprese.inference import Form, fuse
 from caprese.inference.fused.forms import check_form
 from caprese.inference.fused.indexed import Indexed
 from caprese.inference.fused.packed import Packed
+from caprese.inference.generate import NewTokens, clock, generate
 from caprese.kernels import triton_runs
-from caprese.models import count_parameters, find_ffns, unwrap
+from caprese.models import count_parameters, device_of, find_ffns, unwrap
+from caprese.models.cache import roomy_cache
 from caprese.progress import bar
 
 ROWS = ("dense", "dense_compiled", "efficient", "efficient_lora", "recovered", "fused", "fused_compiled")
@@ -90,41 +91,29 @@ class _LoraStep(Packed):
 
 @dataclass
 class Contender:
-    """One row: a model of its own that shares the weights, its cache, and its times."""
+    """One row: a model of its own that shares the weights, its cache, its decode loop, and its times."""
 
     name: str
     model: Any
-    step: Callable[..., Any]
+    step: Callable[..., Any] | None
     cache: Any = None
-    token: Any = None
+    loop: Iterator[NewTokens] = field(default_factory=lambda: iter(()))
     prefill_ms: float = 0.0
     selection_ms: float = 0.0
     compile_s: float = 0.0
     temporary: int = 0
     times: list[float] = field(default_factory=list)
 
-    def advance(self) -> None:
-        out = self.step(input_ids=self.token, past_key_values=self.cache, use_cache=True)
-        self.token = out.logits[:, -1:].argmax(-1)
+    def advance(self) -> float:
+        """Milliseconds that the next token takes; the first one's are those of the prompt."""
+        begin = clock(device_of(self.model))
+        return 1000 * (next(self.loop).moment - begin)
 
 
 def _twin(model: nn.Module) -> Any:
     """The same model once more, without another copy of its weights."""
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(t): t for t in shared})
-
-
-def _sync(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
-def _milliseconds(device: torch.device, run: Callable[[], Any]) -> float:
-    _sync(device)
-    begin = time.perf_counter()
-    run()
-    _sync(device)
-    return 1000 * (time.perf_counter() - begin)
 
 
 class Bench:
@@ -215,27 +204,28 @@ class Bench:
                 for wrapper in applied_ffns(model).values():
                     wrapper.fused = _LoraStep(wrapper, lora_rank(wrapper.view, self.rank))
         bare = unwrap(model)
-        step: Callable[..., Any] = bare
+        step: Callable[..., Any] | None = None
         if name.endswith("compiled"):
             config = CompileConfig(fullgraph=True, mode="reduce-overhead" if self.device.type == "cuda" else "default")
             bare.generation_config.compile_config = config
             step = bare.get_compiled_call(config)
         return Contender(name, bare, step)
 
-    @torch.no_grad()
     def run(self, batch: int = 1) -> dict[str, Any]:
         """TTNT of every row at one batch size; see `bench`."""
-        ids = self._tokens(batch, self.prompt_tokens)
+        prompts = self._tokens(batch, self.prompt_tokens).tolist()
         contenders = []
         steps = self.new_tokens
-        room = self.prompt_tokens + self.new_tokens + 4 * TURN + steps // (TURN - 1) + 8
+        tokens = steps + 4 * TURN + steps // (TURN - 1) + 8
         with bar(f"batch {batch}: prefill and warm-up", len(self.rows), "rows") as advance:
             for name in self.rows:
-                contender = self._contender(name)
-                if name.endswith("compiled"):
-                    contender.cache = StaticCache(config=self.model.config, max_cache_len=room)
-                self._start(contender, ids)
-                contenders.append(contender)
+                c = self._contender(name)
+                compiled = name.endswith("compiled")
+                room = self.prompt_tokens + tokens
+                c.cache = StaticCache(self.model.config, max_cache_len=room) if compiled else roomy_cache(c.model)
+                c.loop = generate(c.model, prompts, tokens, cache=c.cache, step=c.step)
+                self._start(c, batch)
+                contenders.append(c)
                 advance(1)
         with bar(f"batch {batch}: decoding", steps, "tokens") as advance:
             turn = 0
@@ -244,31 +234,30 @@ class Bench:
                     contender = contenders[(turn + offset) % len(contenders)]
                     contender.advance()
                     for _ in range(min(TURN - 1, steps - len(contender.times))):
-                        contender.times.append(_milliseconds(self.device, contender.advance))
+                        contender.times.append(contender.advance())
                 advance(min(TURN - 1, steps - turn * (TURN - 1)))
                 turn += 1
         return self._result(contenders, batch)
 
-    def _start(self, contender: Contender, ids: torch.Tensor) -> None:
-        def prefill() -> None:
-            out = contender.model(input_ids=ids, past_key_values=contender.cache, use_cache=True, logits_to_keep=1)
-            contender.cache, contender.token = out.past_key_values, out.logits[:, -1:].argmax(-1)
-
-        contender.prefill_ms = _milliseconds(self.device, prefill)
+    def _start(self, contender: Contender, batch: int) -> None:
+        """The prompt, the choice, what has to be compiled, and some tokens to warm up."""
+        contender.prefill_ms = contender.advance()
         memory = memory_of(contender.cache)
         fused = [w for w in applied_ffns(contender.model).values() if w.fused is not None]
 
         def select() -> None:
             for wrapper in fused:
-                wrapper.fused.follow(memory.layer(wrapper.layer), len(ids))  # type: ignore[union-attr]
+                wrapper.fused.follow(memory.layer(wrapper.layer), batch)  # type: ignore[union-attr]
 
         if fused:  # twice: what is allocated once is no cost of choosing
             select()
             for wrapper in fused:
                 wrapper.fused.source = None
-            contender.selection_ms = _milliseconds(self.device, select)
+            begin = clock(self.device)
+            select()
+            contender.selection_ms = 1000 * (clock(self.device) - begin)
         try:
-            contender.compile_s = _milliseconds(self.device, contender.advance) / 1000
+            contender.compile_s = contender.advance() / 1000
         except torch._dynamo.exc.TorchDynamoException as error:
             first = str(error).strip().partition("\n")[0]
             raise CapreseError(

@@ -6,7 +6,6 @@ problem, against wall-clock time, tokens, and compute units (N times the fractio
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,8 +25,9 @@ from caprese.evaluation.fidelity import variant
 from caprese.evaluation.latency import parameter_counts
 from caprese.evaluation.rewards import Scorer
 from caprese.files import read_sealed, write_atomic, write_sealed
-from caprese.inference.sampling import sample
-from caprese.models import check_context
+from caprese.inference.generate import clock, completions, ends_of, generate
+from caprese.inference.sampling import nucleus
+from caprese.models import check_context, device_of
 from caprese.progress import bar, say
 
 # Problems for which every n is timed; their own samples are the time of the largest.
@@ -114,24 +114,19 @@ class Scaling:
     ) -> tuple[list[list[int]], list[bool], float]:
         """Completions, which of them ended by themselves, and the seconds they took, prefill included."""
         drawn: list[list[int]] = []
-        ended: list[bool] = []
-        begin = time.perf_counter()
+        device, ends = device_of(self.model), ends_of(self.model, self.tokenizer)
+        begin = clock(device)
         with ExitStack() as stack:
             stack.enter_context(variant(self.model, contender.variant))
             stack.enter_context(reselection(self.model, contender.reselect_every))
             while len(drawn) < count:
-                more = sample(
-                    self.model,
-                    self.encoded[problem],
-                    min(TOGETHER, count - len(drawn)),
-                    max_new_tokens=self.config.max_new_tokens,
-                    temperature=self.config.temperature,
-                    top_p=self.config.top_p,
-                    seed=seed + 7919 * len(drawn),
-                )
-                drawn += more[0]
-                ended += more[1]
-        return drawn, ended, time.perf_counter() - begin
+                some = min(TOGETHER, count - len(drawn))
+                c = self.config
+                sampler = nucleus(some, c.temperature, c.top_p, seed + 7919 * len(drawn), device)
+                prompts = [self.encoded[problem]]
+                steps = generate(self.model, prompts, c.max_new_tokens, sampler, ends=ends, copies=some)
+                drawn += completions(steps, some)
+        return drawn, [ids[-1] in ends for ids in drawn], clock(device) - begin
 
     def _problem(self, index: int, over: Sequence[Contender], settings: dict[str, Any]) -> dict[str, Any]:
         """All samples of one problem; contenders take turns, and nobody is always first."""
