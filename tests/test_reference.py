@@ -147,10 +147,12 @@ class Applied:
         """By the model as it is without methods."""
         # the wrappers stand aside: the reference puts its own in the dense model's place
         wrappers = list(applied_ffns(self.model).values())
+        kinds = [type(wrapper) for wrapper in wrappers]
         phases = wrappers[0].phases
         hooks = [(d, dict(d)) for d in self._hooks()]
         for wrapper in wrappers:
-            wrapper.site.restore()
+            wrapper.site.scatter()
+            wrapper.__class__ = wrapper.own_class
         for kept, _ in hooks:
             kept.clear()
         try:
@@ -158,8 +160,9 @@ class Applied:
         finally:
             for kept, before in hooks:
                 kept.update(before)
-            for wrapper in wrappers:
-                wrapper.site.replace(wrapper)
+            for wrapper, kind in zip(wrappers, kinds, strict=True):
+                wrapper.__class__ = kind
+                wrapper.site.gather()
             assert phases is phases_of(self.model)
 
     def _hooks(self) -> list[dict]:

@@ -6,6 +6,7 @@ import hashlib
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from caprese.errors import CapreseError
 from caprese.models import base_parameters
@@ -24,10 +25,18 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     known by the rest.
 
     Raises:
-        CapreseError: a sampled weight is NaN or infinite.
+        CapreseError: a sampled weight is NaN or infinite, or a weight is not in memory.
     """
     digests = {group: hashlib.sha256() for group in ("ffn", "attention", "rest")}
     for name, group, parameter in sorted(base_parameters(model), key=lambda item: item[0]):
+        digests[group].update(f"{name}{tuple(parameter.shape)}".encode())
+        if is_traceable_wrapper_subclass(parameter):
+            continue  # packed by some library: there are no values to compare
+        if parameter.is_meta:
+            raise CapreseError(
+                f"weight {name} is not in memory (device_map='auto' leaves some on disk where memory is short), so the "
+                "base cannot be told from others: load it on devices that hold it whole"
+            )
         flat = parameter.detach().flatten()
         step = max(1, flat.numel() // _SAMPLE)
         values = flat[::step].to("cpu")
@@ -36,6 +45,5 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
                 raise CapreseError(f"weight {name} holds NaN or infinity; download the base model again")
             values = values.to(torch.bfloat16)  # before any is dropped: some round up to the smallest that stays
             values = torch.where(values.abs() < _SMALLEST, 0.0, values).view(torch.int16)
-        digests[group].update(f"{name}{tuple(parameter.shape)}".encode())
         digests[group].update(values.contiguous().numpy().tobytes())
     return {group: digest.hexdigest()[:32] for group, digest in digests.items()}

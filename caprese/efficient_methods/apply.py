@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from caprese.efficient_methods.base import Method
+from caprese.efficient_methods.bases import check_layers
 from caprese.efficient_methods.compose import compose
 from caprese.efficient_methods.hooks import attach
 from caprese.efficient_methods.mamba import Mamba, Replacement
@@ -17,6 +19,8 @@ from caprese.efficient_methods.passes import Phases
 from caprese.efficient_methods.wrapper import EfficientFFN, RecoverySlot
 from caprese.errors import CapreseError
 from caprese.models import Site, find_ffns, unwrap
+from caprese.models.linear import adapted_layers, adapter_names, below
+from caprese.models.parameters import forget_parameters, record_parameters
 
 M = TypeVar("M", bound=nn.Module)
 #: choices made from samples, by "method.layer"
@@ -24,7 +28,7 @@ Calibration = Mapping[str, torch.Tensor]
 
 
 def applied_ffns(model: nn.Module) -> dict[str, EfficientFFN]:
-    """The wrapped FFNs of a model by module name, in layer order; empty if no method is applied."""
+    """The efficient FFNs of a model by module name, in layer order; empty if no method is applied."""
     return {name: m for name, m in unwrap(model).named_modules() if isinstance(m, EfficientFFN)}
 
 
@@ -47,23 +51,24 @@ def apply(
             is made anew; None never.
 
     Raises:
-        CapreseError: an unsupported model, layers out of range, methods that do not compose, calibration missing or
-            made for another model, or a method already applied.
+        CapreseError: an unsupported model, linear layers that a method cannot act on (see `bases.check_layers`),
+            layers out of range, methods that do not compose, calibration missing or made for another model, or a method
+            already applied.
     """
     if applied_ffns(model):
         raise CapreseError("a method is already applied to this model; caprese.remove(model) first")
     chosen = compose(methods)
     sites = find_ffns(model)
     layers = methods_by_layer(chosen, len(sites))
+    check_layers(sites, layers)
     facts = {i: _fixed(own, i, sites[i], calibration) for i, own in layers.items()}
     learners = {i: [m for m in own if "prompt" in m.learns] for i, own in layers.items()}
     phases = Phases(chosen, learners)
     phases.reselect(reselect_every)
+    record_parameters(model)
     try:
         for i, own in layers.items():
-            wrapper = EfficientFFN(sites[i], own, facts[i], phases)
-            wrapper.train(sites[i].layer.training)
-            sites[i].replace(wrapper)
+            wrapper = EfficientFFN.put_on(sites[i], own, facts[i], phases)
             phases.undo += attention_hooks(sites[i], wrapper)
             for method in own:
                 if isinstance(method, Mamba):
@@ -120,16 +125,38 @@ def _fixed(methods: list[Method], layer: int, site: Site, calibration: Calibrati
 
 def attention_hooks(site: Site, wrapper: EfficientFFN) -> list[Callable[[], None]]:
     """Let methods that act on attention change what its linear layers see of generated tokens; returns the undoing."""
-    undo: list[Callable[[], None]] = []
-    methods = [m for m in wrapper.methods if "attention" in m.acts_on]
-    if not methods:
-        return undo
+    if not any("attention" in m.acts_on for m in wrapper.methods):
+        return []
+    hooks = _AttentionHooks(site, wrapper)
+    return [site.layer.register_forward_pre_hook(hooks.follow).remove, hooks.remove]
 
-    for number, linear in enumerate(site.attention_linears()):
-        undo.append(
-            linear.register_forward_pre_hook(functools.partial(_before_attention, wrapper, methods, number)).remove
-        )
-    return undo
+
+class _AttentionHooks:
+    """Hooks before each of an attention's linear layers: what stands there now, also once an adapter is on them."""
+
+    def __init__(self, site: Site, wrapper: EfficientFFN) -> None:
+        self.site, self.wrapper = site, wrapper
+        self.methods = [m for m in wrapper.methods if "attention" in m.acts_on]
+        self.linears: list[nn.Module] = []
+        self.handles: list[Any] = []
+        self.follow()
+
+    def follow(self, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        linears = self.site.attention_linears()
+        if len(linears) == len(self.linears) and all(map(operator.is_, linears, self.linears)):
+            return
+        self.remove()
+        self.linears = linears
+        for number, linear in enumerate(linears):
+            before = functools.partial(_before_attention, self.wrapper, self.methods, number)
+            self.handles.append(linear.register_forward_pre_hook(before))
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.linears, self.handles = [], []
 
 
 def _before_attention(
@@ -149,7 +176,9 @@ def _before_attention(
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Undo `apply` exactly; a PeftModel around it is unloaded first. Returns the bare transformers model.
+    """Undo `apply` exactly, and take recovery adapters out; what else is on the model stays.
+
+    Returns: the bare transformers model, or `model` itself where it is a PeftModel with other adapters on it.
 
     Raises:
         CapreseError: no method is applied.
@@ -157,20 +186,30 @@ def remove(model: nn.Module) -> nn.Module:
     wrappers = applied_ffns(model)
     if not wrappers:
         raise CapreseError("no efficient method is applied to this model; nothing to remove")
-    if unload := getattr(model, "unload", None):
-        model = unload()
-    base = unwrap(model)
-    if any(type(w.recovery) is not RecoverySlot for w in wrappers.values()):
+    base: Any = unwrap(model)
+    slots = [w.recovery for w in wrappers.values()]
+    filled = [slot for slot in slots if type(slot) is not RecoverySlot]
+    if filled and base is model:
         raise CapreseError("a recovery adapter still sits in this model; give caprese.remove the PeftModel around it")
+    others = [layer for layer in adapted_layers(base) if layer not in slots]
+    result: Any = model
+    if not others and (unload := getattr(model, "unload", None)):
+        result = base = unload()
+    else:
+        for name in adapter_names(filled) - adapter_names(others):
+            result.delete_adapter(name)
+        for wrapper in wrappers.values():
+            wrapper.recovery = below(wrapper.recovery)
+        if filled and result.active_adapter not in result.peft_config:
+            result.active_adapter = next(iter(result.peft_config))
     _restore(base, next(iter(wrappers.values())).phases)
-    return base
+    return result
 
 
 def _restore(model: nn.Module, phases: Phases) -> None:
     for wrapper in applied_ffns(model).values():
-        if wrapper.fused is not None:
-            wrapper.fused.restore()
-        wrapper.site.restore()
+        wrapper.take_off()
     for undo in phases.undo:
         undo()
     phases.undo.clear()
+    forget_parameters(model)

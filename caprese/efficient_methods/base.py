@@ -116,6 +116,11 @@ class Method(BaseModel):
         """What `statistic` is summed over: each prompt, calibration samples, both, or nothing."""
         return frozenset()
 
+    @property
+    def reads_weights(self) -> bool:
+        """Whether it reads or copies FFN weights by row, which packed ones and those with an adapter do not allow."""
+        return False
+
     def layer_indices(self, count: int) -> list[int]:
         """The layers of a model of `count` layers that this method acts on.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from caprese.efficient_methods.apply import attention_hooks, methods_by_layer
+from caprese.efficient_methods.apply import applied_ffns, attention_hooks, methods_by_layer
 from caprese.efficient_methods.base import Method
+from caprese.efficient_methods.bases import check_layers
 from caprese.efficient_methods.compose import compose
 from caprese.efficient_methods.memory import PromptMemory
 from caprese.efficient_methods.passes import Pass, Phases
 from caprese.efficient_methods.wrapper import EfficientFFN
 from caprese.errors import CapreseError
 from caprese.models import Site, find_ffns, unwrap
+from caprese.models.linear import sizes
 
 # Tokens on which a method may look at a layer's output again and again.
 BLOCK_TOKENS = 512
@@ -76,12 +79,16 @@ def calibrate(
         rows: statistics are of all; what looks at a layer's output again and again (greedy TEAL) looks at the first.
 
     Raises:
-        CapreseError: an unsupported model, methods that do not compose, or rows that are no Tokens or without a
+        CapreseError: an unsupported model, linear layers that a method cannot act on (see `bases.check_layers`), a
+            method already applied, methods that do not compose, or rows that are no Tokens or without a
             completion token.
     """
     chosen = compose(methods)
+    if applied_ffns(model):
+        raise CapreseError("a method is applied to this model, and samples are read dense; caprese.remove(model) first")
     sites = find_ffns(model)
     layers = methods_by_layer(chosen, len(sites))
+    check_layers(sites, layers)
     batches = list(rows)
     if not all(isinstance(batch, Tokens) for batch in batches):
         raise CapreseError("calibrate takes a list of caprese.Tokens(ids, prompt_lengths)")
@@ -192,7 +199,7 @@ class _OnBlock:
         rows = max(1, BLOCK_TOKENS // completion.shape[1])
         self.args, self.kwargs = _rows(self.args, rows), {k: _rows(v, rows) for k, v in self.kwargs.items()}
         self.completion = completion[:rows]
-        self.sizes = [linear.weight.numel() for linear in site.attention_linears()]  # type: ignore[operator]
+        self.sizes = [math.prod(sizes(linear)) for linear in site.attention_linears()]
         self.dense = self._output()
         self.scale = float(self.dense.square().sum())
         self.phases = Phases((method,), {})
@@ -206,9 +213,8 @@ class _OnBlock:
 
     def error(self, choice: torch.Tensor) -> float:
         if self.wrapper is None:
-            self.wrapper = EfficientFFN(self.site, [self.method], {self.method.name: choice}, self.phases)
-            self.site.replace(self.wrapper)
-            self.undo = [*attention_hooks(self.site, self.wrapper), self.site.restore]
+            self.wrapper = EfficientFFN.put_on(self.site, [self.method], {self.method.name: choice}, self.phases)
+            self.undo = [*attention_hooks(self.site, self.wrapper), self.wrapper.take_off]
         setattr(self.wrapper, f"fixed_{self.method.name}", choice)
         batch, length = self.completion.shape
         with self.phases.within(Pass(~self.completion, self.completion, PromptMemory({}), (batch, length))):

@@ -6,6 +6,7 @@ are. An input embedding that is not also the head is looked up, not read; KV cac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from caprese.efficient_methods.compose import idle_branches
 from caprese.efficient_methods.mamba import replacements
 from caprese.efficient_methods.passes import phases_of
 from caprese.models import FFN, Site, active_parameters, count_parameters, find_ffns, unwrap
+from caprese.models.linear import sizes
 
 Variant = Literal["dense", "efficient", "recovered"]
 
@@ -114,8 +116,8 @@ def weights_saved(site: Site, methods: Sequence[Method]) -> int:
         density *= method.attention_density
     attention: list[Any] = site.attention_linears() if density < 1 else []
     if any("weights" in method.acts_on for method in methods):  # `Reads` are of 16 bit, whatever the model's are
-        left = round(left * 2 / site.ffn.part("up").weight.dtype.itemsize)
-    return before.total - left + round((1 - density) * sum(linear.weight.numel() for linear in attention))
+        left = round(left * 2 / site.ffn.dtype.itemsize)
+    return before.total - left + round((1 - density) * sum(math.prod(sizes(linear)) for linear in attention))
 
 
 def lora_rank(ffn: FFN, rank: int) -> int:

@@ -45,6 +45,10 @@ class Griffin(FromPrompt):
     def learns(self) -> frozenset[Source]:
         return frozenset({"prompt", "samples"}) if self.prior else super().learns
 
+    @property
+    def reads_weights(self) -> bool:
+        return self.score == "output"
+
     def statistic(self, x: torch.Tensor, a: torch.Tensor, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """s squared, [B, F]: squares add up over tokens, and top-k of s and of s*s are the same."""
         return relative_energy(z, mask)

@@ -60,6 +60,10 @@ class _Quantized(Method):
     def check(self) -> None:
         _bitsandbytes(self.name)
 
+    @property
+    def reads_weights(self) -> bool:
+        return True
+
     def quantize(self, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
         """A bitsandbytes layer holding weight [out, in]."""
         raise NotImplementedError

@@ -25,6 +25,10 @@ class Static(Sparse):
     def learns(self) -> frozenset[Source]:
         return frozenset({"samples"})
 
+    @property
+    def reads_weights(self) -> bool:
+        return True
+
     def statistic(self, x: torch.Tensor, a: torch.Tensor, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Sum of z^2 over tokens, [B, F]."""
         squares = z.detach().to(torch.promote_types(z.dtype, torch.float32)).square()

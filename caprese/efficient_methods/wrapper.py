@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Hashable
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from caprese.efficient_methods.base import Method
+from caprese.efficient_methods.bases import check_linear
 from caprese.efficient_methods.memory import LayerMemory, Seen
 from caprese.efficient_methods.passes import Phases
 from caprese.errors import CapreseError
 from caprese.kernels import PackedFFN, sparse_down
 from caprese.models import FFN, Site
-
-
-def _float(like: torch.Tensor) -> torch.dtype:
-    """The type of a weight, or float32 where it is packed integers."""
-    return like.dtype if like.is_floating_point() else torch.float32
 
 
 class _NoWeight(torch.Tensor):
@@ -43,11 +41,11 @@ class _NoWeight(torch.Tensor):
 class RecoverySlot(nn.Linear):
     """A linear layer without weights that returns zeros: the place PEFT's LoRA fills, x [..., D] -> [..., D]."""
 
-    def __init__(self, hidden: int, like: torch.Tensor) -> None:
+    def __init__(self, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
         nn.Module.__init__(self)
         self.in_features = self.out_features = hidden
         # empty and never saved: it tells PEFT which device and type the branch should have
-        weight = torch.empty(0, dtype=_float(like), device=like.device).as_subclass(_NoWeight)
+        weight = torch.empty(0, dtype=dtype, device=device).as_subclass(_NoWeight)
         self.register_buffer("weight", weight, persistent=False)
         self.register_parameter("bias", None)
 
@@ -58,28 +56,86 @@ class RecoverySlot(nn.Linear):
 class EfficientFFN(nn.Module):
     """FF(x) on prompt tokens, FF_eff(x) + x L R on completion tokens (arXiv 2505.07861, section 3).
 
+    Mixed into the class of the model's own FFN module, so that every weight keeps its name, and adapters that others
+    made find their places.
+
     Attributes:
         view: the dense FFN.
         methods: what acts on this layer's FFN, each with its own sparsity.
-        fixed: choices made from samples, by method name.
+        fixed_NAME: choices made from samples, by method name.
         transformed: the FFN that completion tokens go through, before anything is dropped per sequence or token.
+        recovery: the slot where an adapter goes.
+        fused: runs generated tokens in place of `efficient` and the branch; see `caprese.fuse`.
     """
 
-    def __init__(self, site: Site, methods: list[Method], fixed: dict[str, torch.Tensor], phases: Phases) -> None:
-        super().__init__()
+    site: Site
+    view: FFN
+    layer: int
+    phases: Phases
+    methods: list[Method]
+    learners: list[Method]
+    transformed: FFN | PackedFFN
+    recovery: nn.Module
+    fused: Any
+    hooked: Any
+    added: set[str]
+    own_class: ClassVar[type[nn.Module]]
+
+    @staticmethod
+    def put_on(site: Site, methods: list[Method], fixed: dict[str, torch.Tensor], phases: Phases) -> EfficientFFN:
+        """Make a layer's FFN module an efficient one; `take_off` undoes it."""
+        transformed: FFN | PackedFFN = site.ffn
+        for method in methods:
+            transformed = method.transform(transformed, fixed.get(method.name))
+        slot = RecoverySlot(site.ffn.hidden_size, site.ffn.dtype, site.ffn.device)
+        self: Any = site.ffn.module
+        before = _attributes(self)
+        kind: Any = type(self)
+        self.__class__ = _efficient(kind)
         self.site, self.view, self.layer = site, site.ffn, site.index
-        self.ffn = site.ffn.module
-        self.recovery = RecoverySlot(site.ffn.hidden_size, site.ffn.part("down").weight)
-        self.phases = phases
-        self.methods = methods
+        self.phases, self.methods, self.transformed = phases, methods, transformed
+        self.learners = [m for m in methods if "prompt" in m.learns]
+        self.recovery = slot.train(self.training)
         for name, choice in fixed.items():
             self.register_buffer(f"fixed_{name}", choice, persistent=False)
-        self.transformed: FFN | PackedFFN = site.ffn
-        for method in methods:
-            self.transformed = method.transform(self.transformed, fixed.get(method.name))
-        self.learners = [m for m in methods if "prompt" in m.learns]
-        #: runs generated tokens in place of `efficient` and the branch; see `caprese.fuse`
-        self.fused: Any = None
+        self.fused = None
+        # accelerate sets `forward` on the module itself; the class's own is to be called
+        self.hooked = vars(self).pop("forward", None)
+        self.added = {"added", *_attributes(self)} - before
+        site.gather()
+        return self
+
+    def take_off(self) -> None:
+        """Undo `put_on`: the module is of its own class again and has nothing that it did not bring."""
+        self.unfuse()
+        self.site.scatter()
+        hooked = self.hooked
+        for name in self.added:
+            delattr(self, name)
+        self.__class__ = self.own_class  # type: ignore[assignment]
+        if hooked is not None:
+            vars(self)["forward"] = hooked
+
+    def unfuse(self) -> None:
+        if self.fused is not None:
+            self.fused.restore()
+        self.fused = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sees an adapter come to one of the FFN's linear layers."""
+        view: FFN | None = vars(self).get("view")
+        if view is not None and isinstance(value, nn.Module) and value is not self._modules.get(name):
+            family = view.family
+            part = next((p for p in ("gate", "up", "down") if getattr(family, p) == name), None)
+            if part is not None:
+                check_linear(self.layer, self.site.path(part), value, self.methods)
+                self.unfuse()  # what was fused is of the layer before
+        super().__setattr__(name, value)
+
+    def dense(self, x: torch.Tensor) -> torch.Tensor:
+        """FF(x), as the model's own module computes it."""
+        y: torch.Tensor = super().forward(x) if self.hooked is None else self.hooked(x)
+        return y
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.shape
@@ -87,7 +143,7 @@ class EfficientFFN(nn.Module):
             return self.fused(x.reshape(-1, 1, flat[-1])).view(flat)
         current = self.phases.current
         if current is None:
-            return self.ffn(x)
+            return self.dense(x)
         x = x.reshape(*current.shape, flat[-1])  # some families flatten the batch
         memory = current.memory.layer(self.layer)
         if self.fused is not None and current.prompt is None and current.shape[1] == 1 and self.can_decode_fused:
@@ -126,7 +182,7 @@ class EfficientFFN(nn.Module):
         current = self.phases.current
         assert current is not None
         if current.prompt is None or not self.learners:
-            return self.ffn(x)
+            return self.dense(x)
         a, z = self.view.neurons(x)
         with torch.no_grad():
             seen_a, seen_z = (a, z) if (rows := self.rows) is None else (a[..., rows], z[..., rows])
@@ -181,3 +237,14 @@ class EfficientFFN(nn.Module):
                 return torch.zeros_like(y)
             return nn.functional.linear(z.masked_fill(keep, 0), self.view.weights().down)
         return y - self.efficient(x, memory)
+
+
+@functools.cache
+def _efficient(kind: Hashable) -> type[EfficientFFN]:
+    """The class of an FFN module of this kind, efficient."""
+    assert isinstance(kind, type)
+    return type(f"Efficient{kind.__name__}", (EfficientFFN, kind), {"__module__": __name__, "own_class": kind})
+
+
+def _attributes(module: nn.Module) -> set[str]:
+    return {*vars(module), *module._modules, *module._buffers}

@@ -4,9 +4,6 @@ from caprese.models.families import (
     FAMILIES,
     Family,
     Site,
-    active_parameters,
-    base_parameters,
-    count_parameters,
     device_of,
     family_of,
     find_ffns,
@@ -25,6 +22,7 @@ from caprese.models.loading import (
     resolve,
     save_base,
 )
+from caprese.models.parameters import active_parameters, base_parameters, count_parameters
 from caprese.models.shapes import SHAPES, random_model, shape_config
 from caprese.models.text import broken, check_context, encode_prompt, encode_text, ending
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from caprese.errors import CapreseError
-from caprese.models.ffn import linear_weights
+from caprese.models.linear import linear_weights
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ tests/families.py, which puts it through the whole test matrix (docs/methods.md)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,19 +114,21 @@ class Site:
         """The attention's linear layers, the output projection last."""
         return [self.layer.get_submodule(path) for path in self.family.attention]
 
-    def replace(self, wrapper: nn.Module) -> None:
-        """Put `wrapper` in the FFN's place."""
-        setattr(self.layer, self.entry, wrapper)
+    def path(self, part: str) -> str:
+        """The name in its decoder layer of the FFN's gate, up or down."""
+        return ".".join(name for name in (self.family.ffn, getattr(self.family, part)) if name)
+
+    def gather(self) -> None:
+        """Where an FFN's parts sit on the decoder layer itself, have the layer call them as one; else nothing."""
         if not self.family.ffn:
+            setattr(self.layer, self.family.up, self.ffn.module)
             for name in (self.family.act, self.family.down):
                 setattr(self.layer, name, nn.Identity())
 
-    def restore(self) -> None:
-        """Undo `replace`."""
-        if self.family.ffn:
-            setattr(self.layer, self.family.ffn, self.ffn.module)
-        else:
-            for name in (self.family.up, self.family.act, self.family.down):
+    def scatter(self) -> None:
+        """Undo `gather`."""
+        if not self.family.ffn:
+            for name in self.ffn.module.names:
                 setattr(self.layer, name, getattr(self.ffn.module, name))
 
 
@@ -176,46 +177,13 @@ def find_ffns(model: nn.Module) -> list[Site]:
     names = [name for name in (family.gate, family.up, family.down) if name]
     sites = []
     for i, layer in enumerate(base.get_submodule(family.layers)):
-        owner = getattr(layer, family.ffn) if family.ffn else layer
-        # an Identity is what `Site.replace` leaves behind
-        if not all(type(getattr(owner, name, nn.Identity())) is not nn.Identity for name in names):
+        owner: Any = getattr(layer, family.ffn or family.up, None)
+        if not family.ffn and not isinstance(owner, Spread):
+            owner = layer
+        if not all(hasattr(owner, name) for name in names):
             raise CapreseError(
-                f"layer {i} of this {base.config.model_type!r} model has no {'/'.join(dict.fromkeys(names))}; "
-                "is a transform already applied? caprese.remove(model) first"
+                f"layer {i} of this {base.config.model_type!r} model has no {'/'.join(dict.fromkeys(names))}, so it is "
+                "not as transformers builds it; load it anew"
             )
-        sites.append(Site(i, layer, FFN(owner if family.ffn else Spread(layer, family), family), family))
+        sites.append(Site(i, layer, FFN(Spread(layer, family) if owner is layer else owner, family), family))
     return sites
-
-
-def base_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """(name in the bare model, "ffn" | "attention" | "rest", parameter), also while a method or adapter is applied."""
-    base = unwrap(model)
-    family = family_of(base.config)
-    attention = {path.split(".")[0] for path in family.attention}
-    within = f".{family.attention[0].split('.')[0]}.attention."
-    for name, parameter in base.named_parameters():
-        if ".lora_" in name or ".transformed." in name or ".mixer." in name:
-            continue
-        name = name.replace(within, within.removesuffix("attention."))  # an attention that a mixer stands before
-        inside = f".{family.ffn or family.up}.ffn."
-        name = name.replace(inside, f".{family.ffn}." if family.ffn else ".").replace(".base_layer.", ".")
-        group = "rest"
-        if name.startswith(f"{family.layers}."):
-            part = name[len(family.layers) + 1 :].split(".")[1]
-            if part in attention:
-                group = "attention"
-            elif part in ((family.ffn,) if family.ffn else (family.up, family.down)):
-                group = "ffn"
-        yield name, group, parameter
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Parameters of the base model, shared ones counted once, adapters not counted."""
-    return sum(parameter.numel() for _, _, parameter in base_parameters(model))
-
-
-def active_parameters(model: nn.Module) -> int:
-    """Weights of the dense base read for one token: an input embedding that is not also the head is looked up."""
-    base = unwrap(model)
-    embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
-    return count_parameters(model) - (0 if embedding is head else embedding.numel())

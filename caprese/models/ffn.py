@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from caprese.errors import CapreseError
+from caprese.models.linear import anchor, float_type, linear_weights, sizes, why_not_by_row
 
 if TYPE_CHECKING:
     from caprese.models.families import Family
@@ -27,20 +26,6 @@ class Weights(NamedTuple):
     up_bias: torch.Tensor | None
     down: torch.Tensor
     down_bias: torch.Tensor | None
-
-
-def linear_weights(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight [out, in] and bias of a Linear or Conv1D.
-
-    Raises:
-        CapreseError: the weight is packed (4 or 8 bit), so that its rows cannot be told apart.
-    """
-    weight = module.weight
-    if not weight.is_floating_point():
-        raise CapreseError(
-            "these FFN weights are packed (4 or 8 bit) and cannot be selected row by row; load the base unquantised"
-        )
-    return (weight.T if isinstance(module, Conv1D) else weight), module.bias
 
 
 @dataclass(frozen=True)
@@ -65,21 +50,24 @@ class FFN:
     def part(self, name: str) -> Any:
         return getattr(self.module, getattr(self.family, name))
 
+    def linears(self) -> dict[str, Any]:
+        """Its linear layers: gate (where it stands alone), up, down."""
+        names = ("gate", "up", "down") if self.gated and not self.fused else ("up", "down")
+        return {name: self.part(name) for name in names}
+
     @property
     def hidden_size(self) -> int:
-        up = self.part("up")
-        return up.nx if isinstance(up, Conv1D) else up.in_features
+        return sizes(self.part("up"))[0]
 
     @property
     def width(self) -> int:
-        up = self.part("up")
-        rows = up.nf if isinstance(up, Conv1D) else up.out_features
+        rows = sizes(self.part("up"))[1]
         return rows // 2 if self.fused else rows
 
     @property
     def row_wise(self) -> bool:
-        """Whether its weights can be told apart by neuron; packed ones (a base loaded in 4 or 8 bit) cannot."""
-        return all(self.part(name).weight.is_floating_point() for name in ("up", "down"))
+        """Whether its weights can be told apart by neuron; packed ones and those with an adapter on them cannot."""
+        return all(why_not_by_row(linear) is None for linear in self.linears().values())
 
     def act(self, x: torch.Tensor) -> torch.Tensor:
         return self.part("act")(x)
@@ -108,7 +96,7 @@ class FFN:
         """The weights by neuron.
 
         Raises:
-            CapreseError: they are packed.
+            CapreseError: they are packed, or an adapter is on them.
         """
         up, up_bias = linear_weights(self.part("up"))
         down, down_bias = linear_weights(self.part("down"))
@@ -122,7 +110,12 @@ class FFN:
 
     @property
     def device(self) -> torch.device:
-        return self.part("down").weight.device
+        return anchor(self.part("down")).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type to compute in beside its weights."""
+        return float_type(anchor(self.part("down")))
 
 
 class Spread(nn.Module):

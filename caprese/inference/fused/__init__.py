@@ -59,9 +59,7 @@ def fuse(model: nn.Module, form: Form = "auto") -> nn.Module:
 def unfuse(model: nn.Module) -> nn.Module:
     """Undo `fuse` exactly; returns the model."""
     for wrapper in applied_ffns(model).values():
-        if wrapper.fused is not None:
-            wrapper.fused.restore()
-        wrapper.fused = None
+        wrapper.unfuse()
     return model
 
 

@@ -56,8 +56,7 @@ def faster_form(wrapper: EfficientFFN) -> Form:
     forms = forms_of(wrapper)
     if len(forms) == 1:
         return "packed"
-    like = wrapper.view.part("down").weight
-    x = torch.randn(1, 1, wrapper.view.hidden_size, dtype=like.dtype, device=like.device)
+    x = torch.randn(1, 1, wrapper.view.hidden_size, dtype=wrapper.view.dtype, device=wrapper.view.device)
     times: dict[Form, float] = {}
     a, z = wrapper.view.neurons(x)
     if wrapper.rows is not None:

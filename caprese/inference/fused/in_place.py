@@ -33,5 +33,6 @@ class InPlace(Step):
         extra: Any = self.extra
         if left is None:
             return y
-        flat = torch.addmm(y.flatten(0, 1), F.linear(x, left).flatten(0, 1), right)
-        return (flat if extra is None else flat + extra).view_as(y)
+        # beside packed weights the branch is of another type than what it is added to
+        flat = torch.addmm(y.flatten(0, 1).to(left.dtype), F.linear(x.to(left.dtype), left).flatten(0, 1), right)
+        return (flat if extra is None else flat + extra).view_as(y).to(y.dtype)

@@ -68,9 +68,8 @@ class Step(nn.Module):
 
     def _hold(self, name: str, value: torch.Tensor | None) -> None:
         """Keep a tensor where the last one of its kind was, if it fits there."""
-        like = self.wrapper[0].view.part("down").weight
         if value is not None and value.is_floating_point() and not name.startswith(("choice", "threshold")):
-            value = value.to(like.dtype if like.is_floating_point() else value.dtype)
+            value = value.to(self.wrapper[0].view.dtype)
         held = getattr(self, name, None)
         if held is not None and value is not None and held.shape == value.shape and held.dtype == value.dtype:
             held.copy_(value)
