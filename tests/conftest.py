@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,11 +23,13 @@ os.environ["HF_HUB_DISABLE_XET"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import pytest
 import torch
 from hub import WRITE, Hub
+from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import caprese
 from caprese import progress
+from caprese.adapters import attach_adapter, branch_parameters
 
 # models this small are many times slower on threads that wait for each other, most of all where cores are shared;
 # processes that tests start inherit it
@@ -63,6 +66,19 @@ def tiny_llama(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**{**settings, **overrides}))
     return model.eval().requires_grad_(False)
+
+
+def recovered(
+    model: torch.nn.Module, rank: int = 4, scale: float = 0.05, bias: bool = False, seed: int = 5
+) -> PeftModel:
+    """An applied model with an adapter that does something."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = attach_adapter(model, rank, bias)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in branch_parameters(adapted):
+        parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return adapted.eval()
 
 
 @pytest.fixture

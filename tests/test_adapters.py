@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import recovered, tiny_llama
 from peft import LoraConfig, PeftModel
-from test_phases import prompts, recovered
+from test_phases import prompts
 
 import caprese
 from caprese.adapters import attach_adapter, branch_parameters, fingerprint, get_branches
@@ -174,8 +174,12 @@ def test_bfloat16_base_with_adapter(saved):
 
 def test_ranks_are_checked(tiny):
     caprese.apply(tiny, caprese.Griffin())
-    for rank in (0, 33, [4, 4]):
-        with pytest.raises(caprese.CapreseError):
+    for rank, said in (
+        (0, "rank 0 does not fit"),
+        (33, "choose 1 to 32"),
+        ([4, 4], "2 ranks were given for 3 applied"),
+    ):
+        with pytest.raises(caprese.CapreseError, match=said):
             attach_adapter(tiny, rank)
 
 

@@ -10,10 +10,9 @@ import sys
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_llama
+from conftest import byte_tokenizer, recovered, tiny_llama
 from families import tiny
 from safetensors.torch import load_file
-from test_phases import recovered
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -58,10 +57,7 @@ def here(monkeypatch):
 @pytest.mark.parametrize("kind", sorted(FAMILIES.keys() - NO_PLACE))
 def test_static_and_branch_are_exact(kind, here, tmp_path):
     window = {"sliding_window": None} if kind == "mistral" else {}
-    adapted = attach_adapter(pruned(tiny(kind, **window)), 5, bias=kind in ("llama", "qwen2", "gpt2"))
-    for p in branch_parameters(adapted):
-        p.data.copy_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p))))
-    adapted.eval()
+    adapted = recovered(pruned(tiny(kind, **window)), 5, 0.1, kind in ("llama", "qwen2", "gpt2"))
     facts = caprese.export(adapted, None, tmp_path / "out")
     assert facts["largest_logit_difference"] < 1e-4 * max(1, facts["largest_logit"])
     assert difference(adapted, tmp_path / "out") < 1e-4 * max(1, facts["largest_logit"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import recovered
 from families import tiny
 from transformers import CompileConfig, DynamicCache, StaticCache
 
@@ -38,7 +39,7 @@ PROMPT = torch.randint(2, 258, (1, 9), generator=torch.Generator().manual_seed(0
 PADDED = torch.randint(2, 258, (3, 9), generator=torch.Generator().manual_seed(1))
 
 
-def recovered(kind: str, spec: str, *, bias: bool = True, rank: int = 3, adapter: bool = True) -> Any:
+def applied(kind: str, spec: str, *, bias: bool = True, rank: int = 3, adapter: bool = True) -> Any:
     model = tiny(kind)
     methods = [make_method(facts) for facts in parse_methods(spec)]
     calibration = None
@@ -48,11 +49,7 @@ def recovered(kind: str, spec: str, *, bias: bool = True, rank: int = 3, adapter
     caprese.apply(model, methods, calibration=calibration)
     if not adapter:
         return model
-    adapted = attach_adapter(model, rank, bias=bias)
-    torch.manual_seed(5)
-    for parameter in branch_parameters(adapted):
-        parameter.data.normal_(0, 0.2)
-    return adapted.eval()
+    return recovered(model, rank, 0.2, bias)
 
 
 def answer(model: Any, ids: torch.Tensor, **how: Any) -> torch.Tensor:
@@ -75,7 +72,7 @@ def same(a: torch.Tensor, b: torch.Tensor, within: float = 2e-5) -> None:
 @pytest.mark.parametrize("spec", METHODS)
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_fused_is_unfused(kind: str, spec: str) -> None:
-    model = recovered(kind, spec)
+    model = applied(kind, spec)
     for ids in (PROMPT, PADDED):
         before = answer(model, ids)
         caprese.fuse(model)
@@ -87,7 +84,7 @@ def test_fused_is_unfused(kind: str, spec: str) -> None:
 
 
 def test_the_branch_matters() -> None:
-    model = recovered("llama", "griffin:0.5")
+    model = applied("llama", "griffin:0.5")
     caprese.fuse(model)
     with_branch = answer(model, PROMPT)
     with model.disable_adapter():
@@ -98,7 +95,7 @@ def test_the_branch_matters() -> None:
 
 def test_follows_the_adapter() -> None:
     """Another adapter, two at once, other weights, none: fused is what unfused would be."""
-    model = recovered("llama", "griffin:0.5", rank=2)
+    model = applied("llama", "griffin:0.5", rank=2)
     other = copy.deepcopy(model.peft_config["default"])
     other.r = other.lora_alpha = 4
     model.add_adapter("other", other)
@@ -128,7 +125,7 @@ def test_follows_the_adapter() -> None:
 
 
 def test_a_batch_of_several_adapters_runs_unfused() -> None:
-    model = recovered("llama", "griffin:0.5", rank=2)
+    model = applied("llama", "griffin:0.5", rank=2)
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
     for parameter in branch_parameters(model):
         parameter.data.normal_(0, 0.2)
@@ -140,7 +137,7 @@ def test_a_batch_of_several_adapters_runs_unfused() -> None:
 
 def test_two_caches_take_turns() -> None:
     """Two interleaved generations, each with its own choice."""
-    model = recovered("llama", "griffin:0.5")
+    model = applied("llama", "griffin:0.5")
     prompts = [PROMPT, PROMPT.flip(1)]
     token = torch.tensor([[7]])
 
@@ -158,7 +155,7 @@ def test_two_caches_take_turns() -> None:
 
 
 def test_reselection_and_a_second_turn() -> None:
-    model = recovered("llama", "griffin:0.5")
+    model = applied("llama", "griffin:0.5")
 
     def talk() -> torch.Tensor:
         cache = DynamicCache()
@@ -175,7 +172,7 @@ def test_reselection_and_a_second_turn() -> None:
 
 
 def test_gradients_run_unfused() -> None:
-    model = recovered("llama", "griffin:0.5")
+    model = applied("llama", "griffin:0.5")
     caprese.fuse(model)
     with torch.no_grad():
         cache = model(input_ids=PROMPT, use_cache=True).past_key_values
@@ -185,7 +182,7 @@ def test_gradients_run_unfused() -> None:
 
 def test_a_copy_is_on_its_own() -> None:
     """A deep copy of an applied, fused model prefills, decodes and hooks into itself."""
-    model = recovered("llama", "griffin:0.5+teal:0.4:where=attention:greedy=false")
+    model = applied("llama", "griffin:0.5+teal:0.4:where=attention:greedy=false")
     caprese.fuse(model)
     before = answer(model, PROMPT)
     twin = copy.deepcopy(model)
@@ -219,7 +216,7 @@ def test_nothing_to_fuse() -> None:
     with pytest.raises(caprese.CapreseError, match=r"nothing to fuse.*caprese\.apply"):
         caprese.fuse(tiny("llama"))
     with pytest.raises(caprese.CapreseError, match="no form 'fast'"):
-        caprese.fuse(recovered("llama", "griffin:0.5"), "fast")  # type: ignore[arg-type]
+        caprese.fuse(applied("llama", "griffin:0.5"), "fast")  # type: ignore[arg-type]
 
 
 INDEXED = [
@@ -237,7 +234,7 @@ INDEXED = [
 def test_indexed_is_unfused(kind: str, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the kernels' references, where there is no GPU; families that it does not fit keep another form."""
     monkeypatch.setattr("caprese.kernels.triton_runs", lambda device: True)
-    model = recovered(kind, spec)
+    model = applied(kind, spec)
     weights = {name: p.clone() for name, p in model.named_parameters()}
     strides = {name: p.stride() for name, p in model.named_parameters()}
     for ids in (PROMPT, PADDED):
@@ -252,7 +249,7 @@ def test_indexed_is_unfused(kind: str, spec: str, monkeypatch: pytest.MonkeyPatc
 
 def test_indexed_holds_no_second_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("caprese.kernels.triton_runs", lambda device: True)
-    model = recovered("llama", "griffin:0.5", rank=2)
+    model = applied("llama", "griffin:0.5", rank=2)
     sizes = {}
     for form in ("packed", "indexed"):
         caprese.fuse(model, form)
@@ -266,7 +263,7 @@ def test_indexed_needs_a_gpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(caprese.CapreseError, match="needs Triton and a GPU"):
-        caprese.fuse(recovered("llama", "griffin:0.5"), "indexed")
+        caprese.fuse(applied("llama", "griffin:0.5"), "indexed")
 
 
 def test_indexed_in_the_interpreter(tmp_path: Path) -> None:
@@ -276,7 +273,7 @@ def test_indexed_in_the_interpreter(tmp_path: Path) -> None:
 import sys; sys.path.insert(0, sys.argv[1])
 import test_fused as t
 for spec in ("griffin:0.5", "cats:0.5", "teal:0.4:where=ffn:greedy=false"):
-    model = t.recovered("llama", spec)
+    model = t.applied("llama", spec)
     for ids in (t.PROMPT, t.PADDED):
         before = t.answer(model, ids, max_new_tokens=4)
         t.caprese.fuse(model, "indexed")
@@ -312,7 +309,7 @@ COMPILE._compile_all_devices = True
 def test_compiled_decode_without_breaks_or_recompilation(spec: str, prompt: torch.Tensor) -> None:
     """generate with a static cache compiles the decode step once; new prompts, and so new choices, reuse it."""
     torch._dynamo.reset()
-    model = recovered("llama", spec)
+    model = applied("llama", spec)
     how = {"cache_implementation": "static", "max_new_tokens": 6}
     prompts = [prompt, prompt.flip(1), prompt.roll(3, 1), (prompt * 3 + 1) % 256 + 2]
     before = [answer(model, ids, **how) for ids in prompts]
@@ -329,7 +326,7 @@ def test_compiled_decode_without_breaks_or_recompilation(spec: str, prompt: torc
 def test_compiled_with_reselection() -> None:
     """The dense pass is made between two runs of the compiled step."""
     torch._dynamo.reset()
-    model = recovered("llama", "griffin:0.5")
+    model = applied("llama", "griffin:0.5")
     how = {"cache_implementation": "static", "max_new_tokens": 9}
     with caprese.reselection(model, 3):
         before = answer(model, PROMPT, **how)
@@ -339,14 +336,14 @@ def test_compiled_with_reselection() -> None:
 
 def test_compiled_unfused_runs_eager() -> None:
     torch._dynamo.reset()
-    model = recovered("llama", "griffin:0.5")
+    model = applied("llama", "griffin:0.5")
     how = {"cache_implementation": "static", "max_new_tokens": 6}
     assert torch.equal(answer(model, PROMPT, compile_config=COMPILE, **how), answer(model, PROMPT, **how))
 
 
 def test_static_caches_take_turns_compiled() -> None:
     torch._dynamo.reset()
-    model = recovered("llama", "griffin:0.5", adapter=False)
+    model = applied("llama", "griffin:0.5", adapter=False)
     prompts = [PROMPT, PROMPT.flip(1)]
     token = torch.tensor([[7]])
 
@@ -387,7 +384,7 @@ def test_same_text_on_smollm2() -> None:
 
 def test_follows_the_adapter_within_a_generation() -> None:
     """Bias and weights that change between two tokens."""
-    model = recovered("llama", "griffin:0.5")
+    model = applied("llama", "griffin:0.5")
 
     def talk() -> list[torch.Tensor]:
         cache = DynamicCache()
@@ -426,7 +423,7 @@ def test_thresholds_keep_their_precision() -> None:
 
 def test_a_cache_that_is_reset_starts_afresh() -> None:
     torch._dynamo.reset()
-    model = recovered("llama", "griffin:0.5", adapter=False)
+    model = applied("llama", "griffin:0.5", adapter=False)
     caprese.fuse(model)
     cache = StaticCache(model.config, max_cache_len=32)
     step = model.get_compiled_call(COMPILE)
@@ -445,7 +442,7 @@ def test_a_cache_that_is_reset_starts_afresh() -> None:
 
 def test_dense_steps_between_compiled_ones() -> None:
     torch._dynamo.reset()
-    model = recovered("llama", "griffin:0.5", adapter=False)
+    model = applied("llama", "griffin:0.5", adapter=False)
     caprese.fuse(model)
     token = torch.tensor([[7]])
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import REAL_HUB, byte_tokenizer, tiny_llama
+from conftest import REAL_HUB, byte_tokenizer, recovered, tiny_llama
 from hub import READ, WRITE
 from huggingface_hub import HfApi
-from test_phases import prompts, recovered
+from test_phases import prompts
 from typer.testing import CliRunner
 
 import caprese

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import recovered, tiny_llama
 from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_phases import padded, prompts, recovered
+from test_phases import padded, prompts
 from transformers import AutoModelForCausalLM
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridMambaLayer
 from typer.testing import CliRunner

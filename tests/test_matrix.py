@@ -8,8 +8,8 @@ import warnings
 
 import pytest
 import torch
+from conftest import recovered
 from families import tiny
-from peft import PeftModel
 from transformers import (
     BertConfig,
     BertModel,
@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import caprese
-from caprese.adapters import attach_adapter, branch_parameters, set_branch
+from caprese.adapters import attach_adapter, set_branch
 from caprese.data_gen import Sample
 from caprese.distill import accumulate, fit_layer, make_batches, new_moments
 from caprese.efficient_methods import (
@@ -78,16 +78,6 @@ def calibrated(model: PreTrainedModel, methods: list[Method]) -> dict[str, torch
     return calibrate(model, methods, [Tokens(random_ids(4, 12, seed=9), torch.tensor([1, 3, 5, 7]))])
 
 
-def recovered(model: torch.nn.Module) -> PeftModel:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        adapted = attach_adapter(model, 3).eval()
-    generator = torch.Generator().manual_seed(5)
-    for p in branch_parameters(adapted):
-        p.data.copy_(0.1 * torch.randn(p.shape, generator=generator))
-    return adapted
-
-
 def left_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     width = max(len(row) for row in rows)
     ids = torch.stack([torch.cat([torch.zeros(width - len(row), dtype=torch.long), row]) for row in rows])
@@ -131,7 +121,7 @@ def test_a_cell(kind, text, dtype, tmp_path):
     ids = rows[0][None]
     before = model(ids).logits
     choices = calibrated(model, methods)
-    adapted = recovered(caprese.apply(model, methods, calibration=choices))
+    adapted = recovered(caprese.apply(model, methods, calibration=choices), 3, 0.1)
 
     # dense is the base, and so is a prompt
     with caprese.dense(adapted):
@@ -214,7 +204,7 @@ def searched(request):
     kind, name = request.param.split("-")
     model = tiny(kind)
     dense = copy.deepcopy(model)
-    yield recovered(caprese.apply(model, SEARCHERS[name])), dense
+    yield recovered(caprese.apply(model, SEARCHERS[name]), 3, 0.1), dense
 
 
 @torch.no_grad()

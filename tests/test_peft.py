@@ -14,10 +14,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import recovered, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
-from test_phases import prompts, recovered
+from test_phases import prompts
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import caprese

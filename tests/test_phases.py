@@ -10,27 +10,17 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import recovered, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftModel
 from transformers import DynamicCache
 
 import caprese
-from caprese.adapters import attach_adapter, branch_parameters
+from caprese.adapters import branch_parameters
 from caprese.efficient_methods import Cats, Griffin
 from caprese.efficient_methods.memory import memory_of
 
 METHODS = {"griffin": Griffin, "cats": Cats}
-
-
-def recovered(model: torch.nn.Module, rank: int = 4, scale: float = 0.05, seed: int = 5) -> PeftModel:
-    """An adapter that does something."""
-    adapted = attach_adapter(model, rank)
-    generator = torch.Generator().manual_seed(seed)
-    for p in branch_parameters(adapted):
-        p.data.copy_(scale * torch.randn(p.shape, generator=generator))
-    return adapted.eval()
 
 
 def prompts(*lengths: int) -> list[torch.Tensor]:

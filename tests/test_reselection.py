@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_llama
+from conftest import byte_tokenizer, recovered, tiny_llama
 from families import tiny as family
 from transformers import DynamicCache
 
 import caprese
-from caprese.adapters import attach_adapter, branch_parameters
 from caprese.data_gen import Sample
 from caprese.distill import make_batches
 from caprese.distill.batches import completion_hidden, lm_logits, prefill
 from caprese.efficient_methods import phases_of
 from caprese.errors import CapreseError
 from caprese.evaluation import parameter_counts, time_to_next_token
-
-
-def recovered(model: torch.nn.Module) -> torch.nn.Module:
-    adapted = attach_adapter(model, 4)
-    generator = torch.Generator().manual_seed(5)
-    for p in branch_parameters(adapted):
-        p.data.copy_(0.05 * torch.randn(p.shape, generator=generator))
-    return adapted.eval()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "opt"])

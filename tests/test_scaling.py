@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_llama
+from conftest import byte_tokenizer, recovered, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 import caprese
-from caprese.adapters import attach_adapter, branch_parameters
 from caprese.cli import app
 from caprese.data_gen import Prompt, load_prompts
 from caprese.data_gen.chains import SPLITS, chains, line_is_right, make_chain, soundness, split_of
@@ -225,11 +224,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(path / "model")
     byte_tokenizer().save_pretrained(path / "model")
     base, _ = caprese.load_base(str(path / "model"), dtype="float32")
-    adapted = attach_adapter(caprese.apply(base, caprese.Griffin(sparsity=0.5)), 2)
-    torch.manual_seed(0)
-    for parameter in branch_parameters(adapted):
-        parameter.data.normal_(0, 0.1)
-    caprese.save(adapted, path / "adapter")
+    caprese.save(recovered(caprese.apply(base, caprese.Griffin(sparsity=0.5)), 2, 0.1), path / "adapter")
     return path
 
 

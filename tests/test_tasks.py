@@ -7,8 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_llama
-from test_phases import recovered
+from conftest import byte_tokenizer, recovered, tiny_llama
 from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
