@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from caprese.efficient_methods import remove as remove
     from caprese.efficient_methods import reselection as reselection
     from caprese.errors import CapreseError as CapreseError
-    from caprese.export import export as export
+    from caprese.exports import export as export
     from caprese.inference import fuse as fuse
     from caprese.inference import load as load
     from caprese.inference import unfuse as unfuse
@@ -51,7 +51,7 @@ _PUBLIC = {
     "apply": "efficient_methods",
     "calibrate": "efficient_methods",
     "dense": "efficient_methods",
-    "export": "export",
+    "export": "exports",
     "fuse": "inference",
     "info": "publish",
     "load": "inference",

@@ -27,7 +27,7 @@ ROOMS = (
     "inference",
     "data_gen",
     "distill",
-    "export",
+    "exports",
     "evaluation",
     "studies",
     "report",

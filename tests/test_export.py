@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import caprese
 from caprese.adapters import attach_adapter, branch_parameters
 from caprese.cli import app
-from caprese.export import checkpoint, plan_export
+from caprese.exports import checkpoint, plan_export
 from caprese.models import FAMILIES, family_of
 
 runner = CliRunner()

@@ -32,7 +32,7 @@ from caprese.distill.sensitivity import select_attention
 from caprese.efficient_methods import Mixer, MixerState, Replacement, only, replacements
 from caprese.evaluation.fidelity import fidelity
 from caprese.evaluation.latency import parameter_counts
-from caprese.export import plan_export
+from caprese.exports import plan_export
 from caprese.kernels import scan
 from caprese.kernels.scan import chunk_scan, recurrence
 from caprese.models import FAMILIES

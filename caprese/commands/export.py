@@ -29,8 +29,8 @@ def export(
 ) -> None:
     """Write a recovered model as an ordinary checkpoint that needs no caprese: for transformers, vLLM, llama.cpp."""
     from caprese.adapters import Adapter
-    from caprese.export import export as write
-    from caprese.export import plan_export
+    from caprese.exports import export as write
+    from caprese.exports import plan_export
     from caprese.inference import load
     from caprese.models import load_config
     from caprese.models.loading import pick_dtype
