@@ -9,6 +9,7 @@ from families import BUILDERS
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 import caprese
+from caprese import progress
 from caprese.data_gen import Samples, complete
 from caprese.inference import Decoding, stream
 from caprese.inference import generate as loop
@@ -221,3 +222,26 @@ def test_a_stream_is_seeded_and_says_what_it_wrote() -> None:
 def test_a_prompt_without_tokens_is_refused() -> None:
     with pytest.raises(caprese.CapreseError, match="a prompt has no tokens"):
         next(generate(tiny_llama(), [[5, 6], []], 4))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+def test_an_applied_model_has_a_cache_whatever_training_left_off(kind: str, capsys, monkeypatch) -> None:
+    """transformers' own generate runs efficient without being told to; remove puts the settings back."""
+    monkeypatch.setattr(progress, "quiet", False)
+    model, plain = BUILDERS[kind](), BUILDERS[kind]()
+    model.config.use_cache = model.generation_config.use_cache = False
+    how = {**padded(PROMPTS), "max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    dense = plain.generate(**how)
+    caprese.apply(plain, caprese.Griffin(sparsity=0.8))
+    assert capsys.readouterr().err == ""
+    caprese.apply(model, caprese.Griffin(sparsity=0.8))
+    assert "use_cache false" in capsys.readouterr().err
+    assert torch.equal(model.generate(**how), plain.generate(**how)) and not torch.equal(model.generate(**how), dense)
+    assert capsys.readouterr().err == ""
+    assert torch.equal(model.generate(**how, use_cache=False), dense)
+    assert "runs dense" in capsys.readouterr().err
+    caprese.remove(model)
+    assert model.config.use_cache is model.generation_config.use_cache is False
+    caprese.remove(plain)
+    assert plain.config.use_cache is plain.generation_config.use_cache is True
+    assert not capsys.readouterr().err

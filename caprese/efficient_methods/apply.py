@@ -19,6 +19,7 @@ from caprese.efficient_methods.passes import Phases
 from caprese.efficient_methods.wrapper import EfficientFFN, RecoverySlot
 from caprese.errors import CapreseError
 from caprese.models import Site, find_ffns, unwrap
+from caprese.models.cache import always_cached
 from caprese.models.linear import adapted_layers, adapter_names, below
 from caprese.models.parameters import forget_parameters, record_parameters
 
@@ -42,7 +43,8 @@ def apply(
     """Put efficient methods on a model, in place; returns the model.
 
     Generation then runs prompts dense and generated tokens efficient. The model's weights are neither copied nor
-    changed (static and quantised methods make their own).
+    changed (static and quantised methods make their own). What tells the two apart is the KV cache, so a `use_cache` of
+    false in the configs is true until `remove`, and `generate(use_cache=False)` says that it runs dense.
 
     Args:
         methods: one, or several that go together.
@@ -74,6 +76,7 @@ def apply(
                 if isinstance(method, Mamba):
                     phases.undo.append(put_mixer(sites[i], unwrap(model).config, method, phases))
         phases.undo += attach(unwrap(model), phases)
+        phases.undo += always_cached(model)
     except BaseException:  # such as a missing bitsandbytes: the model goes back as it came
         _restore(model, phases)
         raise

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from caprese.errors import CapreseError
 from caprese.models.private import needed
+from caprese.progress import say
 
 # on a cache, while assisted decoding verifies candidates on it: a weak reference to what proposes them
 _PROPOSER = "caprese_proposer"
@@ -89,9 +90,15 @@ def attach(model: Any, listener: Listener) -> list[Callable[[], None]]:
 
 
 def _prefill(listener: Listener, _: Any, prefill: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`generate`'s prompt is dense also where its last chunk is one token, which alone looks like decoding."""
+    """`generate`'s prompt is dense also where its last chunk is one token, which alone looks like decoding.
+
+    Without a KV cache every pass is a prompt, and that is said.
+    """
     if not kwargs.get("is_first_iteration", True):  # an assistant, which goes on from tokens it generated
         return prefill(*args, **kwargs)
+    settings = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    if getattr(settings, "use_cache", None) is False:
+        say("generating without a KV cache (use_cache=False): every token is read again each time, and runs dense")
     with listener.prefilling():
         return prefill(*args, **kwargs)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from caprese.models.families import unwrap
 from caprese.models.private import needed
+from caprese.progress import say
 
 
 class RoomyLayer(DynamicLayer):
@@ -86,3 +89,16 @@ def roomy_cache(model: nn.Module) -> RoomyCache | None:
     base: Any = unwrap(model)
     usual = isinstance(base, GenerationMixin) and needed(base, "_supports_default_dynamic_cache")()
     return RoomyCache(base.config) if usual else None
+
+
+def always_cached(model: nn.Module) -> list[Callable[[], None]]:
+    """Switch on the KV cache where a config leaves it off, as training with gradient checkpointing does; returns the
+    undoing."""
+    base: Any = unwrap(model)
+    found: tuple[Any, ...] = (base.config, base.config.get_text_config(), getattr(base, "generation_config", None))
+    off = {id(config): config for config in found if getattr(config, "use_cache", None) is False}
+    for config in off.values():
+        config.use_cache = True
+    if off:
+        say("the model's settings say use_cache false; without a KV cache generated tokens run dense, so it is on now")
+    return [functools.partial(setattr, config, "use_cache", False) for config in off.values()]

@@ -70,8 +70,9 @@ def language_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_s
             return [found[i] for i in range(len(requests))]
 
         def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **how: Any) -> torch.Tensor:
-            # a model's own max_new_tokens would otherwise stand above the task's limit
-            room = {"max_new_tokens": max_length - context.shape[1], "past_key_values": roomy_cache(model)}
+            # a model's own max_new_tokens would otherwise stand above the task's limit, its kind of cache beside ours
+            room: dict[str, Any] = {"max_new_tokens": max_length - context.shape[1], "cache_implementation": None}
+            room["past_key_values"] = roomy_cache(model)
             generated: torch.Tensor = super()._model_generate(context, max_length, stop, **room, **how)
             return generated
 
