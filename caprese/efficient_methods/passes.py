@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,11 +20,8 @@ from caprese.efficient_methods.hooks import Call, proposed
 from caprese.efficient_methods.memory import TAIL, PromptMemory, keep_memory, memory_of
 from caprese.errors import CapreseError
 
-if TYPE_CHECKING:
-    from caprese.efficient_methods.wrapper import EfficientFFN
-
-#: called with (wrapper, x [n, D], residual [n, D], y [n, D]) for the completion tokens of each FFN
-Observer = Callable[["EfficientFFN", torch.Tensor, torch.Tensor, torch.Tensor], None]
+#: called with (applied FFN, x [n, D], residual [n, D], y [n, D]) for the completion tokens of each FFN
+Observer = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,7 @@ class Phases:
         """A compiled decode step with the bookkeeping done before it, so that it is not part of the graph."""
         if self.mixes:  # the states of mixers are not static
             return model
-        wrappers: list[EfficientFFN] = [m for m in model.modules() if getattr(m, "phases", None) is self]
+        wrappers: list[Any] = [m for m in model.modules() if getattr(m, "phases", None) is self]
         decoder = model.get_decoder()
 
         def run(**kwargs: Any) -> Any:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from caprese.models.family import Family
 from caprese.models.linear import anchor, float_type, linear_weights, sizes, why_not_by_row
-
-if TYPE_CHECKING:
-    from caprese.models.families import Family
 
 
 class Weights(NamedTuple):
