@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import recovered, tiny_llama
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from test_phases import prompts
 
 import caprese
-from caprese.adapters import attach_adapter, branch_parameters, fingerprint, get_branches
+from caprese.adapters import Adapter, attach_adapter, branch_parameters, fingerprint, get_branches
 from caprese.efficient_methods import RecoverySlot, applied_ffns
 
 OLD = Path(__file__).parent / "data" / "adapter-0.1"
@@ -46,6 +47,144 @@ def test_an_adapter_of_the_version_before_gives_the_tokens_it_gave(fused):
         assert ids[0].tolist() == answer["ids"]
         out = model.generate(input_ids=ids, max_new_tokens=80, do_sample=False)
         assert out[0, ids.shape[1] :].tolist() == answer["tokens"]
+
+
+def edit(path: Path, **facts: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+
+
+@pytest.fixture(params=["of the version before", "of now"])
+def directory(request, tmp_path):
+    """A good adapter in two layers or more, of which each test spoils a copy."""
+    if request.param == "of now":
+        caprese.save(attach_adapter(caprese.apply(tiny_llama(), caprese.Griffin()), 2), tmp_path / "it")
+        return tmp_path / "it"
+    return Path(shutil.copytree(OLD, tmp_path / "it"))
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"lora_alpha": 4},
+        {"r": 4},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"bias": "lora_only"},
+        {"fan_in_fan_out": True},
+        {"alpha_pattern": {"layers.1.mlp.recovery": 7}},
+        {"rank_pattern": {"recovery": 3}},
+        {"layers_to_transform": [1]},
+        {"layers_to_transform": 0},
+        {"layer_replication": [[0, 2]]},
+        {"exclude_modules": ["0.mlp.recovery"]},
+        {"target_modules": None},
+        {"target_modules": []},
+        {"target_modules": ["recovery", "up_proj"]},
+        {"modules_to_save": ["lm_head"]},
+        {"init_lora_weights": "olora"},
+        {"peft_type": "IA3"},
+    ],
+    ids=str,
+)
+def test_a_configuration_of_pefts_that_was_altered_is_refused(directory, facts):
+    edit(directory / "adapter_config.json", **facts)
+    with pytest.raises(
+        caprese.CapreseError, match=r"adapter_config\.json of .* was altered.*; fetch or make the adapter"
+    ):
+        Adapter.open(directory)
+    with pytest.raises(caprese.CapreseError, match=r"adapter_config\.json"):
+        caprese.info(directory)
+
+
+def test_what_decides_nothing_may_change(directory):
+    digest = Adapter.open(directory).digest
+    facts = {"inference_mode": False, "peft_version": "9.9", "revision": "main", "auto_mapping": {"a": "b"}}
+    edit(directory / "adapter_config.json", base_model_name_or_path="/x", unheard_of=3, loftq_config=None, **facts)
+    assert Adapter.open(directory).digest == digest
+
+
+@pytest.mark.parametrize("layers", [[0], [0, 1, 7], "first-half"], ids=str)
+def test_layers_are_those_with_branches(directory, layers):
+    path = directory / "caprese_config.json"
+    methods = json.loads(path.read_text())["methods"]
+    edit(path, methods=[methods[0] | {"layers": layers}])
+    for look in (Adapter.open, caprese.info, lambda path: caprese.push(path, "alice/x", dry_run=True)):
+        if layers == "first-half" and json.loads(path.read_text()).get("digest") is None:
+            look(directory)  # it may be half of a larger base
+        else:
+            with pytest.raises(caprese.CapreseError, match=r"caprese_config\.json of .* was altered"):
+                look(directory)
+
+
+def test_branches_are_those_that_the_base_has_slots_for(tmp_path):
+    """Without a digest, "all" layers of a base may be more than have branches, or fewer."""
+    caprese.save(recovered(caprese.apply(tiny_llama(), caprese.Griffin(layers=[0, 1]))), tmp_path)
+    path = tmp_path / "caprese_config.json"
+    facts = json.loads(path.read_text())
+    for layers in ("all", "first-half"):
+        edit(path, digest=None, config_sha256=None, methods=[facts["methods"][0] | {"layers": layers}])
+        tiny = tiny_llama()
+        if layers == "first-half":  # of three: the same two
+            assert isinstance(caprese.load(tiny, tmp_path), PeftModel)
+        else:
+            with pytest.raises(caprese.CapreseError, match=r"no branch for model\.layers\.2\.mlp\.recovery"):
+                caprese.load(tiny, tmp_path)
+            assert not applied_ffns(tiny)
+
+
+@pytest.mark.parametrize(
+    "facts", [{"reselect_every": 8}, {"calibration_sha256": None}, {"weights_sha256": "0" * 64}, {"digest": "0" * 32}]
+)
+def test_a_sidecar_that_was_altered_is_refused(tmp_path, facts):
+    method = caprese.Static(sparsity=0.5)
+    known = caprese.calibrate(tiny_llama(), method, [caprese.Tokens(torch.arange(2, 34)[None], [3])])
+    caprese.save(recovered(caprese.apply(tiny_llama(), method, calibration=known)), tmp_path)
+    edit(tmp_path / "caprese_config.json", **facts)
+    with pytest.raises(caprese.CapreseError, match=r"caprese_config\.json of .* was altered"):
+        Adapter.open(tmp_path)
+
+
+@pytest.mark.parametrize("fingerprint", [{}, {"ffn": "0" * 32, "rest": "0" * 32}, {"attention": "", "ffn": ""}])
+def test_a_fingerprint_is_whole(directory, fingerprint):
+    base = json.loads((directory / "caprese_config.json").read_text())["base"]
+    edit(directory / "caprese_config.json", base=base | {"fingerprint": fingerprint})
+    with pytest.raises(caprese.CapreseError, match=r"is damaged \(base\.fingerprint: no digest of .*attention"):
+        Adapter.open(directory)
+
+
+def test_pefts_own_saving_over_an_adapter_leaves_it_as_it_was(saved):
+    model, path = saved
+    digest = Adapter.open(path).digest
+    caprese.load(tiny_llama(), path).save_pretrained(path)
+    assert Adapter.open(path).digest == digest
+    assert torch.equal(greedy(caprese.load(tiny_llama(), path), prompts(6)[0]), greedy(model, prompts(6)[0]))
+
+
+def test_ranks_by_layer_with_and_without_a_digest(tmp_path):
+    model = attach_adapter(caprese.apply(tiny_llama(), caprese.Griffin()), [2, 5, 3], bias=True)
+    caprese.save(model, tmp_path)
+    assert Adapter.open(tmp_path).ranks == {0: 2, 1: 5, 2: 3}
+    edit(tmp_path / "caprese_config.json", digest=None, config_sha256=None)
+    assert caprese.info(tmp_path)["rank"] == "2 to 5"
+    pattern = json.loads((tmp_path / "adapter_config.json").read_text())["alpha_pattern"]
+    edit(tmp_path / "adapter_config.json", alpha_pattern=dict.fromkeys(pattern, 2))
+    with pytest.raises(caprese.CapreseError, match=r"adapter_config\.json of .* was altered.*alpha_pattern"):
+        Adapter.open(tmp_path)
+
+
+def test_a_configuration_of_ones_own_is_kept(tmp_path):
+    """What PEFT offers beside plain LoRA: it was saved so, and loads so."""
+    model = caprese.apply(tiny_llama(), caprese.Griffin())
+    config = LoraConfig(target_modules=["recovery"], r=4, lora_alpha=9, use_rslora=True, layers_to_transform=[1])
+    model = get_peft_model(model, config).eval()
+    for parameter in branch_parameters(model):
+        parameter.data.normal_(0, 0.3)
+    caprese.save(model, tmp_path)
+    loaded, ids = caprese.load(tiny_llama(), tmp_path), prompts(9)[0]
+    with torch.no_grad(), caprese.phases(model, [2]), caprese.phases(loaded, [2]):
+        assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert Adapter.open(tmp_path).ranks == {1: 4}
 
 
 def test_files_are_pefts_and_the_sidecar(saved):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -38,6 +39,7 @@ from typer.testing import CliRunner
 import caprese
 from caprese import progress
 from caprese.adapters import attach_adapter
+from caprese.adapters.sidecar import Sidecar
 from caprese.cli import app
 from caprese.data_gen import read_shard, write_shard
 from caprese.data_gen.shards import shard_settings
@@ -354,29 +356,50 @@ def damaged_adapter(name: str, change: Callable[[Path], object], *fragments: str
     simple(f"adapter_{name}", make, *fragments)
 
 
+def edit_signed(adapter: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """As somebody would who also brings the sidecar's digest along."""
+    edit_json(adapter / SIDECAR, change)
+    with contextlib.suppress(ValueError):
+        digest = Sidecar.model_validate_json((adapter / SIDECAR).read_text()).make_digest()
+        edit_json(adapter / SIDECAR, lambda c: c.update(digest=digest))
+
+
 simple("adapter_missing", lambda d: d.generate("--adapter", d.tmp / "gone"), "no adapter at", "owner/name")
 simple("adapter_empty", lambda d: d.generate("--adapter", d.base), f"holds no {SIDECAR}", "run caprese recover")
 damaged_adapter("no_sidecar", lambda o: (o / SIDECAR).unlink(), f"holds no {SIDECAR}", "run caprese recover")
 damaged_adapter("no_weights", lambda o: (o / WEIGHTS).unlink(), f"holds no {WEIGHTS}", "run caprese recover")
 damaged_adapter("truncated", lambda o: truncate(o / WEIGHTS), "truncated or damaged", "make it again")
-damaged_adapter("altered", lambda o: flip(o / WEIGHTS), "was altered after it was saved", "fetch it again")
+damaged_adapter("altered", lambda o: flip(o / WEIGHTS), "was altered after it was saved", "fetch or make")
 damaged_adapter("nan", lambda o: edit_weights(o / WEIGHTS, poison), "NaN or infinity", "make it again")
 damaged_adapter("sidecar_truncated", lambda o: truncate(o / SIDECAR), f"{SIDECAR} of", "is damaged", "again")
 damaged_adapter("sidecar_binary", lambda o: (o / SIDECAR).write_bytes(b"\xff"), "is damaged", "again")
 damaged_adapter(
     "unknown_method",
-    lambda o: edit_json(o / SIDECAR, lambda c: c["methods"][0].update(name="magic")),
+    lambda o: edit_signed(o, lambda c: c["methods"][0].update(name="magic")),
     "needs the method 'magic'",
     "upgrade caprese",
 )
 damaged_adapter(
     "bad_method",
-    lambda o: edit_json(o / SIDECAR, lambda c: c["methods"][0].update(sparsity=7)),
+    lambda o: edit_signed(o, lambda c: c["methods"][0].update(sparsity=7)),
     SIDECAR,
     "is damaged",
     "again",
 )
+damaged_adapter(
+    "other_method",
+    lambda o: edit_json(o / SIDECAR, lambda c: c["methods"][0].update(sparsity=0.4)),
+    f"{SIDECAR} of",
+    "was altered after it was saved",
+)
+damaged_adapter(
+    "no_fingerprint",
+    lambda o: edit_signed(o, lambda c: c["base"].update(fingerprint={})),
+    f"{SIDECAR} of",
+    "base.fingerprint: no digest of ffn, attention, rest",
+)
 damaged_adapter("config_truncated", lambda o: truncate(o / CONFIG), CONFIG, "damaged", "again")
+damaged_adapter("config_empty", lambda o: (o / CONFIG).write_text("{}"), CONFIG, "again")
 damaged_adapter("config_rank", lambda o: edit_json(o / CONFIG, lambda c: c.update(r=2)), CONFIG, "again")
 
 
@@ -400,7 +423,7 @@ def calibrated_adapter(name: str, change: Callable[[Path], object], *fragments: 
 
 calibrated_adapter("missing", lambda o: (o / CALIBRATION).unlink(), f"holds no {CALIBRATION}")
 calibrated_adapter("truncated", lambda o: truncate(o / CALIBRATION), CALIBRATION, "truncated or damaged", "again")
-calibrated_adapter("altered", lambda o: flip(o / CALIBRATION), CALIBRATION, "was altered", "fetch it again")
+calibrated_adapter("altered", lambda o: flip(o / CALIBRATION), CALIBRATION, "was altered", "fetch or make")
 
 
 @case("was made for", "other weights", "ffn", "load that base")

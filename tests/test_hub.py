@@ -24,6 +24,7 @@ from test_phases import prompts
 from typer.testing import CliRunner
 
 import caprese
+from caprese.adapters import Adapter
 from caprese.adapters import hub as client
 from caprese.cli import app
 
@@ -168,6 +169,33 @@ def test_revisions(finished, repo, tmp_path):
     assert caprese.info(repo, revision=first)["commit"] == first and caprese.info(repo)["commit"] == second
     with pytest.raises(caprese.CapreseError, match=r"has no revision 'v9'"):
         caprese.load(str(base), repo, revision="v9")
+
+
+@local
+@pytest.mark.parametrize("asked", [1, 2, 5])
+def test_a_push_between_two_requests_mixes_no_commits(hub, tmp_path, monkeypatch, asked):
+    """Sidecar, weights, recipe and report are of one commit, and nothing is asked for after."""
+    for seed in (1, 2):
+        method = caprese.Griffin(sparsity=0.3 * seed)
+        caprese.save(recovered(caprese.apply(tiny_llama(), method), rank=seed, seed=seed), tmp_path / str(seed))
+    repo = f"alice/moving-{asked}"
+    old = caprese.push(tmp_path / "1", repo)["commit"]
+    new = {path.name: path.read_bytes() for path in (tmp_path / "2").iterdir()}
+    seen: list[str] = []
+
+    def fault(method: str, path: str) -> None:
+        seen.append(path)
+        if len(seen) == asked:
+            hub.repos[repo].commit("moved on", {**hub.repos[repo].commits[-1].files, **new})
+
+    monkeypatch.setattr(hub, "fault", fault)
+    adapter = Adapter.open(repo)
+    assert len(seen) > 5 and sum("/revision/" in path for path in seen) == 1
+    count, first = len(seen), adapter.commit == old
+    assert first == (asked > 1) and set(adapter.ranks.values()) == {1 if first else 2}
+    model = caprese.load(tiny_llama(), adapter)
+    assert answer(model) == answer(caprese.load(tiny_llama(), tmp_path / ("1" if first else "2")))
+    assert adapter.report() is None and adapter.recipe is None and len(seen) == count
 
 
 def test_pushing_the_same_twice_makes_no_second_commit(finished, repo):

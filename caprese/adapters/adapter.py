@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from caprese.adapters.fingerprint import fingerprint
 from caprese.adapters.hub import download, is_hub_id
+from caprese.adapters.lora import deciding, digest_of, lora_config
 from caprese.adapters.sidecar import CALIBRATION, CONFIG, FILES, MIXERS, SIDECAR, WEIGHTS, Sidecar, public_id
-from caprese.efficient_methods import Method
+from caprese.efficient_methods import Method, methods_by_layer
 from caprese.errors import CapreseError
 from caprese.files import sha256
 from caprese.models import base_of, load_base, resolve, unwrap
@@ -60,15 +62,25 @@ class Adapter:
         try:
             sidecar = Sidecar.model_validate_json(paths[SIDECAR].read_bytes())
         except ValidationError as error:
-            raise CapreseError(f"{SIDECAR} of {name} is damaged; fetch or make the adapter again") from error
-        _read_config(paths[CONFIG], name)
+            first = error.errors()[0]
+            what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ").replace("Value error, ", "")
+            raise CapreseError(f"{SIDECAR} of {name} is damaged ({what}); fetch or make the adapter again") from error
+        config = _read_config(paths[CONFIG], name)
         try:
-            branches = _branches(paths[WEIGHTS])
+            shapes = _shapes(paths[WEIGHTS])
         except SafetensorError as error:
             raise _truncated(WEIGHTS, name, error) from error
+        branches = {match[1]: shape[0] for key, shape in shapes.items() if (match := _BRANCH.fullmatch(key))}
         if not branches:
             raise CapreseError(f"{WEIGHTS} of {name} holds no branch: not a caprese adapter; run caprese recover")
-        return cls(str(name), directory, commit, sidecar, branches)
+        adapter = cls(str(name), directory, commit, sidecar, branches)
+        if sidecar.digest is None:
+            adapter._check_unsigned(config, shapes)
+        elif sidecar.digest != sidecar.make_digest():
+            raise _altered(SIDECAR, name)
+        elif sidecar.config_sha256 != digest_of(config):
+            raise _altered(CONFIG, name)
+        return adapter
 
     def __str__(self) -> str:
         return self.name
@@ -76,7 +88,7 @@ class Adapter:
     @property
     def digest(self) -> str:
         """Of all that decides a result: what was measured with one adapter is not another's."""
-        return self.sidecar.digest
+        return self.sidecar.make_digest()
 
     @cached_property
     def methods(self) -> tuple[Method, ...]:
@@ -190,8 +202,8 @@ class Adapter:
         """
         made_for, found = self.sidecar.base, fingerprint(model)
         # of a base loaded in 4 or 8 bit, embeddings and norms are what they were
-        groups = ("rest",) if getattr(unwrap(model), "is_quantized", False) else made_for.fingerprint.keys()
-        wrong = [group for group in groups if found.get(group) != made_for.fingerprint.get(group)]
+        packed = getattr(unwrap(model), "is_quantized", False)
+        wrong = [g for g, known in made_for.fingerprint.items() if found[g] != known and (g == "rest" or not packed)]
         half = unwrap(model).dtype == torch.float16
         if wrong:
             base = base_of(model)
@@ -213,10 +225,24 @@ class Adapter:
         if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
             raise CapreseError(f"{file} of {self} holds NaN or infinity; fetch or make it again")
         if sha256(path) != digest:
-            raise CapreseError(
-                f"{file} of {self} was altered after it was saved; fetch it again, or caprese.save it anew"
-            )
+            raise _altered(file, self.name)
         return tensors
+
+    def _check_unsigned(self, config: dict[str, Any], shapes: dict[str, list[int]]) -> None:
+        """What an adapter without a digest (of caprese 0.1.0) says of itself, by its tensors: those have one."""
+        bias = any(name.endswith(".lora_B.bias") for name in shapes)
+        made, found = deciding(lora_config(self.branches, bias)), deciding(config)
+        if wrong := sorted(k for k in made.keys() | found.keys() if made.get(k) != found.get(k)):
+            raise _altered(CONFIG, self.name, ", ".join(f"{key} {config.get(key)}" for key in wrong))
+        try:
+            methods = self.methods
+        except CapreseError:  # unknown or damaged: said where they are asked for
+            return
+        # "all" and "first-half" are of a base, and how many layers it has is not known here
+        layers, last = set(self.ranks), max(self.ranks)
+        if not any(_acted_on(methods, count) == layers for count in range(last + 1, 2 * last + 3)):
+            what = f"layers {', '.join(str(m.layers) for m in methods)}, but branches in {sorted(layers)}"
+            raise _altered(SIDECAR, self.name, what)
 
 
 def _find(name: str | os.PathLike[str], revision: str | None) -> tuple[Path, str | None]:
@@ -247,14 +273,24 @@ def _read_config(path: Path, name: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
-def _branches(path: Path) -> dict[str, int]:
-    """The modules that have one, with their ranks, from the file's header."""
-    found = {}
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """Of the tensors of a file, from its header."""
     with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            if (match := _BRANCH.fullmatch(name)) is not None:
-                found[match[1]] = file.get_slice(name).get_shape()[0]
-    return found
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+
+
+def _acted_on(methods: Sequence[Method], count: int) -> set[int] | None:
+    """The layers of a model of `count` layers; None if the methods are for another number."""
+    try:
+        return set(methods_by_layer(methods, count))
+    except CapreseError:
+        return None
+
+
+def _altered(file: str, name: str | os.PathLike[str], what: str = "") -> CapreseError:
+    return CapreseError(
+        f"{file} of {name} was altered after it was saved{what and f' ({what})'}; fetch or make the adapter again"
+    )
 
 
 def _truncated(file: str, name: str | os.PathLike[str], error: Exception) -> CapreseError:

@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
+from caprese.adapters.lora import lora_config
 from caprese.efficient_methods import applied_ffns, idle_branches, phases_of
 from caprese.errors import CapreseError
 from caprese.models import base_of, unwrap
@@ -39,23 +40,12 @@ def attach_adapter(model: nn.Module, ranks: int | Sequence[int], bias: bool = Fa
     for rank in each:
         if not 1 <= rank <= hidden:
             raise CapreseError(f"rank {rank} does not fit a hidden size of {hidden}: choose 1 to {hidden}")
-    top = max(each)
-    pattern = {f"{name}.recovery": rank for name, rank in zip(ffns, each, strict=True) if rank != top}
     base = base_of(model)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        target_modules=["recovery"],
-        r=top,
-        lora_alpha=top,
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
-        lora_bias=bias,
-        base_model_name_or_path=base.model_id,
-        revision=base.revision,
-    )
     with warnings.catch_warnings():
         for known in (".*lora_bias.*", ".*base_model_name_or_path.*renamed.*"):  # both meant
             warnings.filterwarnings("ignore", message=known)
+        config = lora_config({f"{name}.recovery": rank for name, rank in zip(ffns, each, strict=True)}, bias)
+        config.base_model_name_or_path, config.revision = base.model_id, base.revision
         adapted = get_peft_model(model, config)
     config.base_model_name_or_path = base.model_id
     config.inference_mode = False

@@ -76,6 +76,7 @@ def load(
     else:
         apply(base, methods, calibration=calibration, reselect_every=every)
     try:
+        _check_slots(base, adapter)
         _set_mixers(base, mixers, adapter)
         model = PeftModel.from_pretrained(base, str(adapter.directory))
     except CapreseError:
@@ -91,6 +92,19 @@ def load(
     settle_mixers(model)
     unwrap(model).eval()
     return model
+
+
+def _check_slots(model: nn.Module, adapter: Adapter) -> None:
+    """PEFT leaves out what finds no slot, and starts a slot without tensors at zero."""
+    slots = {f"{name}.recovery" for name in applied_ffns(model)}
+    lost, unfilled = adapter.branches.keys() - slots, slots - adapter.branches.keys()
+    # who trains with PEFT may leave slots empty: then its configuration says so, and is as it was saved
+    if lost or (unfilled and adapter.sidecar.digest is None):
+        where = min(lost or unfilled)
+        raise CapreseError(
+            f"{adapter} has {'a branch for' if lost else 'no branch for'} {where}, and its methods say otherwise; "
+            "fetch or make the adapter again"
+        )
 
 
 def _set_mixers(model: nn.Module, mixers: Mapping[str, torch.Tensor], adapter: Adapter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -16,7 +17,8 @@ from torch import nn
 
 from caprese import __version__
 from caprese.adapters.fingerprint import fingerprint
-from caprese.adapters.sidecar import CALIBRATION, FILES, MIXERS, SIDECAR, WEIGHTS, BaseFacts, Sidecar, public_id
+from caprese.adapters.lora import digest_of
+from caprese.adapters.sidecar import CALIBRATION, CONFIG, FILES, MIXERS, SIDECAR, WEIGHTS, BaseFacts, Sidecar, public_id
 from caprese.efficient_methods import EfficientFFN, applied_ffns, phases_of, replacements
 from caprese.errors import CapreseError
 from caprese.files import check_writable, put_in_place, sha256, unwritable, write_json
@@ -63,11 +65,12 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
                 base=BaseFacts(
                     name=public_id(base.name), id=id_, revision=base.revision, fingerprint=fingerprint(model)
                 ),
+                config_sha256=digest_of(json.loads((scratch / CONFIG).read_bytes())),
                 weights_sha256=sha256(scratch / WEIGHTS),
                 calibration_sha256=sha256(scratch / CALIBRATION) if calibration else None,
                 mixers_sha256=sha256(scratch / MIXERS) if mixers else None,
             )
-            write_json(scratch / SIDECAR, facts.model_dump(mode="json"))
+            write_json(scratch / SIDECAR, facts.model_dump(mode="json") | {"digest": facts.make_digest()})
             # only when all are on disk do they take the place of older ones
             for file in FILES:
                 if (scratch / file).exists():

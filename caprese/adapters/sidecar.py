@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from caprese.efficient_methods import Method, compose, known_methods, make_method
 from caprese.errors import CapreseError
@@ -21,13 +22,23 @@ MIXERS = "caprese_mixers.safetensors"
 FILES = (WEIGHTS, CONFIG, CALIBRATION, MIXERS, SIDECAR)
 
 
+Group = Literal["ffn", "attention", "rest"]
+
+
 class BaseFacts(BaseModel):
     """The base an adapter was made for."""
 
     name: str
     id: str
     revision: str | None
-    fingerprint: dict[str, str]
+    fingerprint: dict[Group, str]
+
+    @field_validator("fingerprint")
+    @classmethod
+    def _whole(cls, value: dict[Group, str]) -> dict[Group, str]:
+        if missing := [group for group in get_args(Group) if not re.fullmatch("[0-9a-f]{32}", value.get(group, ""))]:
+            raise ValueError(f"no digest of {', '.join(missing)}")
+        return value
 
     def __str__(self) -> str:
         return f"{self.id}@{self.revision}" if self.revision else self.id
@@ -42,16 +53,21 @@ class Sidecar(BaseModel):
     methods: list[dict[str, Any]]
     reselect_every: int | None = None
     base: BaseFacts
+    config_sha256: str | None = None
+    """Of what decides a result in PEFT's configuration; adapters of caprese 0.1.0 have neither this nor `digest`."""
     weights_sha256: str
     calibration_sha256: str | None = None
     """Of the file with what methods chose from samples, where one does."""
     mixers_sha256: str | None = None
     """Of the file with what stands in for attentions, where something does."""
 
-    @property
-    def digest(self) -> str:
-        """Of all that an adapter is, with its base: what was measured with one is not another's."""
+    digest: str | None = None
+    """As `make_digest` found it when the adapter was saved."""
+
+    def make_digest(self) -> str:
+        """Of all that decides a result: what was measured with one adapter is not another's."""
         files = [self.weights_sha256, self.calibration_sha256, self.mixers_sha256]
+        files += [] if self.config_sha256 is None else [self.config_sha256]
         facts = [self.base.fingerprint, self.methods, self.reselect_every, *files]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
