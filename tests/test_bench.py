@@ -16,7 +16,7 @@ from caprese.cli import app
 from caprese.efficient_methods import Griffin, Nf4
 from caprese.models import active_parameters, random_model, shape_config
 from caprese.studies import ROWS, bench
-from caprese.studies.bench import weights_read
+from caprese.studies.bench import rows_of, weights_read
 
 EAGER = [r for r in ROWS if not r.endswith("compiled")]
 
@@ -79,7 +79,7 @@ def test_larger_batches_read_more() -> None:
 def test_packed_weights() -> None:
     """No LoRA on them, and their floor counts the model's own width of a weight."""
     how: dict[str, Any] = {"rank": 4, "prompt_tokens": 8, "new_tokens": 3}
-    result = bench(tiny("llama"), [Nf4()], compiled=False, **how)
+    result = bench(tiny("llama"), [Nf4()], rows=rows_of([Nf4()], compiled=False), **how)
     assert [row["name"] for row in result["rows"]] == ["dense", "efficient", "recovered", "fused"]
     with pytest.raises(caprese.CapreseError, match="nf4 has no row efficient_lora"):
         bench(tiny("llama"), [Nf4()], rows=["dense", "efficient_lora"], **how)
@@ -100,7 +100,7 @@ def test_lora_reads_chosen_rows() -> None:
 def test_a_step_that_does_not_compile_whole() -> None:
     torch._dynamo.reset()
     rows = ["dense", "dense_compiled"]
-    with pytest.raises(caprese.CapreseError, match="OPTForCausalLM does not compile whole .*--no-compile"):
+    with pytest.raises(caprese.CapreseError, match="OPTForCausalLM does not compile whole .*out of `rows`"):
         bench(tiny("opt"), [Griffin(sparsity=0.5)], rank=4, prompt_tokens=8, new_tokens=3, rows=rows)
 
 

@@ -40,6 +40,7 @@ from caprese.models.attention import read_attention
 from caprese.plan import config_of, plan
 from caprese.recovery.run import Run
 from caprese.studies import bench
+from caprese.studies.bench import rows_of
 
 
 def drawn(length: int, heads: int = 3, size: int = 4, width: int = 5, seed: int = 0):
@@ -481,12 +482,12 @@ def test_what_a_bench_of_hybrids_shows():
     base = tiny_llama().to(torch.bfloat16)
     for keep in (0.5, 0):
         methods = [caprese.Mamba(keep_attention=keep), caprese.Griffin(sparsity=0.5)]
-        rows = {row["name"]: row for row in bench(base, methods, compiled=False, **config)["rows"]}
+        rows = {row["name"]: row for row in bench(base, methods, rows=rows_of(methods, False), **config)["rows"]}
         assert rows.keys() == {"dense", "efficient", "efficient_lora", "recovered", "fused"}
         model = caprese.apply(tiny_llama(), methods)
         read = {f"active_{row}": rows[row]["bytes_per_token"] / 2 for row in ("dense", "efficient")}
         assert read == {name: parameter_counts(model)[name] for name in read}
-    alone = bench(base, [caprese.Mamba()], compiled=False, **config)["rows"]
+    alone = bench(base, [caprese.Mamba()], rows=rows_of([caprese.Mamba()], False), **config)["rows"]
     assert [row["name"] for row in alone] == ["dense", "efficient", "recovered", "fused"]
     assert alone[3]["bytes_per_token"] - alone[1]["bytes_per_token"] == 2 * 32 * 2  # one layer, rank 1
     with pytest.raises(caprese.CapreseError, match="has no row fused_compiled"):

@@ -49,9 +49,10 @@ def bench(
     from caprese.models import load_base, load_config, random_model, shape_config
     from caprese.models.loading import pick_device, pick_dtype
     from caprese.recipes import resolve_recipe
+    from caprese.report.bench import describe_bench, plot_bench
     from caprese.report.tables import figures_table
     from caprese.studies.bench import bench as measure
-    from caprese.studies.bench import bench_plan, describe_bench, plot_bench
+    from caprese.studies.bench import bench_plan, rows_of
 
     name = model or random_weights
     if name is None or (model and random_weights):
@@ -83,8 +84,7 @@ def bench(
         rank=rank,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
-        rows=rows.split(",") if rows else None,
-        compiled=compiled,
+        rows=rows.split(",") if rows else rows_of(methods, compiled),
         form=form,
     )
     result = {"command": shlex.join(["caprese", *sys.argv[1:]]), "shape": name, **result}

@@ -56,7 +56,8 @@ def eval(
     opened = adapters.Adapter.open(adapter)
     base, tokenizer = opened.load_base(model, dtype=dtype, device=device)
     if tasks is not None:
-        from caprese.studies.tasks import describe_tasks, run_tasks
+        from caprese.report.tasks import describe_tasks
+        from caprese.studies.tasks import run_tasks
 
         fused = load(base, opened, fused=True, reselect_every=parse_reselect(reselect_every))
         scores = run_tasks(

@@ -59,8 +59,9 @@ def scale(
     from caprese.inference import load
     from caprese.recipes.recipe import explain
     from caprese.recovery.run import beside
+    from caprese.report.scaling import describe_scaling, plot_scaling
     from caprese.report.tables import figures_table
-    from caprese.studies.scaling import Scaling, describe_scaling, plot_scaling
+    from caprese.studies.scaling import Scaling
     from caprese.studies.scaling import contenders as choose
 
     opened = adapters.Adapter.open(adapter)

@@ -1,5 +1,5 @@
 """Studies on finished adapters: time to next token, many samples at equal time, lm-eval's tasks."""
 
-from caprese.studies.bench import ROWS, Bench, bench, plot_bench
+from caprese.studies.bench import ROWS, Bench, bench
 
-__all__ = ["ROWS", "Bench", "bench", "plot_bench"]
+__all__ = ["ROWS", "Bench", "bench"]

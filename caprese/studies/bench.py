@@ -6,12 +6,10 @@ import copy
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, CompileConfig, PretrainedConfig, PreTrainedModel, StaticCache
 
@@ -110,6 +108,16 @@ class Contender:
         return 1000 * (next(self.loop).moment - begin)
 
 
+def rows_of(methods: Sequence[Method], compiled: bool = True) -> list[str]:
+    """The rows there are for these methods: packed weights have no rows for LoRA to gather, and where no FFN is touched
+    none are; a mixer's state is not of a static cache."""
+    acts = [m.acts_on for m in methods]
+    lora = not any("weights" in each for each in acts) and not idle_branches(methods)
+    missing = [] if lora else ["efficient_lora"]
+    missing += ["fused_compiled"] if any("mixer" in each for each in acts) else []
+    return [r for r in ROWS if (compiled or "compiled" not in r) and r not in missing]
+
+
 def _twin(model: nn.Module) -> Any:
     """The same model once more, without another copy of its weights."""
     shared = [*model.parameters(), *model.buffers()]
@@ -128,33 +136,26 @@ class Bench:
         prompt_tokens: int = 128,
         new_tokens: int = 64,
         rows: Sequence[str] | None = None,
-        compiled: bool = True,
         form: Form = "auto",
         seed: int = 0,
     ) -> None:
         """
         Args:
-            rows: of ROWS; None is all there are (LoRA needs rows of weights, which packed ones do not have).
-            compiled: whether None means the compiled ones too.
+            rows: of ROWS; None is all there are for these methods, see `rows_of`.
 
         Raises:
             CapreseError: a row that is not in ROWS, no tokens, or what apply and attach_adapter refuse.
         """
-        acts = [m.acts_on for m in methods]
-        # packed weights have no rows to gather, and without FFN methods none are; a state is not of a static cache
-        lora = not any("weights" in each for each in acts) and not idle_branches(methods)
-        missing = [] if lora else ["efficient_lora"]
-        missing += ["fused_compiled"] if any("mixer" in each for each in acts) else []
-        if rows is None:
-            rows = [r for r in ROWS if (compiled or "compiled" not in r) and r not in missing]
-        if refused := [r for r in rows if r in missing]:
-            raise CapreseError(f"{describe_methods(methods)} has no row {', '.join(refused)}; leave it out of --rows")
+        able = rows_of(methods)
+        rows = able if rows is None else rows
+        if refused := [r for r in rows if r in ROWS and r not in able]:
+            raise CapreseError(f"{describe_methods(methods)} has no row {', '.join(refused)}; leave it out of `rows`")
         if unknown := [r for r in rows if r not in ROWS]:
             raise CapreseError(f"no row {', '.join(unknown)}; rows are {', '.join(ROWS)}")
         if "dense" not in rows:
-            raise CapreseError("every ratio is to the row dense; leave it in --rows")
+            raise CapreseError("every ratio is to the row dense; leave it in `rows`")
         if prompt_tokens < 1 or new_tokens < 1:
-            raise CapreseError("--prompt-tokens and --new-tokens start at 1")
+            raise CapreseError("`prompt_tokens` and `new_tokens` start at 1")
         check_form(form)
         room = getattr(model.config, "max_position_embeddings", None)
         if room is not None and prompt_tokens + new_tokens + 4 * TURN > room:
@@ -262,7 +263,7 @@ class Bench:
             first = str(error).strip().partition("\n")[0]
             raise CapreseError(
                 f"transformers' {type(contender.model).__name__} does not compile whole ({first}); leave its compiled "
-                "rows out with --no-compile"
+                "rows out of `rows`"
             ) from error
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -340,7 +341,7 @@ def _held(contender: Contender) -> int:
 def weights_read(model: nn.Module, methods: Sequence[Method], rank: int, row: str, batch: int = 1) -> int:
     """Weights that one decode step of a row reads: its byte floor, over the size of a weight; see `cost`."""
     if batch < 1 or rank < 1:
-        raise CapreseError("--batch takes numbers from 1, such as 1,2,4,8,16, and --rank one from 1")
+        raise CapreseError("`batch` takes numbers from 1, such as 1,2,4,8,16, and `rank` one from 1")
     reads = cost(model, methods, rank, batch=batch)
     if row == "efficient_lora":
         return reads.efficient + reads.lora
@@ -365,43 +366,13 @@ def bench_plan(
     }
 
 
-def describe_bench(result: dict[str, Any]) -> list[Any]:
-    """The result as tables, one for each batch size."""
-    parts: list[Any] = []
-    for each in result.get("batches") or [result]:
-        title = f"{result.get('shape', '')}  {result['method']}, rank {result['rank']}, {result['dtype']} on "
-        title += f"{result['device']}, batch {each['batch']}: byte floor {each['floor_ratio']:.3f} of dense"
-        table = Table(title=title, title_justify="left")
-        table.add_column("", no_wrap=True, min_width=14)
-        for column in ("ms", "±", "tok/s", "same engine", "dense eager", "MB/tok", "eff.", "GB"):
-            table.add_column(column, justify="right")
-        for row in each["rows"]:
-            table.add_row(
-                row["name"],
-                f"{row['ttnt_ms']:.2f}",
-                f"{row['spread_ms'] / 2:.2f}",
-                f"{row['tokens_per_second']:.1f}",
-                f"{row['ratio_same_engine']:.3f}",
-                f"{row['ratio_dense_eager']:.3f}",
-                f"{row['bytes_per_token'] / 1e6:.0f}",
-                f"{row['efficiency']:.2f}",
-                f"{row['peak_bytes'] / 1e9:.2f}",
-            )
-        parts.append(table)
-    parts.append(
-        "ms: time to next token. same engine, dense eager: of dense's. MB/tok: weights read. eff.: the byte floor's "
-        "ratio over the measured one; above 1 where rows lie better than dense's. GB: held"
-    )
-    return parts
-
-
-def bench(model: PreTrainedModel, methods: Sequence[Method], batches: Sequence[int] = (1,), **how: Any) -> dict:
+def bench(model: PreTrainedModel, methods: Sequence[Method], batch: Sequence[int] = (1,), **how: Any) -> dict:
     """Time to next token of dense, efficient and recovered, eager and compiled, taking turns token by token.
 
     Args:
         model: a bare transformers model; every row is a twin of it that shares its weights.
         methods: what makes it cheaper.
-        batches: sequences decoded together, one measurement for each.
+        batch: sequences decoded together, one measurement for each.
         how: see `Bench`.
 
     Returns: the facts of the run, and floor_ratio and rows of the first batch size; if there are several, all of them
@@ -411,48 +382,9 @@ def bench(model: PreTrainedModel, methods: Sequence[Method], batches: Sequence[i
     Raises:
         CapreseError: see `Bench`; a batch below 1.
     """
-    if not batches or min(batches) < 1:
-        raise CapreseError("--batch takes numbers from 1, such as 1,2,4,8,16")
+    if not batch or min(batch) < 1:
+        raise CapreseError("`batch` takes numbers from 1, such as 1,2,4,8,16")
     runner = Bench(model, methods, **how)
-    results = [runner.run(batch) for batch in batches]
+    results = [runner.run(size) for size in batch]
     facts = runner.facts() | results[0]
     return facts | ({"batches": results} if len(results) > 1 else {})
-
-
-def plot_bench(result: dict[str, Any], path: Path) -> None:
-    """TTNT of each row with its byte floor as a mark; over batch sizes, where there are several, the ratio to dense."""
-    import matplotlib  # takes a second
-    from matplotlib.figure import Figure
-
-    from caprese.report.plots import LIGHT
-
-    with matplotlib.rc_context(LIGHT.style):
-        figure = Figure(figsize=(6.4, 3.2), layout="constrained")
-        axes = figure.add_subplot()
-        batches = result.get("batches")
-        if batches:
-            sizes = [b["batch"] for b in batches]
-            for i, row in enumerate(batches[0]["rows"]):
-                ratios = [b["rows"][i]["ratio_same_engine"] for b in batches]
-                if not row["name"].startswith("dense"):
-                    axes.plot(sizes, ratios, marker="o", markersize=3, label=row["name"])
-            axes.plot(sizes, [b["floor_ratio"] for b in batches], "k--", linewidth=1, label="byte floor")
-            axes.axhline(1, color=LIGHT.muted, linewidth=1)
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(sizes, [str(size) for size in sizes])
-            axes.set(xlabel="batch", ylabel="TTNT / dense in the same engine")
-            axes.legend(fontsize=7)
-        else:
-            rows = result["rows"]
-            names = [row["name"] for row in rows]
-            times = [row["ttnt_ms"] for row in rows]
-            colors = [LIGHT.dense if n.startswith("dense") else LIGHT.recovered for n in names]
-            axes.barh(names, times, color=colors, height=0.6)
-            for i, row in enumerate(rows):
-                floor = row["efficiency"] * row["ttnt_ms"]
-                axes.plot([floor, floor], [i - 0.4, i + 0.4], color=LIGHT.efficient)
-                axes.text(row["ttnt_ms"], i, f" {row['ttnt_ms']:.3g} ms", va="center", fontsize=7)
-            axes.invert_yaxis()
-            axes.set_xlabel("TTNT, ms; red: dense in the same engine times the byte floor ratio")
-        axes.set_title(f"{result.get('shape', '')}  {result['method']}, rank {result['rank']}", fontsize=9)
-        figure.savefig(path, dpi=200)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import yaml
-from rich.table import Table
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -214,20 +213,6 @@ def run_tasks(
         }
         write_json(path, {"identity": key, "results": done, **_table(done)})
     return {"identity": key, **_table(done)}
-
-
-def describe_tasks(result: dict[str, Any]) -> Table:
-    """The scores as a table for the terminal, with standard errors."""
-    table = Table("task", "metric", *VARIANTS, title="lm-eval", title_justify="left")
-    for task, metrics in result["tasks"].items():
-        for metric, values in metrics.items():
-            errors = result["stderr"].get(task, {}).get(metric, {})
-            cells = [
-                "-" if (v := values.get(n)) is None else f"{v:.4f}" + (f" ± {e:.4f}" if (e := errors.get(n)) else "")
-                for n in VARIANTS
-            ]
-            table.add_row(task, metric, *cells)
-    return table
 
 
 def _table(done: dict[str, Any]) -> dict[str, Any]:
