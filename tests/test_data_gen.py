@@ -120,7 +120,7 @@ def test_rows_as_others_write_them(tmp_path, content, expected):
         ('{"prompt": "a"}'.encode("utf-16"), "line 1: not UTF-8 text but UTF-16"),
         ('{"prompt": "a"}'.encode("utf-16-be"), "line 1: not UTF-8 text but UTF-16"),
         ('{"prompt": "caf\xe9"}'.encode("latin-1"), "line 1: not UTF-8 text; save"),
-        (gzip.compress(b'{"prompt": "a"}'), "is compressed; unpack it first"),
+        (gzip.compress(b'{"prompt": "a"}', mtime=0), "is compressed; unpack it first"),
         ('[\n{"prompt": "a"}\n]', "line 1: not JSON .* no list over several lines"),
         ('[{"prompt": "a"}]', "line 1: not an object but list"),
         ('{"prompt": "a", "prompt": "b"}', "line 1: not JSON .'prompt' is there twice"),
@@ -136,6 +136,7 @@ def test_rows_as_others_write_them(tmp_path, content, expected):
         ('{"prompt": []}', "no text in column 'prompt' but list"),
         ('{"prompt": "\\n\\t"}', "row 1: the prompt is empty"),
     ],
+    ids=lambda value: str(value)[:40],
 )
 def test_rows_that_are_none(tmp_path, content, message):
     with pytest.raises(CapreseError, match=message) as caught:
