@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from caprese.distill.sensitivity import ALIGNED, LEVELS
 from caprese.distill.sequential import check_sequential
-from caprese.efficient_methods import Mamba, cost, describe_methods, idle_branches, methods_by_layer
+from caprese.efficient_methods import cost, describe_methods, idle_branches, methods_by_layer
 from caprese.errors import CapreseError
 from caprese.files import free_bytes
 from caprese.models import SHAPES, find_ffns, load_config, shape_config
@@ -80,7 +80,7 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
         reads = replace(reads, adapter=int(recipe.budget * reads.base))
     if recipe.target_active is not None:
         reads = replace(reads, spared=reads.dense - int(recipe.target_active * reads.dense))
-    base, dense, mixers, adapter = reads.base, reads.dense, reads.stand_ins, reads.adapter
+    base, dense, stand_ins, adapter = reads.base, reads.dense, reads.stand_ins, reads.adapter
     s = recipe.samples
     rows = s.train + s.validation + s.test
     completion, prompt = rows * s.max_new_tokens, rows * _PROMPT_TOKENS
@@ -92,31 +92,33 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     # sequences: one pass for each method that learns, and for auto one for each layer and level, on validation samples
     calibration = min(recipe.calibration_samples, s.train) * sum("samples" in m.learns for m in methods)
     calibration += len(LEVELS) * layers * s.validation if recipe.sparsity == "auto" else 0
-    if any(isinstance(m, Mamba) and m.selected == "sensitivity" for m in methods):  # trained a little, then measured
+    if any(method.undecided for method in methods):  # trained a little, then measured
         calibration += 3 * ALIGNED * recipe.alignment.batch_size + len(sites) * s.validation
     epochs = recipe.end_to_end.epochs * recipe.end_to_end.rounds
-    # each mixer alone, beside the dense pass; then forward and backward of everything
-    alone, whole = (train * n if mixers else 0 for n in (recipe.alignment.epochs, recipe.alignment.hidden_epochs))
+    # each stand-in alone, beside the dense pass; then forward and backward of everything
+    objectives = [each for method in methods for each in method.objectives(recipe.alignment)]
+    alone, whole = (train * sum(o.epochs for o in objectives if o.alone is how) for how in (True, False))
+    dense_prompts = all(method.dense_prompts for method in methods)
     flops = {
         "samples": forward * (prompt + 2.5 * completion),  # decoding in batches runs below a plain pass's rate
-        "alignment": alone * (forward + 6 * mixers) + whole * 4 * forward,
+        "alignment": alone * (forward + 6 * stand_ins) + whole * 4 * forward,
         "calibration": forward * calibration * (s.max_new_tokens + _PROMPT_TOKENS),
         "layerwise": 0.0 if idle else forward * train * passes * 1.3,
-        "end_to_end": forward * train * (1 + 3.5 * epochs)  # with mixers, prompts run with the completions
-        if mixers
+        "end_to_end": forward * train * (1 + 3.5 * epochs)  # prompts run with the completions
+        if not dense_prompts
         else forward * s.train * (2 * s.max_new_tokens + _PROMPT_TOKENS + 3.5 * s.max_new_tokens * epochs),
         "evaluation": forward * s.test * (s.max_new_tokens * (3 + 5 * recipe.evaluation.generate) + 3 * _PROMPT_TOKENS),
     }
     tokens = {
         "samples": completion,
         "alignment": alone + whole,
-        "end_to_end": (train if mixers else s.train * s.max_new_tokens) * epochs,
+        "end_to_end": (s.train * s.max_new_tokens if dense_prompts else train) * epochs,
     }
     seconds = {name: value / rate for name, value in flops.items()}
     size = torch.finfo(dtype).bits // 8
     fits = recipe.layerwise.how == "closed" or rank == "auto"
     # training states of 16 bytes a parameter, and one more while it is written
-    states = 2 + sum(n > 0 for n in (alone, whole)) + recipe.end_to_end.rounds - 1
+    states = 2 + len(objectives) + recipe.end_to_end.rounds - 1
     moments = 2 * layers * 2 * hidden * hidden * 8 if fits and not idle else 0
     return {
         "model": recipe.model,
@@ -125,7 +127,7 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
         "base_parameters": base,
         "adapter_parameters": adapter,
         "adapter_fraction": round(adapter / base, 5),
-        "mixer_parameters": mixers,
+        "stand_in_parameters": stand_ins,
         "active_parameters_dense": dense,
         "active_parameters_recovered": reads.recovered,
         "byte_floor_ratio": round(reads.recovered / dense, 4),
@@ -133,7 +135,7 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
         "tokens_at_most": tokens,
         "model_bytes": base * size,
         "layerwise_bytes": moments + (2 * train * hidden * size if recipe.layerwise.how == "sequential" else 0),
-        "disk_bytes": 4 * (completion + prompt) + moments + 16 * (adapter + mixers) * states,
+        "disk_bytes": 4 * (completion + prompt) + moments + 16 * (adapter + stand_ins) * states,
         "disk_free_bytes": free_bytes(_output(recipe)),
         "device": device,
         "estimated_seconds": {name: round(value, 1) for name, value in seconds.items()},

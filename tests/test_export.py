@@ -204,12 +204,12 @@ def test_what_was_there_stays_if_the_last_step_fails(here, tmp_path, monkeypatch
 
 def test_the_difference_is_measured_on_what_was_written(here, tmp_path, monkeypatch):
     model = recovered(pruned(tiny_llama()), scale=0.5)
-    real = checkpoint._widen
+    real = checkpoint.widen
 
     def wrong(ffn, w, branch, dtype):
         return real(ffn, w, (branch[0], 0 * branch[1], branch[2]), dtype)
 
-    monkeypatch.setattr(checkpoint, "_widen", wrong)
+    monkeypatch.setattr(checkpoint, "widen", wrong)
     assert caprese.export(model, None, tmp_path / "out")["largest_logit_difference"] > 0.1
 
 

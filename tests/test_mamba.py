@@ -24,12 +24,13 @@ import caprese
 from caprese.adapters import Adapter, attach_adapter, branch_parameters, fingerprint, get_branches
 from caprese.cli import app
 from caprese.data_gen import Sample
-from caprese.distill import Alignment, EndToEnd, HeldOut, alignment, hidden_alignment, make_batches, match_scale
+from caprese.distill import Alignment, EndToEnd, HeldOut, make_batches
 from caprese.distill.batches import completion_hidden, lm_logits, prefill
 from caprese.distill.fit import fit_end_to_end, joined
-from caprese.distill.mixer import teacher_mixing
-from caprese.distill.sensitivity import select_attention
-from caprese.efficient_methods import Mixer, MixerState, Replacement, only, replacements
+from caprese.distill.sensitivity import select_layers
+from caprese.efficient_methods import only
+from caprese.efficient_methods.mamba import Mixer, MixerState, Replacement, replacements
+from caprese.efficient_methods.mamba.alignment import alignment, hidden_alignment, match_scale, teacher_mixing
 from caprese.evaluation.fidelity import fidelity
 from caprese.evaluation.latency import parameter_counts
 from caprese.exports import plan_export
@@ -344,7 +345,7 @@ def test_reselection_is_refused():
 def test_alignment_goes_from_layer_to_attention_only():
     """The error of a mixer that gives what attention gave is 0, and no layer's error depends on another's mixer."""
     model = caprese.apply(tiny_llama(), caprese.Mamba(keep_attention=0))
-    (batch,) = texts(3)
+    batch = texts(3)[0].whole()
     before = alignment(model, batch)
     first, *others = replacements(model)
     with torch.no_grad():
@@ -374,11 +375,11 @@ def test_a_mixing_matrix_is_the_mixer():
 
 def test_mixing_matrices_are_measured_beside_what_is_given():
     model = caprese.apply(tiny_llama(), caprese.Mamba(keep_attention=0))
-    (batch,) = texts(3)
+    batch = texts(3)[0].whole()
     assert torch.allclose(alignment(model, batch, matrices=0.0), alignment(model, batch))
     with_matrices = alignment(model, batch, matrices=1.0)
     assert (with_matrices > alignment(model, batch)).all() and model.config._attn_implementation == "sdpa"
-    seen, mask = teacher_mixing(model, batch, matrices=True)
+    seen, mask = teacher_mixing(model, batch, matrices=True), batch.valid()
     for _, _, probabilities in seen.values():  # of each real token, one, on real tokens before it
         assert torch.allclose(probabilities.sum(-1)[mask[:, None].expand(-1, 4, -1)], torch.ones(()), atol=1e-5)
     for at in replacements(model):
@@ -389,7 +390,7 @@ def test_mixing_matrices_are_measured_beside_what_is_given():
 
 def test_hidden_states_of_a_dense_model_are_right():
     model = caprese.apply(tiny_llama(), caprese.Mamba(keep_attention=[0]))
-    (batch,) = texts(3)
+    batch = texts(3)[0].whole()
     errors = hidden_alignment(model, batch)
     assert errors[0] == 0 and (errors[1:] > 0.01).all()  # layer 0 is attention still; what follows is not
     sparse = caprese.apply(tiny_llama(), [caprese.Mamba(keep_attention=[0]), caprese.Griffin(sparsity=0.5)])
@@ -406,10 +407,10 @@ def test_mixers_start_as_large_as_their_attention(start, kind):
         if name.endswith("attn.c_proj.bias"):
             parameter.normal_()
     model = caprese.apply(base, caprese.Mamba(keep_attention=0, start=start))
-    (batch,) = texts(3)
+    batch = texts(3)[0].whole()
     before = [at.mixer.norm.weight.clone() for at in replacements(model)]
     match_scale(model, batch)
-    seen, mask = teacher_mixing(model, batch)
+    seen, mask = teacher_mixing(model, batch), batch.valid()
     for at, old in zip(replacements(model), before, strict=True):
         x, out, _ = seen[at.layer]
         bias = at.mixer.out_proj.bias  # which no norm scales
@@ -422,7 +423,7 @@ def test_an_attention_that_gives_nothing_can_be_replaced(start):
     base = tiny_llama()
     base.model.layers[0].self_attn.o_proj.weight.data.zero_()  # as in models made deeper by copied layers
     model = caprese.apply(base, caprese.Mamba(keep_attention=0, start=start))
-    (batch,) = texts(3)
+    batch = texts(3)[0].whole()
     with torch.no_grad():
         match_scale(model, batch)
     for at in replacements(model):
@@ -523,7 +524,7 @@ def test_no_fraction_above_0_is_pure_mamba():
 
 
 def test_time_by_context_is_measured():
-    path = Path(__file__).parents[1] / "benchmarks" / "context.py"
+    path = Path(__file__).parents[1] / "benchmarks" / "measures" / "context.py"
     spec = importlib.util.spec_from_file_location("context", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -540,7 +541,7 @@ def test_layers_join_in_rounds():
         assert before < after and len(after) == round(30 * part)
         before = after
     model = caprese.apply(tiny_llama(), caprese.Mamba(keep_attention=0))
-    (batch,) = texts(3)
+    batch = texts(3)[0].whole()
     with only(model, {1}):
         errors = hidden_alignment(model, batch)
     assert errors[0] == 0 and errors[1] > 0
@@ -616,7 +617,7 @@ def test_attention_stays_where_a_mixer_costs_most():
     method = caprese.Mamba(keep_attention=0.34, selected="sensitivity")
     rows = texts(12)
     config = Alignment(batch_size=3, micro_batch=3)
-    chosen, cost = select_attention(model, method, rows, rows, config, 1.0)
+    chosen, cost = select_layers(model, method, rows, rows, config, 1.0)
     assert max(cost, key=cost.get) == 1 and chosen == caprese.Mamba(keep_attention=[1])
     assert not any(isinstance(m, Replacement) for m in model.modules())
     with pytest.raises(caprese.CapreseError, match="measured by caprese recover"):
@@ -629,7 +630,7 @@ def test_attention_stays_where_a_mixer_costs_most():
 def test_the_report_and_the_plan_say_what_is_trained(distilled):
     _, recipe, report = distilled
     planned = plan(tiny_llama().config, recipe)
-    assert planned["mixer_parameters"] == report["parameters"]["mixers"]
+    assert planned["stand_in_parameters"] == report["parameters"]["mixers"]
     many = recipe.model_copy(update={"samples": recipe.samples.model_copy(update={"train": 10**6})})
     assert plan(tiny_llama().config, many)["estimated_seconds"]["alignment"] > 0
     active = report["parameters"]["active_recovered"]
@@ -699,7 +700,7 @@ def test_mixers_are_not_mixed_up_or_saved_broken(tmp_path):
     base = caprese.load(tiny_llama(), tmp_path / "one").get_base_model()
     ids = prompts(7)[0]
     before = base(ids).logits
-    with pytest.raises(caprese.CapreseError, match="mixers of another adapter"):
+    with pytest.raises(caprese.CapreseError, match="what another adapter trained"):
         caprese.load(base, tmp_path / "two")
     assert torch.equal(base(ids).logits, before)
     branch_parameters(one)[0].data.fill_(torch.nan)
@@ -769,7 +770,7 @@ def test_recipes_for_llama_are_planned_without_the_hub(name, monkeypatch):
     planned = plan(config, recipe)
     rows = (3 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     each = config.hidden_size * (rows + config.num_attention_heads)  # z, x, B, C, out and dt; and vectors
-    assert planned["mixer_parameters"] == pytest.approx(count / 2 * each, rel=0.01)
+    assert planned["stand_in_parameters"] == pytest.approx(count / 2 * each, rel=0.01)
     tokens = planned["tokens_at_most"]
     assert tokens["alignment"] == tokens["end_to_end"] == 100_000 * (2048 + 128)
     assert planned["estimated_gpu_hours"] > 1 and planned["layerwise_bytes"] == 0

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from caprese.adapters.fingerprint import fingerprint
 from caprese.adapters.hub import download, is_hub_id
 from caprese.adapters.lora import deciding, digest_of, lora_config
-from caprese.adapters.sidecar import CALIBRATION, CONFIG, FILES, MIXERS, SIDECAR, WEIGHTS, Sidecar, public_id
+from caprese.adapters.sidecar import CALIBRATION, CONFIG, FILES, SIDECAR, STAND_INS, WEIGHTS, Sidecar, public_id
 from caprese.efficient_methods import Method, methods_by_layer
 from caprese.errors import CapreseError
 from caprese.files import sha256
@@ -107,7 +107,7 @@ class Adapter:
     @property
     def files(self) -> list[str]:
         """The names of its own files."""
-        left_out = {CALIBRATION: self.sidecar.calibration_sha256, MIXERS: self.sidecar.mixers_sha256}
+        left_out = {CALIBRATION: self.sidecar.calibration_sha256, STAND_INS: self.sidecar.mixers_sha256}
         return [name for name in FILES if name not in left_out or left_out[name] is not None]
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -126,13 +126,13 @@ class Adapter:
         """
         return self._tensors(CALIBRATION, self.sidecar.calibration_sha256)
 
-    def mixers(self) -> dict[str, torch.Tensor]:
-        """What stands in for attentions, by "layer.name"; empty where nothing does.
+    def stand_ins(self) -> dict[str, torch.Tensor]:
+        """What was trained in the place of parts of the model, by "layer.name"; empty where nothing does.
 
         Raises:
             CapreseError: as of `weights`.
         """
-        return self._tensors(MIXERS, self.sidecar.mixers_sha256)
+        return self._tensors(STAND_INS, self.sidecar.mixers_sha256)
 
     def has_branches(self) -> bool:
         """Whether a branch gives anything; without FFN methods, they stay at zero.
@@ -148,7 +148,7 @@ class Adapter:
         Raises:
             CapreseError: naming the file that is not whole, not finite, or not as it was saved.
         """
-        self.weights(), self.calibration(), self.mixers()
+        self.weights(), self.calibration(), self.stand_ins()
 
     @property
     def recipe(self) -> Path | None:

@@ -10,14 +10,13 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from caprese.adapters.lora import lora_config
-from caprese.efficient_methods import applied_ffns, idle_branches, phases_of
+from caprese.efficient_methods import applied_ffns, idle_branches, phases_of, stand_in_parameters
 from caprese.errors import CapreseError
 from caprese.models import base_of, unwrap
 
 ADAPTER = "default"
-# in the names of the branches' parameters, and of no other LoRA's; of the mixers'
+# in the names of the branches' parameters, and of no other LoRA's
 _BRANCH = ".recovery.lora_"
-_MIXER = ".mixer."
 
 
 def attach_adapter(model: nn.Module, ranks: int | Sequence[int], bias: bool = False) -> PeftModel:
@@ -59,18 +58,22 @@ def empty_slots(model: nn.Module) -> None:
 
 
 def branch_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What is trained: the parameters of the recovery branches and of the mixers, in layer order.
+    """What is trained: the parameters of recovery branches and stand-ins, in layer order.
 
-    Branches stay at zero where nothing is taken from FFNs.
+    Branches stay at zero where they have nothing to give back.
     """
-    wanted = (_MIXER,) if idle_branches(phases_of(model).methods) else (_BRANCH, _MIXER)
-    return [p for n, p in unwrap(model).named_parameters() if any(part in n for part in wanted)]
+    idle = idle_branches(phases_of(model).methods)
+    return [p for n, p in _learned(model) if not (idle and _BRANCH in n)]
 
 
 def get_branches(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of the weights of branches and mixers by name, on the CPU."""
-    named = unwrap(model).named_parameters()
-    return {n: p.detach().cpu().clone() for n, p in named if _BRANCH in n or _MIXER in n}
+    """A copy of the weights of branches and stand-ins by name, on the CPU."""
+    return {n: p.detach().cpu().clone() for n, p in _learned(model)}
+
+
+def _learned(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    own = {id(p) for p in stand_in_parameters(model).values()}
+    return [(n, p) for n, p in unwrap(model).named_parameters() if _BRANCH in n or id(p) in own]
 
 
 def set_branches(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:

@@ -12,16 +12,16 @@ from torch import nn
 
 from caprese.adapters.adapter import Adapter
 from caprese.adapters.branch import empty_slots
-from caprese.adapters.saving import calibration_of, mixers_of
-from caprese.adapters.sidecar import CONFIG, MIXERS
+from caprese.adapters.saving import calibration_of, stand_ins_of
+from caprese.adapters.sidecar import CONFIG, STAND_INS
 from caprese.efficient_methods import (
     applied_ffns,
     apply,
     check_reselect,
     phases_of,
     remove,
-    replacements,
-    settle_mixers,
+    settle,
+    stand_in_parameters,
 )
 from caprese.errors import CapreseError
 from caprese.models import unwrap
@@ -51,7 +51,7 @@ def load(
         adapter = Adapter.open(adapter, revision)
     methods = adapter.methods
     adapter.weights()  # PEFT reads them again, and asks no digest
-    calibration, mixers = adapter.calibration(), adapter.mixers()
+    calibration, stand_ins = adapter.calibration(), adapter.stand_ins()
     if isinstance(base, str):
         base, _ = adapter.load_base(base, dtype=dtype, device=device)
     adapter.check_base(base)
@@ -66,18 +66,20 @@ def load(
     ):
         raise CapreseError("this method is applied with another calibration; caprese.remove(model) first")
     if applied and any(
-        not torch.equal(value, mixers[name].to(value.dtype))
-        for name, value in mixers_of(base).items()
-        if name in mixers
+        not torch.equal(value, stand_ins[name].to(value.dtype))
+        for name, value in stand_ins_of(base).items()
+        if name in stand_ins
     ):
-        raise CapreseError("this model has the mixers of another adapter; caprese.remove(model) first")
+        raise CapreseError(
+            "this model has what another adapter trained in place of its parts; caprese.remove(model) first"
+        )
     if applied:
         phases_of(base).reselect(every)
     else:
         apply(base, methods, calibration=calibration, reselect_every=every)
     try:
         _check_slots(base, adapter)
-        _set_mixers(base, mixers, adapter)
+        _set_stand_ins(base, stand_ins, adapter)
         model = PeftModel.from_pretrained(base, str(adapter.directory))
     except CapreseError:
         if not applied:
@@ -89,7 +91,7 @@ def load(
             remove(base)
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CapreseError(f"{CONFIG} of {adapter} is damaged ({first}); fetch or make the adapter again") from error
-    settle_mixers(model)
+    settle(model)
     unwrap(model).eval()
     return model
 
@@ -107,10 +109,10 @@ def _check_slots(model: nn.Module, adapter: Adapter) -> None:
         )
 
 
-def _set_mixers(model: nn.Module, mixers: Mapping[str, torch.Tensor], adapter: Adapter) -> None:
+def _set_stand_ins(model: nn.Module, saved: Mapping[str, torch.Tensor], adapter: Adapter) -> None:
     with torch.no_grad():
-        own = {f"{at.layer}.{n}": p for at in replacements(unwrap(model)) for n, p in at.mixer.named_parameters()}
-        if own.keys() != mixers.keys() or any(own[name].shape != t.shape for name, t in mixers.items()):
-            raise CapreseError(f"{MIXERS} of {adapter} does not fit its methods; fetch or make the adapter again")
-        for name, value in mixers.items():
+        own = stand_in_parameters(model)
+        if own.keys() != saved.keys() or any(own[name].shape != t.shape for name, t in saved.items()):
+            raise CapreseError(f"{STAND_INS} of {adapter} does not fit its methods; fetch or make the adapter again")
+        for name, value in saved.items():
             own[name].copy_(value)

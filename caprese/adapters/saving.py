@@ -18,11 +18,21 @@ from torch import nn
 from caprese import __version__
 from caprese.adapters.fingerprint import fingerprint
 from caprese.adapters.lora import digest_of
-from caprese.adapters.sidecar import CALIBRATION, CONFIG, FILES, MIXERS, SIDECAR, WEIGHTS, BaseFacts, Sidecar, public_id
-from caprese.efficient_methods import EfficientFFN, applied_ffns, phases_of, replacements
+from caprese.adapters.sidecar import (
+    CALIBRATION,
+    CONFIG,
+    FILES,
+    SIDECAR,
+    STAND_INS,
+    WEIGHTS,
+    BaseFacts,
+    Sidecar,
+    public_id,
+)
+from caprese.efficient_methods import EfficientFFN, applied_ffns, phases_of, stand_in_parameters
 from caprese.errors import CapreseError
 from caprese.files import check_writable, put_in_place, sha256, unwritable, write_json
-from caprese.models import base_of, unwrap
+from caprese.models import base_of
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -37,12 +47,13 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     ffns = applied_ffns(model)
     if not ffns:
         raise CapreseError("no efficient method is applied to this model; nothing to save")
+    own = {id(p) for p in stand_in_parameters(model).values()}
     for name, parameter in model.named_parameters():
-        if (".lora_" in name or ".mixer." in name) and not torch.isfinite(parameter).all():
+        if (".lora_" in name or id(parameter) in own) and not torch.isfinite(parameter).all():
             raise CapreseError(f"adapter weight {name} holds NaN or infinity; not saved. Lower the learning rate")
     check_writable(target)
     phases = phases_of(model)
-    calibration, mixers = calibration_of(ffns), mixers_of(model)
+    calibration, stand_ins = calibration_of(ffns), stand_ins_of(model)
     base = base_of(model)
     id_ = public_id(base.model_id)
     for config in model.peft_config.values():
@@ -56,8 +67,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             model.save_pretrained(name, safe_serialization=True, save_embedding_layers=False)
             if calibration:
                 save_file(calibration, scratch / CALIBRATION)
-            if mixers:
-                save_file(mixers, scratch / MIXERS)
+            if stand_ins:
+                save_file(stand_ins, scratch / STAND_INS)
             facts = Sidecar(
                 caprese_version=__version__,
                 methods=[{"name": m.name, **m.model_dump(mode="json")} for m in phases.methods],
@@ -68,7 +79,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
                 config_sha256=digest_of(json.loads((scratch / CONFIG).read_bytes())),
                 weights_sha256=sha256(scratch / WEIGHTS),
                 calibration_sha256=sha256(scratch / CALIBRATION) if calibration else None,
-                mixers_sha256=sha256(scratch / MIXERS) if mixers else None,
+                mixers_sha256=sha256(scratch / STAND_INS) if stand_ins else None,
             )
             write_json(scratch / SIDECAR, facts.model_dump(mode="json") | {"digest": facts.make_digest()})
             # only when all are on disk do they take the place of older ones
@@ -89,7 +100,6 @@ def calibration_of(ffns: Mapping[str, EfficientFFN]) -> dict[str, torch.Tensor]:
     }
 
 
-def mixers_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What stands in for attentions: parameters by "layer.name"."""
-    named = ((at.layer, n, p) for at in replacements(unwrap(model)) for n, p in at.mixer.named_parameters())
-    return {f"{layer}.{name}": p.detach().cpu().contiguous() for layer, name, p in named}
+def stand_ins_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What was trained in the place of parts of the model, by "layer.name"."""
+    return {name: p.detach().cpu().contiguous() for name, p in stand_in_parameters(model).items()}

@@ -17,9 +17,9 @@ SIDECAR = "caprese_config.json"
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 CALIBRATION = "caprese_calibration.safetensors"
-MIXERS = "caprese_mixers.safetensors"
+STAND_INS = "caprese_mixers.safetensors"
 #: all that makes an adapter
-FILES = (WEIGHTS, CONFIG, CALIBRATION, MIXERS, SIDECAR)
+FILES = (WEIGHTS, CONFIG, CALIBRATION, STAND_INS, SIDECAR)
 
 
 Group = Literal["ffn", "attention", "rest"]

@@ -13,7 +13,7 @@ from caprese.progress import say, show
 
 def export(
     adapter: Annotated[
-        str, typer.Argument(help="An adapter made with static, none or mamba: a directory, or a hub id.")
+        str, typer.Argument(help="An adapter whose method a checkpoint can hold: a directory, or a hub id.")
     ],
     to: Annotated[str, typer.Option(help="Directory for the checkpoint.")],
     model: Annotated[

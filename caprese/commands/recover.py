@@ -43,7 +43,7 @@ def recover(
         bool | None, typer.Option("--shared-choice/--own-choice", help="One choice for all sequences of a batch.")
     ] = None,
     keep_attention: Annotated[
-        str | None, typer.Option(help="mamba: fraction of layers that keep attention, or which: 0,5,11.")
+        str | None, typer.Option(help="Of a hybrid: fraction of layers that keep attention, or which: 0,5,11.")
     ] = None,
     reselect_every: Annotated[
         int | None, typer.Option(help="Generated tokens after which the choice is made anew.")

@@ -65,13 +65,11 @@ def scale(
     from caprese.studies.scaling import contenders as choose
 
     opened = adapters.Adapter.open(adapter)
-    mixes = any(facts["name"] == "mamba" for facts in opened.sidecar.methods)
-    if mixes and reselect_every:
-        raise CapreseError(
-            "a hybrid does not choose anew, since a state cannot be taken back; leave out --reselect-every"
-        )
+    refused = next((why for method in opened.methods if (why := method.no_reselection)), None)
+    if refused and reselect_every:
+        raise CapreseError(f"{refused}; leave out --reselect-every")
     if reselect_every is None:
-        reselect_every = 0 if mixes else 32
+        reselect_every = 0 if refused else 32
     over = choose(reselect_every or None, contenders.split(",") if contenders else None)
     asked, trained = beside(opened)
     if prompts is not None and column is None:

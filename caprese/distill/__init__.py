@@ -3,12 +3,12 @@
 `fit` does all of it for an applied model and samples.
 """
 
+from caprese.distill.align import Alignment, align, prepare
 from caprese.distill.batches import Batch, make_batches
 from caprese.distill.checkpoints import Checkpoints
 from caprese.distill.end_to_end import EndToEnd, HeldOut
 from caprese.distill.fit import Branches, Distillation, Fitted, fit
 from caprese.distill.layerwise import Layerwise, accumulate, allocate_ranks, fit_layer, new_moments
-from caprese.distill.mixer import Alignment, align, alignment, hidden_alignment, match_scale
 
 __all__ = [
     "Alignment",
@@ -22,12 +22,10 @@ __all__ = [
     "Layerwise",
     "accumulate",
     "align",
-    "alignment",
     "allocate_ranks",
     "fit",
     "fit_layer",
-    "hidden_alignment",
     "make_batches",
-    "match_scale",
     "new_moments",
+    "prepare",
 ]

@@ -72,7 +72,7 @@ def make_batches(samples: Sequence[Sample], size: int, first: bool = False) -> l
     Samples whose completion is a single token are left out: after a dense prompt they have nothing to learn from.
 
     Args:
-        first: a completion's first token counts as well: for models whose prompts do not run dense (`Phases.mixes`).
+        first: a completion's first token counts as well: for models whose prompts do not run dense.
     """
     useful = [s for s in samples if len(s.completion_ids) > 1]
     useful.sort(key=lambda s: (len(s.input_ids), s.input_ids))
@@ -124,7 +124,7 @@ class Context:
 @torch.no_grad()
 def prefill(model: nn.Module, batch: Batch) -> Context:
     """The dense pass over the prompts, and over what reselection will have passed through the dense model."""
-    if phases_of(model).mixes:  # teacher and student have no prompt in common
+    if not phases_of(model).dense_prompts:  # teacher and student have no prompt in common
         return Context([])
     lengths = batch.prompt_lengths
     with phases(model, lengths):

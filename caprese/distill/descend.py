@@ -1,4 +1,4 @@
-"""Gradient descent that survives a kill: branches and mixers of a model, by any loss and any check.
+"""Gradient descent that survives a kill: branches and stand-ins of a model, by any loss and any check.
 
 Batches are always the same, in an order that the seed and the epoch give, and state is kept every few steps, so a run
 that was killed ends with the same adapter as one that was not.
@@ -74,7 +74,7 @@ def descend(
     run: Checkpoints | None = None,
     name: str = "descent",
 ) -> Course:
-    """Train branches and mixers of `model` in place; they end as the best checkpoint by `check`, or as they began.
+    """Train branches and stand-ins of `model` in place; they end as the best checkpoint by `check`, or as they began.
 
     Args:
         batches: micro-batches of the training samples.

@@ -22,7 +22,7 @@ from caprese.models import device_of
 
 
 class EndToEnd(Descent):
-    """Stage 3: how branches and mixers are trained together."""
+    """Stage 3: how branches and stand-ins are trained together."""
 
     objective: Literal["kl", "hidden"] = "kl"
     """kl: KL(dense || student) of the next-token distributions. hidden: the paper's squared error of final hidden
@@ -88,7 +88,7 @@ def train(
     run: Checkpoints | None = None,
     name: str = "end_to_end",
 ) -> Course:
-    """Train branches and mixers of `model` in place by its final output; see `descend`.
+    """Train branches and stand-ins of `model` in place by its final output; see `descend`.
 
     Args:
         start: what `held_out.kl()` says now.

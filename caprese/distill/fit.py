@@ -1,4 +1,4 @@
-"""A recovery adapter from samples: mixers aligned, branches fitted layer by layer, then all of it trained end to end.
+"""A recovery adapter from samples: stand-ins aligned, branches fitted by layer, then all of it trained end to end.
 
 `recover` runs this between samples and evaluation; alone it is for whoever has an applied model and samples. A part
 that does not help on held-out samples is not kept.
@@ -6,7 +6,6 @@ that does not help on held-out samples is not kept.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,15 +19,15 @@ from torch import nn
 from caprese.adapters import attach_adapter, empty_slots, get_branches, set_branch, set_branches
 from caprese.data_gen import Sample
 from caprese.distill.adam import fit_adam
+from caprese.distill.align import Alignment, align, prepare
 from caprese.distill.batches import Batch, make_batches
 from caprese.distill.checkpoints import Checkpoints, Kept, shared
 from caprese.distill.descend import Course
 from caprese.distill.end_to_end import EndToEnd, HeldOut, train
 from caprese.distill.layerwise import Fit, Layerwise, Moments, accumulate, allocate_ranks, fit_layer, new_moments
-from caprese.distill.mixer import Alignment, align, alignment, hidden_alignment, match_scale
 from caprese.distill.sequential import fit_sequential
-from caprese.efficient_methods import applied_ffns, idle_branches, only, phases_of, replacements, settle_mixers
-from caprese.models import count_parameters, device_of, unwrap
+from caprese.efficient_methods import applied_ffns, idle_branches, only, phases_of, settle, stand_ins
+from caprese.models import count_parameters
 from caprese.progress import say
 
 
@@ -75,7 +74,7 @@ def fit(
     config: Distillation | None = None,
     run: Checkpoints | None = None,
 ) -> Fitted:
-    """Distil what an applied model needs, in place: its mixers where it has some, and a recovery adapter.
+    """Distil what an applied model needs, in place: what stands in for parts of it, and a recovery adapter.
 
     Args:
         model: from `apply`, without an adapter.
@@ -86,14 +85,14 @@ def fit(
 
     Raises:
         CapreseError: no method applied, a rank outside 1 to D, or a loss that is not finite; the model is then as
-            `apply` left it, but for mixers.
+            `apply` left it, but for stand-ins.
     """
     config, run = config or Distillation(), run or Checkpoints()
-    mixes = phases_of(model).mixes
+    first = not phases_of(model).dense_prompts
     try:
-        aligned = _align(model, train, validation, config.alignment, run) if mixes else {}
+        aligned = _align(model, train, validation, config.alignment, run)
         held_out = HeldOut(
-            model, make_batches(validation, config.layerwise.batch_size, mixes), config.end_to_end.cache_gigabytes
+            model, make_batches(validation, config.layerwise.batch_size, first), config.end_to_end.cache_gigabytes
         )
         with run.stage("layerwise") as stage:
             batches = {
@@ -108,10 +107,10 @@ def fit(
             )
         start = min(kl.values())
         with run.stage("end_to_end") as stage:
-            whole = make_batches(train, config.end_to_end.micro_batch, mixes)
+            whole = make_batches(train, config.end_to_end.micro_batch, first)
             course = fit_end_to_end(adapted, whole, held_out, config.end_to_end, start, run)
             stage.update(kept=course.best < start, note=f"held-out KL {start:.4f} -> {course.best:.4f}")
-        settle_mixers(adapted)  # what is evaluated is what is saved
+        settle(adapted)  # what is evaluated is what is saved
     except BaseException:
         empty_slots(model)
         raise
@@ -131,22 +130,15 @@ def fit(
 def _align(
     model: nn.Module, train: Sequence[Sample], validation: Sequence[Sample], config: Alignment, run: Checkpoints
 ) -> dict[str, list[dict[str, float]]]:
-    """Mixers learn what the attentions gave that they replace, from its size on; the training curves."""
+    """Stand-ins learn what their methods ask of them; the training curves."""
     curves = {}
-    parts = (
-        ("alignment", config.epochs, functools.partial(alignment, matrices=config.matrices), "error of mixers"),
-        ("hidden_states", config.hidden_epochs, hidden_alignment, "error of hidden states"),
-    )
+    methods = phases_of(model).methods
     batches, held_out = (make_batches(samples, config.micro_batch) for samples in (train, validation))
-    if batches:
-        match_scale(model, batches[len(batches) // 2].to(device_of(model)))
-    for name, epochs, measure, what in parts:
-        if not epochs:
-            continue
-        with run.stage(name) as stage:
-            how = config.model_copy(update={"epochs": epochs})
-            before, after, curves[name] = align(model, measure, batches, held_out, how, run, name)
-            stage.update(kept=after < before, note=f"held-out {what} {before:.4f} -> {after:.4f}")
+    prepare(model, methods, batches)
+    for objective in (each for method in methods for each in method.objectives(config)):
+        with run.stage(objective.name) as stage:
+            before, after, curves[objective.name] = align(model, objective, batches, held_out, config, run)
+            stage.update(kept=after < before, note=f"held-out error of {objective.what} {before:.4f} -> {after:.4f}")
     return curves
 
 
@@ -273,7 +265,7 @@ def fit_end_to_end(
     start: float,
     run: Checkpoints | None = None,
 ) -> Course:
-    """Train branches and mixers together, in rounds if asked, in place; they end as they began if that does not lessen
+    """Train branches and stand-ins together, in rounds if asked; they end as they began if that does not lessen
     held-out KL.
 
     Args:
@@ -286,7 +278,7 @@ def fit_end_to_end(
         return Course(start, [], [])
     before = get_branches(adapted)
     every = {w.layer for w in applied_ffns(adapted).values()}
-    joining = [at.layer for at in replacements(unwrap(adapted))] or sorted(every)
+    joining = [at.layer for at in stand_ins(adapted)] or sorted(every)
     names = [*(f"round-{number}" for number in range(1, config.rounds)), "end_to_end"]
     done = max((i for i, name in enumerate(names[1:], 1) if run.load(name) is not None), default=0)
     for number, name in enumerate(names[done:-1], done + 1):

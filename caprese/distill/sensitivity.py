@@ -1,31 +1,30 @@
-"""How much each layer minds being made cheaper: how much sparsity each should get, and which keep their attention.
+"""How much each layer minds being made cheaper: how much sparsity each should get, and which are left out.
 
 One layer at a time is made sparse at a few levels, and KL to the dense model measured on held-out samples. Along each
 layer's lower convex hull of KL over weights saved, the cheapest steps of all layers are taken first, until the model
 reads few enough weights, or until the KL measured with all of them together reaches the target.
 
-Attention is kept where a mixer costs most: mixers of all layers are aligned a little, each alone, and KL is measured
-with one layer's at a time.
+Of a method that trains stand-ins, those of all layers are aligned a little, each alone, and KL is measured with one
+layer's at a time; the method says which layers are then best.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
+from caprese.distill.align import Alignment, align, prepare
 from caprese.distill.batches import Batch
 from caprese.distill.checkpoints import Checkpoints
 from caprese.distill.end_to_end import HeldOut
-from caprese.distill.mixer import Alignment, align, alignment, match_scale
-from caprese.efficient_methods import Mamba, Sparse, apply, calibrate, needs_calibration, only, remove, weights_saved
+from caprese.efficient_methods import Method, Sparse, apply, calibrate, needs_calibration, only, remove, weights_saved
 from caprese.errors import CapreseError
-from caprese.models import active_parameters, device_of, find_ffns
+from caprese.models import active_parameters, find_ffns
 
 LEVELS = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
-# Optimiser steps of alignment before mixers are compared.
+# Optimiser steps of alignment before layers are compared.
 ALIGNED = 100
 Advance = Callable[[int], None]
 
@@ -153,20 +152,20 @@ def allocate_sparsity(
     return sensitivity.at(steps[:low])
 
 
-def select_attention(
+def select_layers(
     model: nn.Module,
-    method: Mamba,
+    method: Method,
     rows: Sequence[Batch],
     held_out: Sequence[Batch],
     config: Alignment,
     cache_gigabytes: float,
     run: Checkpoints | None = None,
-) -> tuple[Mamba, dict[int, float]]:
-    """The method with the layers named that keep their attention, and by layer the KL of its mixer alone.
+) -> tuple[Method, dict[int, float]]:
+    """A method that is still undecided, on the layers that are best; and by layer the KL of that one alone.
 
     Args:
         model: without a method.
-        rows: micro-batches that mixers are aligned on, for `ALIGNED` steps of `config`.
+        rows: micro-batches that stand-ins are aligned on, for `ALIGNED` steps of `config`.
         held_out: samples that KL is measured on.
         run: the alignment is kept there as "sensitivity".
 
@@ -176,16 +175,15 @@ def select_attention(
     run = run or Checkpoints()
     if not rows:
         raise CapreseError("no sample has more than one token; give --samples prompts that the model answers")
-    candidates = method.model_copy(update={"selected": "evenly", "keep_attention": 0.0})
+    candidates = method.candidates()
     count = len(find_ffns(model))
     need = ALIGNED * (config.batch_size // config.micro_batch)
     again = (list(rows) * -(-need // len(rows)))[:need]  # one long epoch: held-out samples are looked at once
-    measure = functools.partial(alignment, matrices=config.matrices)
-    short = config.model_copy(update={"epochs": 1})
     apply(model, candidates)
     try:
-        match_scale(model, rows[len(rows) // 2].to(device_of(model)))
-        align(model, measure, again, held_out, short, run, "sensitivity")
+        prepare(model, [candidates], rows)
+        for objective in candidates.objectives(config.model_copy(update={"epochs": 1, "hidden_epochs": 0})):
+            align(model, replace(objective, name="sensitivity"), again, held_out, config, run)
         measured = HeldOut(model, held_out, cache_gigabytes)
         cost = {}
         layers = candidates.layer_indices(count)
@@ -196,5 +194,4 @@ def select_attention(
                 advance(1)
     finally:
         remove(model)
-    kept = sorted(sorted(cost, key=cost.__getitem__)[len(cost) - method.kept(count) :])
-    return method.model_copy(update={"selected": "evenly", "keep_attention": kept}), cost
+    return method.decided(cost, count), cost

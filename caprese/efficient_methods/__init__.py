@@ -4,17 +4,8 @@ To add a method: a file like `griffin.py`, and its class in `METHODS`; or a pack
 """
 
 from caprese.efficient_methods.apply import Calibration, applied_ffns, apply, methods_by_layer, remove
-from caprese.efficient_methods.base import (
-    FromPrompt,
-    Layers,
-    Method,
-    Reads,
-    Sparse,
-    Sparsity,
-    check_reselect,
-    check_sparsity,
-)
-from caprese.efficient_methods.calibrate import Tokens, calibrate, needs_calibration
+from caprese.efficient_methods.base import FromPrompt, Method, Sparse
+from caprese.efficient_methods.calibrate import calibrate, needs_calibration
 from caprese.efficient_methods.cats import Cats
 from caprese.efficient_methods.compose import (
     METHODS,
@@ -29,21 +20,23 @@ from caprese.efficient_methods.compose import (
 )
 from caprese.efficient_methods.cost import Cost, cost, cost_of, lora_rank, weights_saved
 from caprese.efficient_methods.griffin import Griffin
-from caprese.efficient_methods.mamba import (
-    Mamba,
-    Mixer,
-    MixerState,
-    Replacement,
-    mixers_at_start,
-    observing_mixers,
-    replacements,
-    settle_mixers,
-)
+from caprese.efficient_methods.mamba import Mamba
 from caprese.efficient_methods.none import Nothing
 from caprese.efficient_methods.passes import Observer, dense, only, phases, phases_of, reselection
 from caprese.efficient_methods.quantized import Int8, Nf4
+from caprese.efficient_methods.reads import Reads
+from caprese.efficient_methods.settings import Layers, Sparsity, check_reselect, check_sparsity
+from caprese.efficient_methods.stand_in import (
+    Objective,
+    StandIn,
+    settle,
+    stand_in_parameters,
+    stand_ins,
+    untrained,
+)
 from caprese.efficient_methods.static import Static
 from caprese.efficient_methods.teal import Teal
+from caprese.efficient_methods.tokens import Tokens
 from caprese.efficient_methods.wrapper import EfficientFFN, RecoverySlot
 
 __all__ = [
@@ -58,16 +51,15 @@ __all__ = [
     "Layers",
     "Mamba",
     "Method",
-    "Mixer",
-    "MixerState",
     "Nf4",
     "Nothing",
+    "Objective",
     "Observer",
     "Reads",
     "RecoverySlot",
-    "Replacement",
     "Sparse",
     "Sparsity",
+    "StandIn",
     "Static",
     "Teal",
     "Tokens",
@@ -87,8 +79,6 @@ __all__ = [
     "lora_rank",
     "make_method",
     "methods_by_layer",
-    "mixers_at_start",
-    "observing_mixers",
     "needs_calibration",
     "parse_methods",
     "only",
@@ -96,8 +86,10 @@ __all__ = [
     "phases_of",
     "refusal",
     "remove",
-    "replacements",
     "reselection",
-    "settle_mixers",
+    "settle",
+    "stand_in_parameters",
+    "stand_ins",
+    "untrained",
     "weights_saved",
 ]

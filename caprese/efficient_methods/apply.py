@@ -14,7 +14,6 @@ from caprese.efficient_methods.base import Method
 from caprese.efficient_methods.bases import check_layers
 from caprese.efficient_methods.compose import compose
 from caprese.efficient_methods.hooks import attach
-from caprese.efficient_methods.mamba import Mamba, Replacement
 from caprese.efficient_methods.passes import Phases
 from caprese.efficient_methods.wrapper import EfficientFFN, RecoverySlot
 from caprese.errors import CapreseError
@@ -72,28 +71,13 @@ def apply(
         for i, own in layers.items():
             wrapper = EfficientFFN.put_on(sites[i], own, facts[i], phases)
             phases.undo += attention_hooks(sites[i], wrapper)
-            for method in own:
-                if isinstance(method, Mamba):
-                    phases.undo.append(put_mixer(sites[i], unwrap(model).config, method, phases))
+            phases.undo += [method.install(sites[i], unwrap(model).config, phases) for method in own]
         phases.undo += attach(unwrap(model), phases)
         phases.undo += always_cached(model)
     except BaseException:  # such as a missing bitsandbytes: the model goes back as it came
         _restore(model, phases)
         raise
     return model
-
-
-def put_mixer(site: Site, config: Any, method: Mamba, phases: Phases) -> Callable[[], None]:
-    """A mixer in place of a layer's attention; returns the undoing."""
-    if method.selected == "sensitivity":
-        raise CapreseError(
-            "mamba:selected=sensitivity is measured by caprese recover; here, give keep_attention the layers"
-        )
-    attention = site.attention()
-    replacement = Replacement(site, config, method, phases)
-    replacement.train(site.layer.training)
-    setattr(site.layer, site.attention_name, replacement)
-    return functools.partial(setattr, site.layer, site.attention_name, attention)
 
 
 def methods_by_layer(methods: Sequence[Method], count: int) -> dict[int, list[Method]]:

@@ -3,75 +3,36 @@
 A method *looks* at tokens (`statistic`, additive over tokens, so that chunks, second turns and calibration samples all
 add up), *chooses* once from what it saw (per sequence from the prompt, or once for all from samples), and then takes
 away: by building another FFN (`transform`), by zeroing inputs (`inputs`), or by dropping neurons of each generated
-token (`keep`). Every function has a default that does nothing.
+token (`keep`). Or it puts something to be trained in the place of a part of the model (`install`), says how that is
+trained (`objectives`) and what cannot be done beside it.
+
+A method answers for itself: what plans, reports, bench and export need to know of it is asked here, not by its name.
+Every function has a default that does nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, PlainValidator
+from pydantic import BaseModel, ConfigDict
+from torch import nn
 
+from caprese.efficient_methods.reads import Reads
+from caprese.efficient_methods.settings import Layers, Sparsity
+from caprese.efficient_methods.stand_in import Objective
+from caprese.efficient_methods.tokens import Tokens
 from caprese.errors import CapreseError
 from caprese.kernels import PackedFFN
 from caprese.models import FFN, Site
 
-Layers = Literal["all", "first-half"] | list[int]
+if TYPE_CHECKING:
+    from caprese.efficient_methods.passes import Phases
+
 Source = Literal["prompt", "samples"]
 Part = Literal["width", "weights", "rows", "neurons", "inputs", "attention", "mixer"]
-
-
-def check_sparsity(value: Any) -> float | list[float]:
-    """A number in (0, 1), or a list of them."""
-    each = value if isinstance(value, list) else [value]
-    if not each:
-        raise ValueError("a list needs one sparsity for each layer")
-    for number in each:
-        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < 1:
-            raise ValueError("input should be greater than 0 and less than 1")
-    return [float(number) for number in each] if isinstance(value, list) else float(value)
-
-
-def check_reselect(every: int | None) -> int | None:
-    """`every` itself, if generated tokens can be counted by it.
-
-    Raises:
-        CapreseError: below 1.
-    """
-    if every is not None and every < 1:
-        raise CapreseError(f"reselect_every {every}: use a number of tokens from 1, or none")
-    return every
-
-
-Sparsity = Annotated[float | list[float], PlainValidator(check_sparsity)]
-
-
-@dataclass(frozen=True)
-class Reads:
-    """Weights of one FFN that are read for one generated token, on average; packed ones as 16-bit weights, biases not
-    counted."""
-
-    gate: float
-    up: float
-    down: float
-
-    @property
-    def total(self) -> int:
-        return round(self.gate + self.up + self.down)
-
-    def times(self, factor: float) -> Reads:
-        return Reads(self.gate * factor, self.up * factor, self.down * factor)
-
-    def after(self, methods: Iterable[Method]) -> Reads:
-        """What `methods`, in the order in which they act, leave of it."""
-        left = self
-        for method in methods:
-            left = method.reads(left)
-        return left
 
 
 class Block(Protocol):
@@ -99,6 +60,18 @@ class Method(BaseModel):
     """What it acts on: width (one fixed set of neurons), weights (how they are stored), rows (neurons by sequence),
     neurons (by token), inputs (input channels by token), attention, mixer (what stands in for it). Two
     methods on one part do not compose."""
+
+    trains: ClassVar[str] = ""
+    """What it puts in the place of a part of the model and trains, in a report's words ("mixers"): that gives
+    back what was taken. Where a method trains nothing, branches do."""
+    dense_prompts: ClassVar[bool] = True
+    """Whether prompts run as in the dense model, so that both have one KV cache for them."""
+    static_cache: ClassVar[bool] = True
+    """Whether it decodes with a static KV cache, compiled."""
+    no_reselection: ClassVar[str] = ""
+    """Why generated tokens cannot pass through the dense model again; empty where they can."""
+    checkpoint: ClassVar[str] = ""
+    """The model type in transformers whose checkpoints hold what it trains."""
 
     layers: Layers = "all"
     """Which decoder layers: "all", "first-half", or a list of layer numbers from 0."""
@@ -207,9 +180,63 @@ class Method(BaseModel):
         """A method that reads as much as this one does when `batch` sequences decode together."""
         return self
 
+    def install(self, site: Site, config: Any, phases: Phases) -> Callable[[], None]:
+        """Put what it trains into one layer, a `StandIn`; returns the undoing.
+
+        Args:
+            config: the model's.
+            phases: what the layers share; it knows which of them are to act.
+
+        Raises:
+            CapreseError: the method is not settled yet (see `undecided`), or the layer is not of a kind it knows.
+        """
+        return lambda: None
+
     def stand_in_weights(self, site: Site, config: Any) -> tuple[int, int]:
-        """Weights of what the method puts in the place of a part of one layer, and of that part."""
+        """Weights of what `install` puts into one layer, and of what it takes the place of."""
         return 0, 0
+
+    @property
+    def undecided(self) -> bool:
+        """Whether its layers are still to be chosen, by what each of them costs alone; `recover` measures that."""
+        return False
+
+    def candidates(self) -> Method:
+        """This method on every layer that may be chosen."""
+        return self
+
+    def decided(self, cost: Mapping[int, float], count: int) -> Method:
+        """This method on the layers that are best, in a model of `count` layers.
+
+        Args:
+            cost: KL(dense || efficient) per token with one layer of `candidates` alone, by layer.
+        """
+        return self
+
+    def prepare(self, model: nn.Module, tokens: Tokens) -> None:
+        """Look at one batch of samples before anything trains; `model` has this method applied."""
+
+    def objectives(self, settings: Any) -> list[Objective]:
+        """What its stand-ins learn, one after the other, before everything is trained end to end.
+
+        Args:
+            settings: the section `alignment` of a recipe.
+        """
+        return []
+
+    @property
+    def no_checkpoint(self) -> str:
+        """Why no ordinary checkpoint computes what it does; empty where one can."""
+        if "weights" in self.acts_on:
+            return "packs the FFN weights"
+        return "decides anew for each prompt or token" if self.acts_on - {"width", "mixer"} else ""
+
+    def in_words(self) -> str:
+        """As a report says it: "griffin 50%"."""
+        sparsity = getattr(self, "sparsity", None)
+        if isinstance(sparsity, list):
+            return f"{self.name} {sum(sparsity) / len(sparsity):.0%} on average"
+        return self.name if sparsity is None else f"{self.name} {sparsity:.0%}"
 
     def __str__(self) -> str:
         """As `--method` takes it, by what differs from the defaults: "teal:0.4:where=attention"."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,45 +15,14 @@ from caprese.efficient_methods.bases import check_layers
 from caprese.efficient_methods.compose import compose
 from caprese.efficient_methods.memory import PromptMemory
 from caprese.efficient_methods.passes import Pass, Phases
+from caprese.efficient_methods.tokens import Tokens
 from caprese.efficient_methods.wrapper import EfficientFFN
 from caprese.errors import CapreseError
-from caprese.models import Site, find_ffns, unwrap
+from caprese.models import Site, device_of, find_ffns, unwrap
 from caprese.models.linear import sizes
 
 # Tokens on which a method may look at a layer's output again and again.
 BLOCK_TOKENS = 512
-
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """Sequences on whose completions a method is calibrated: ids and mask [B, T], prompt lengths [B].
-
-    Pads do not count in the lengths. No mask: no padding.
-
-    Raises:
-        CapreseError: other shapes.
-    """
-
-    ids: torch.Tensor
-    prompt_lengths: torch.Tensor | Sequence[int]
-    mask: torch.Tensor | None = None
-
-    def __post_init__(self) -> None:
-        shape, lengths = tuple(self.ids.shape), tuple(torch.as_tensor(self.prompt_lengths).shape)
-        mask = shape if self.mask is None else tuple(self.mask.shape)
-        if len(shape) != 2 or lengths != shape[:1] or mask != shape:
-            raise CapreseError(
-                "Tokens takes ids [B, T], a prompt length for each of the B sequences, and a mask [B, T]; given "
-                f"{shape}, {lengths} and {mask}"
-            )
-
-    def completion(self) -> torch.Tensor:
-        """Which tokens are completion, bool [B, T]."""
-        mask = self.valid()
-        return mask & (mask.cumsum(-1) > torch.as_tensor(self.prompt_lengths, device=mask.device)[:, None])
-
-    def valid(self) -> torch.Tensor:
-        return torch.ones_like(self.ids, dtype=torch.bool) if self.mask is None else self.mask.bool()
 
 
 def needs_calibration(methods: Method | Sequence[Method]) -> bool:
@@ -104,8 +72,8 @@ def calibrate(
         capture: _Capture | None = None
         for batch in batches:
             with _Capture(model, [sites[i] for i in wanted], "attention" in method.acts_on) as seen:
-                _run(model, batch)
-            mask = batch.completion().to(unwrap(model).device)
+                unwrap(model).get_decoder()(**batch.inputs(device_of(model)), use_cache=False)
+            mask = batch.completion().to(device_of(model))
             for i, own in wanted.items():
                 x = seen.ffn[i].view(*mask.shape, -1)
                 narrowing = _narrowing(own, i, result)
@@ -133,17 +101,6 @@ def calibrate(
             else:
                 result[f"{method.name}.{i}"] = one.calibrated(sums[i], ffn)
     return {name: tensor.cpu() for name, tensor in result.items()}
-
-
-def _run(model: nn.Module, batch: Tokens) -> None:
-    device = unwrap(model).device
-    mask = batch.valid().to(device)
-    unwrap(model).get_decoder()(
-        input_ids=batch.ids.to(device),
-        attention_mask=mask.long(),
-        position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
-        use_cache=False,
-    )
 
 
 def _narrowing(own: list[Method], layer: int, known: dict[str, torch.Tensor]) -> tuple[Method, torch.Tensor] | None:

@@ -144,7 +144,7 @@ def compose(methods: Method | Sequence[Method]) -> tuple[Method, ...]:
 
 def idle_branches(methods: Iterable[Method]) -> bool:
     """Whether no FFN lost anything, so that branches have nothing to give back: they are left at rank 1 and zero."""
-    return all(method.acts_on == {"mixer"} for method in methods)
+    return all(method.trains for method in methods)
 
 
 def describe_methods(methods: Iterable[Method]) -> str:

@@ -14,10 +14,11 @@ from typing import Any, Literal
 from torch import nn
 
 from caprese.efficient_methods.apply import applied_ffns, methods_by_layer
-from caprese.efficient_methods.base import Method, Reads
+from caprese.efficient_methods.base import Method
 from caprese.efficient_methods.compose import idle_branches
-from caprese.efficient_methods.mamba import replacements
 from caprese.efficient_methods.passes import phases_of
+from caprese.efficient_methods.reads import Reads
+from caprese.efficient_methods.stand_in import stand_ins
 from caprese.models import FFN, Site, active_parameters, count_parameters, find_ffns, unwrap
 from caprese.models.linear import sizes
 
@@ -77,19 +78,19 @@ def cost(
     """
     sites = find_ffns(model)
     rank = min(rank, 1) if idle_branches(methods) else rank
-    spared = stand_ins = adapter = lora = 0
+    spared = trained = adapter = lora = 0
     for index, own in methods_by_layer([method.at_batch(batch) for method in methods], len(sites)).items():
         site = sites[index]
         spared += weights_saved(site, own)
         for method in own:
             new, old = method.stand_in_weights(site, unwrap(model).config)
-            stand_ins, spared = stand_ins + new, spared + old - new
+            trained, spared = trained + new, spared + old - new
         if rank:
             adapter += site.ffn.hidden_size * (2 * rank + bias)
             lora += _lora(site.ffn, own, rank)
     dense = active_parameters(model)
     again = 0 if reselect_every is None else round(dense / reselect_every)
-    return Cost(count_parameters(model), dense, spared, stand_ins, adapter, again, lora)
+    return Cost(count_parameters(model), dense, spared, trained, adapter, again, lora)
 
 
 def cost_of(model: nn.Module) -> Cost:
@@ -97,11 +98,11 @@ def cost_of(model: nn.Module) -> Cost:
     wrappers = applied_ffns(model).values()
     base, dense = count_parameters(model), active_parameters(model)
     spared = sum(weights_saved(w.site, w.methods) for w in wrappers)
-    stand_ins = sum(_count(at.mixer) for at in replacements(unwrap(model)))
-    spared += sum(_count(at.attention) for at in replacements(unwrap(model))) - stand_ins
+    new = sum(_count(at.trained) for at in stand_ins(model))
+    spared += sum(_count(at.original) for at in stand_ins(model)) - new
     adapter = sum(p.numel() for name, p in unwrap(model).named_parameters() if ".lora_" in name)
     every = phases_of(model).reselect_every if wrappers else None
-    return Cost(base, dense, spared, stand_ins, adapter, 0 if every is None else round(dense / every))
+    return Cost(base, dense, spared, new, adapter, 0 if every is None else round(dense / every))
 
 
 def weights_saved(site: Site, methods: Sequence[Method]) -> int:

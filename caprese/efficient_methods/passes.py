@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from caprese.efficient_methods.base import Method, check_reselect
+from caprese.efficient_methods.base import Method
 from caprese.efficient_methods.hooks import Call, proposed
 from caprese.efficient_methods.memory import TAIL, PromptMemory, keep_memory, memory_of
+from caprese.efficient_methods.settings import check_reselect
 from caprese.errors import CapreseError
 
 #: called with (applied FFN, x [n, D], residual [n, D], y [n, D]) for the completion tokens of each FFN
@@ -69,9 +70,9 @@ class Phases:
         self._prompt_lengths: torch.Tensor | None = None
 
     @property
-    def mixes(self) -> bool:
-        """Whether attentions are replaced, so that prompts do not run as in the dense model."""
-        return any("mixer" in method.acts_on for method in self.methods)
+    def dense_prompts(self) -> bool:
+        """Whether prompts run as in the dense model."""
+        return all(method.dense_prompts for method in self.methods)
 
     def acts_on(self, layer: int) -> bool:
         """Whether generated tokens run efficient in this layer now."""
@@ -83,8 +84,8 @@ class Phases:
         Raises:
             CapreseError: `every` below 1, or tokens that cannot be read again.
         """
-        if every is not None and self.mixes:
-            raise CapreseError("reselection reads generated tokens again, which a mixer's state cannot")
+        if every is not None and (refused := [m.no_reselection for m in self.methods if m.no_reselection]):
+            raise CapreseError(refused[0])
         self.reselect_every = check_reselect(every)
 
     @contextmanager
@@ -110,7 +111,7 @@ class Phases:
 
     def decode_step(self, model: Any, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """A compiled decode step with the bookkeeping done before it, so that it is not part of the graph."""
-        if self.mixes:  # the states of mixers are not static
+        if not all(method.static_cache for method in self.methods):
             return model
         wrappers: list[Any] = [m for m in model.modules() if getattr(m, "phases", None) is self]
         decoder = model.get_decoder()
@@ -302,7 +303,7 @@ def reselection(model: nn.Module, every: int | None) -> Iterator[None]:
     """Inside, generated tokens go through the dense model once every `every` of them; None: never.
 
     Raises:
-        CapreseError: no method applied, `every` below 1, or mixers in attention's place.
+        CapreseError: no method applied, `every` below 1, or tokens that cannot be read again.
     """
     shared = phases_of(model)
     with shared._set(reselect_every=shared.reselect_every):

@@ -58,7 +58,7 @@ def evaluate(
 
     Latency is measured by the main process alone while the others wait; theirs is None.
     """
-    batches = make_batches(test, config.batch_size, phases_of(model).mixes)
+    batches = make_batches(test, config.batch_size, not phases_of(model).dense_prompts)
     quality: dict[str, dict[str, float | None]] = {n: dict(q) for n, q in fidelity(model, batches).items()}
     answers = {"dense": list(test)}
     if config.generate:

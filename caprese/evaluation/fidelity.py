@@ -14,7 +14,7 @@ from torch import nn
 from caprese.distill.batches import Batch, completion_hidden, lm_logits, prefill
 from caprese.distill.layerwise import Moments, accumulate, new_moments
 from caprese.distill.losses import CHUNK, kl_divergence
-from caprese.efficient_methods import applied_ffns, dense, mixers_at_start
+from caprese.efficient_methods import applied_ffns, dense, untrained
 from caprese.models import device_of
 from caprese.progress import bar
 
@@ -28,7 +28,7 @@ def variant(model: nn.Module, name: str) -> Iterator[None]:
         if name == "dense":
             stack.enter_context(dense(model))
         elif name == "efficient":
-            stack.enter_context(mixers_at_start(model))
+            stack.enter_context(untrained(model))
             if isinstance(model, PeftModel):
                 stack.enter_context(model.disable_adapter())
         yield

@@ -66,7 +66,7 @@ class Recipe(BaseModel):
     shared_choice: bool | None = None
     """griffin, cats: one choice for all sequences of a batch."""
     keep_attention: float | list[int] | None = None
-    """mamba: the fraction of layers that keep their attention, or which do; null: the method's default, 0.5."""
+    """Of a hybrid: the fraction of layers that keep their attention, or which do; null: the method's default, 0.5."""
     reselect_every: Annotated[int, Field(ge=1)] | None = None
     """Generated tokens after which they pass through the dense model once and the choice is made anew; null: never.
     Distillation and evaluation see the same."""
@@ -194,7 +194,7 @@ def resolve_recipe(recipe: str | None = None, model: str | None = None, **overri
         overrides["model"] = model
     if isinstance(method := overrides.get("method"), str):
         raw = {key: value for key, value in raw.items() if key not in _SETTINGS or _leaves_open(method, key)}
-        if any(f["name"] == "mamba" for f in parse_methods(method)):
+        if any(find_method(f["name"]).no_reselection for f in parse_methods(method)):
             raw.pop("reselect_every", None)
     try:
         return Recipe.model_validate(merge(raw, overrides))

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from caprese.adapters import fingerprint, save
 from caprese.data_gen import VERSION, make_samples
 from caprese.distill import Branches, Distillation, fit
-from caprese.efficient_methods import apply, remove, replacements
+from caprese.efficient_methods import apply, remove, stand_ins
 from caprese.evaluation import evaluate
 from caprese.files import check_writable
 from caprese.models import base_of, device_of
@@ -76,8 +76,8 @@ def recover(
     calibrating = Calibrating(recipe.calibration_samples, size, limit, recipe.target_kl, recipe.target_active)
     methods, calibration = choose(model, methods, samples, calibrating, recipe.alignment, run)
     adapted: nn.Module = apply(model, methods, calibration=calibration, reselect_every=recipe.reselect_every)
-    if lost := sorted({what for at in replacements(model) for what in at.lost}):
-        say(f"mixers start without their attention's {', '.join(lost)}")
+    if lost := sorted({what for at in stand_ins(model) for what in at.lost}):
+        say(f"stand-ins start without the {', '.join(lost)} of what they replace")
     try:
         distillation = Distillation(branches, recipe.alignment, recipe.layerwise, recipe.end_to_end)
         fitted = fit(model, samples["train"], samples["validation"], distillation, run)
@@ -103,8 +103,8 @@ def _identity(recipe: Recipe, prints: Mapping[str, str]) -> str:
     """What a result depends on, as one digest: the recipe without its places, the base's weights, how samples are
     made."""
     places = {"output", "model", "revision", "device"}
-    mixing = set() if "mamba" in recipe.method else {"alignment", "keep_attention"}
-    facts = recipe.model_dump(mode="json", exclude=places | mixing)
+    unused = set() if any(method.trains for method in recipe.make_methods()) else {"alignment", "keep_attention"}
+    facts = recipe.model_dump(mode="json", exclude=places | unused)
     if recipe.end_to_end.rounds == 1:  # as before there were any
         del facts["end_to_end"]["rounds"]
     return hashlib.sha256(json.dumps([facts, dict(prints), VERSION], sort_keys=True).encode()).hexdigest()[:32]

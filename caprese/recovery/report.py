@@ -11,7 +11,7 @@ from caprese import __version__
 from caprese.adapters import Adapter, public_id
 from caprese.data_gen import Sample, describe
 from caprese.distill import Fitted
-from caprese.efficient_methods import applied_ffns, phases_of, replacements
+from caprese.efficient_methods import applied_ffns, phases_of, stand_ins
 from caprese.evaluation import environment
 from caprese.models import base_of, base_terms
 from caprese.recipes import Recipe
@@ -63,7 +63,7 @@ def report_of(
         "reselect_every": recipe.reselect_every,
         "rank": fitted.ranks[0] if len(set(fitted.ranks)) == 1 else fitted.ranks,
         "layers": [wrapper.layer for wrapper in applied_ffns(model).values()],
-        "lost": sorted({what for at in replacements(model) for what in at.lost}),
+        "lost": sorted({what for at in stand_ins(model) for what in at.lost}),
         "seed": run.seed,
         **measured,
         "stages": run.stages(),

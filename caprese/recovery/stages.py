@@ -11,10 +11,9 @@ from torch import nn
 from caprese.data_gen import Sample
 from caprese.distill import Alignment, Branches, Layerwise, make_batches
 from caprese.distill.checkpoints import Checkpoints, Kept
-from caprese.distill.sensitivity import LEVELS, Sensitivity, allocate_sparsity, select_attention
+from caprese.distill.sensitivity import LEVELS, Sensitivity, allocate_sparsity, select_layers
 from caprese.distill.sequential import check_sequential
 from caprese.efficient_methods import (
-    Mamba,
     Method,
     Sparse,
     calibrate,
@@ -92,18 +91,18 @@ def choose(
     alignment: Alignment,
     run: Checkpoints,
 ) -> tuple[tuple[Method, ...], dict[str, torch.Tensor] | None]:
-    """What the methods learn from samples: how much each layer gets where that is asked for, which layers keep their
-    attention where that is to be measured, and their calibration.
+    """What the methods learn from samples: how much each layer gets where that is asked for, which layers they act on
+    where that is to be measured, and their calibration.
 
     Returns: the methods, settled, and what `apply` takes as calibration.
     """
-    if not (config.allocates or needs_calibration(methods) or any(map(_selects, methods))):
+    if not (config.allocates or needs_calibration(methods) or any(each.undecided for each in methods)):
         return methods, None
     train, validation = samples["train"][: config.samples], samples["validation"]
 
     def make() -> Kept:
         chosen = tuple(
-            _select(model, each, train, validation, config, alignment, run) if _selects(each) else each
+            _decide(model, each, train, validation, config, alignment, run) if each.undecided else each
             for each in methods
         )
         rows = make_batches(train, config.batch_size)
@@ -131,11 +130,7 @@ def choose(
     return methods, calibration or None
 
 
-def _selects(method: Method) -> bool:
-    return isinstance(method, Mamba) and method.selected == "sensitivity"
-
-
-def _select(
+def _decide(
     model: nn.Module,
     method: Method,
     train: Sequence[Sample],
@@ -143,11 +138,10 @@ def _select(
     config: Calibrating,
     alignment: Alignment,
     run: Checkpoints,
-) -> Mamba:
-    """Which layers keep their attention, by what their mixers cost alone."""
-    assert isinstance(method, Mamba)
+) -> Method:
+    """The method on the layers that are best, by what each of them costs alone."""
     rows = make_batches(train, alignment.micro_batch)
-    held_out = make_batches(validation, alignment.micro_batch, first=True)
-    selected, cost = select_attention(model, method, rows, held_out, alignment, config.cache_gigabytes, run)
-    say("KL of each layer's mixer alone: " + ", ".join(f"{layer} {kl:.3f}" for layer, kl in cost.items()))
-    return selected
+    held_out = make_batches(validation, alignment.micro_batch, first=not method.dense_prompts)
+    decided, cost = select_layers(model, method, rows, held_out, alignment, config.cache_gigabytes, run)
+    say(f"KL of each layer's {method.trains} alone: " + ", ".join(f"{layer} {kl:.3f}" for layer, kl in cost.items()))
+    return decided

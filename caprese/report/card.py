@@ -72,8 +72,8 @@ def render_card(report: dict[str, Any], repo: str | None = None) -> str:
         front_matter=front_matter(base, revision, report["method"].split("+"), report),
         title=summary.title(report),
         headline=summary.headline(report),
-        kind="Mamba mixers and a recovery adapter, which caprese loads together"
-        if "mamba" in report["method"].split("+")
+        kind=f"{trained} and a recovery adapter, which caprese loads together"
+        if (trained := summary.trained(report["method"].split("+")))
         else "An ordinary PEFT LoRA adapter",
         table=_table(report),
         legend=summary.LEGEND,
@@ -99,10 +99,10 @@ def front_matter(base: str, revision: str | None, methods: list[str], terms: Map
         "base_model": base,
         **({"base_model_revision": revision} if revision else {}),
         "base_model_relation": "adapter",
-        # PEFT alone would load a hybrid without its mixers
-        "library_name": "caprese" if "mamba" in methods else "peft",
+        # PEFT alone would load the adapter without what else was trained
+        "library_name": "caprese" if summary.trained(methods) else "peft",
         "pipeline_tag": "text-generation",
-        "tags": ["caprese", *([] if "mamba" in methods else ["lora"]), *methods],
+        "tags": ["caprese", *([] if summary.trained(methods) else ["lora"]), *methods],
         **{key: terms[key] for key in TERMS if terms.get(key)},
     }
     text: str = yaml.safe_dump(fields, sort_keys=False)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import yaml
 from rich import box
 from rich.table import Table
+
+from caprese.efficient_methods import known_methods, make_method
+from caprese.errors import CapreseError
 
 VARIANTS = ("dense", "efficient", "recovered")
 COLUMNS = ("KL ↓", "Top-1 ↑", "Perplexity ↓", "Accuracy ↑", "New tokens", "TTNT ms ↓")
@@ -121,8 +125,8 @@ def headline(report: dict[str, Any]) -> str:
     report = portable(report)
     share = number(report["parameters"]["fraction"], ".2%")
     what = f"a low-rank adapter of {share} of its parameters"
-    if mixers := report["parameters"].get("mixers"):
-        what = f"distilling {mixers:,} parameters of Mamba mixers"
+    if count := report["parameters"].get("mixers"):
+        what = f"distilling {count:,} parameters of {trained(report['method'].split('+'))}"
     sentence = f"{report['model_id']} made cheaper with {method_text(report)}, then repaired by {what}"
     fraction = recovered(report)
     return f"{sentence}. Of the quality lost, it recovers {fraction}." if fraction else f"{sentence}."
@@ -130,20 +134,23 @@ def headline(report: dict[str, Any]) -> str:
 
 def method_text(report: dict[str, Any]) -> str:
     """The methods with their sparsity: "griffin 50%", "static 30% + cats 50%", and when it reselects."""
-    parts = []
-    for method in report.get("methods") or [{"name": report["method"], "sparsity": report.get("sparsity")}]:
-        sparsity = method.get("sparsity")
-        if isinstance(sparsity, list):
-            parts.append(f"{method['name']} {number(sum(sparsity) / len(sparsity), '.0%')} on average")
-        else:
-            kept = method.get("keep_attention")
-            if kept is not None:
-                of = number(kept, ".0%") if isinstance(kept, float) else f"layers {', '.join(map(str, kept))}:"
-                parts.append(f"{method['name']} ({of} attention)")
-                continue
-            parts.append(method["name"] + ("" if sparsity is None else f" {number(sparsity, '.0%')}"))
+    methods = report.get("methods") or [{"name": report["method"], "sparsity": report.get("sparsity")}]
     every = report.get("reselect_every")
-    return " + ".join(parts) + (f", reselected every {every} tokens" if every else "")
+    return " + ".join(map(_in_words, methods)) + (f", reselected every {every} tokens" if every else "")
+
+
+def _in_words(facts: Mapping[str, Any]) -> str:
+    """A method by its name and settings; the name alone where it is not known here."""
+    try:
+        return make_method({key: value for key, value in facts.items() if value is not None}).in_words()
+    except CapreseError:
+        return str(facts["name"])
+
+
+def trained(methods: Iterable[str]) -> str:
+    """What methods of these names train beside the adapter, in words; empty for nothing."""
+    known = known_methods()
+    return " and ".join(filter(None, (known[name].trains for name in methods if name in known)))
 
 
 def title(report: dict[str, Any]) -> str:
@@ -173,7 +180,7 @@ def facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("Rank", rank_text(report["rank"])),
         ("Layers", f"{len(report['layers'])} ({spans(report['layers'])})"),
         ("Adapter", f"{parameters['adapter']:,} parameters ({number(parameters['fraction'], '.2%')} of the base)"),
-        ("Mixers", _mixers(report)),
+        (trained(report["method"].split("+")), _trained(report)),
         ("Active parameters", "; ".join(active)),
         ("Samples", "; ".join(samples)),
         ("Seed", str(report["seed"])),
@@ -186,7 +193,7 @@ def facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     return [(label, text) for label, text in out if text]
 
 
-def _mixers(report: dict[str, Any]) -> str:
+def _trained(report: dict[str, Any]) -> str:
     if not (count := report["parameters"].get("mixers")):
         return ""
     without = f", started without their attention's {', '.join(lost)}" if (lost := report.get("lost")) else ""
@@ -221,7 +228,7 @@ def summary_table(report: dict[str, Any]) -> Table:
 
 def summary_lines(report: dict[str, Any]) -> list[str]:
     """The few lines below the table, without markup."""
-    wanted = ("Adapter", "Mixers", "Active parameters", "TTNT ratio")
+    wanted = ("Adapter", trained(report["method"].split("+")), "Active parameters", "TTNT ratio")
     lines = [f"Recovered: {recovered(report) or 'not measured'}"]
     lines += [f"{label}: {text}" for label, text in facts(report) if label in wanted]
     if stages := report["stages"]:

@@ -17,7 +17,6 @@ from caprese.adapters import attach_adapter
 from caprese.efficient_methods import (
     EfficientFFN,
     Method,
-    MixerState,
     Tokens,
     applied_ffns,
     apply,
@@ -27,7 +26,7 @@ from caprese.efficient_methods import (
     idle_branches,
     lora_rank,
     needs_calibration,
-    settle_mixers,
+    settle,
 )
 from caprese.efficient_methods.memory import memory_of
 from caprese.errors import CapreseError
@@ -110,11 +109,10 @@ class Contender:
 
 def rows_of(methods: Sequence[Method], compiled: bool = True) -> list[str]:
     """The rows there are for these methods: packed weights have no rows for LoRA to gather, and where no FFN is touched
-    none are; a mixer's state is not of a static cache."""
-    acts = [m.acts_on for m in methods]
-    lora = not any("weights" in each for each in acts) and not idle_branches(methods)
+    none are."""
+    lora = not any("weights" in method.acts_on for method in methods) and not idle_branches(methods)
     missing = [] if lora else ["efficient_lora"]
-    missing += ["fused_compiled"] if any("mixer" in each for each in acts) else []
+    missing += [] if all(method.static_cache for method in methods) else ["fused_compiled"]
     return [r for r in ROWS if (compiled or "compiled" not in r) and r not in missing]
 
 
@@ -188,7 +186,7 @@ class Bench:
             model = _twin(self.apart)
         if not name.startswith("dense"):
             model = apply(model, self.methods, calibration=self.calibration)
-            settle_mixers(model)
+            settle(model)
             if name in ("recovered", "fused", "fused_compiled"):
                 model = attach_adapter(model, self.rank)
                 generator = torch.Generator(self.device).manual_seed(self.seed)
@@ -329,8 +327,7 @@ def _held(contender: Contender) -> int:
     """Bytes of the weights, buffers and KV cache that this row needs; shared ones counted once."""
     tensors = [*contender.model.parameters(), *contender.model.buffers()]
     for layer in contender.cache.layers:
-        held = (layer.window, layer.state) if isinstance(layer, MixerState) else (layer.keys, layer.values)
-        tensors += [t for t in held if t is not None]
+        tensors += [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]
     memory = memory_of(contender.cache)
     for known in memory.layers.values() if memory is not None else ():
         tensors += known.packed.buffers() if known.packed is not None else ()

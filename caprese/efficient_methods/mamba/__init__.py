@@ -1,22 +1,7 @@
-"""Mamba-2 in place of attention: the method, the mixer and its place in the KV cache."""
+"""Mamba-2 in place of attention: the method, the mixer, its place in the cache, and what it learns from attention."""
 
 from caprese.efficient_methods.mamba.method import Mamba
 from caprese.efficient_methods.mamba.mixer import Mixer, MixerState
-from caprese.efficient_methods.mamba.replacement import (
-    Replacement,
-    mixers_at_start,
-    observing_mixers,
-    replacements,
-    settle_mixers,
-)
+from caprese.efficient_methods.mamba.replacement import Replacement, replacements
 
-__all__ = [
-    "Mamba",
-    "Mixer",
-    "MixerState",
-    "Replacement",
-    "mixers_at_start",
-    "observing_mixers",
-    "replacements",
-    "settle_mixers",
-]
+__all__ = ["Mamba", "Mixer", "MixerState", "Replacement", "replacements"]

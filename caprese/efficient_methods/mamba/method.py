@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from pydantic import Field, PlainValidator, model_validator
+from torch import nn
 
 from caprese.efficient_methods.base import Method, Part
+from caprese.efficient_methods.mamba.alignment import alignment, hidden_alignment, match_scale
 from caprese.efficient_methods.mamba.mixer import Mixer
+from caprese.efficient_methods.mamba.replacement import Replacement
+from caprese.efficient_methods.stand_in import Objective
+from caprese.efficient_methods.tokens import Tokens
 from caprese.errors import CapreseError
 from caprese.models import Site
 from caprese.models.attention import read_attention
+
+if TYPE_CHECKING:
+    from caprese.efficient_methods.passes import Phases
 
 
 def _keep(value: Any) -> float | list[int]:
@@ -21,6 +31,17 @@ def _keep(value: Any) -> float | list[int]:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise ValueError("a fraction from 0 (none) to below 1, or a list of layers that keep their attention")
     return float(value)
+
+
+class Settings(Protocol):
+    """As much of a recipe's section `alignment` as mixers look at."""
+
+    epochs: int
+    """Passes with every mixer alone, on what its attention saw."""
+    hidden_epochs: int
+    """Passes after those with all mixers in place, learning the dense model's hidden states."""
+    matrices: float
+    """With every mixer alone: the weight, beside what it gives, of how it mixes tokens."""
 
 
 class Mamba(Method):
@@ -32,6 +53,11 @@ class Mamba(Method):
     name: ClassVar[str] = "mamba"
     summary: ClassVar[str] = "Mamba-2 mixers in place of attention layers, started from their weights"
     parts: ClassVar[frozenset[Part]] = frozenset({"mixer"})
+    trains: ClassVar[str] = "Mamba mixers"
+    dense_prompts: ClassVar[bool] = False
+    static_cache: ClassVar[bool] = False
+    no_reselection: ClassVar[str] = "reselection reads generated tokens again, which a mixer's state cannot"
+    checkpoint: ClassVar[str] = "granitemoehybrid"
 
     keep_attention: Annotated[float | list[int], PlainValidator(_keep)] = 0.5
     """Fraction of the layers that keep their attention, or the numbers of those that do; 0 is none."""
@@ -74,6 +100,18 @@ class Mamba(Method):
             raise CapreseError("keep_attention leaves no layer to replace; keep fewer")
         return replaced
 
+    def install(self, site: Site, config: Any, phases: Phases) -> Callable[[], None]:
+        """A mixer in place of a layer's attention."""
+        if self.undecided:
+            raise CapreseError(
+                "mamba:selected=sensitivity is measured by caprese recover; here, give keep_attention the layers"
+            )
+        attention = site.attention()
+        replacement = Replacement(site, config, phases, self.start, self.seed)
+        replacement.train(site.layer.training)
+        setattr(site.layer, site.attention_name, replacement)
+        return functools.partial(setattr, site.layer, site.attention_name, attention)
+
     def stand_in_weights(self, site: Site, config: Any) -> tuple[int, int]:
         attention = site.attention()
         facts = read_attention(attention, config)
@@ -82,3 +120,31 @@ class Mamba(Method):
             mixer = Mixer(replace(facts, **tensors), 1e-6, 0)
         new, old = (sum(p.numel() for p in module.parameters()) for module in (mixer, attention))
         return new, old
+
+    @property
+    def undecided(self) -> bool:
+        return self.selected == "sensitivity"
+
+    def candidates(self) -> Mamba:
+        return self.model_copy(update={"selected": "evenly", "keep_attention": 0.0})
+
+    def decided(self, cost: Mapping[int, float], count: int) -> Mamba:
+        """Attention stays where a mixer costs most."""
+        kept = sorted(sorted(cost, key=cost.__getitem__)[len(cost) - self.kept(count) :])
+        return self.model_copy(update={"selected": "evenly", "keep_attention": kept})
+
+    def prepare(self, model: nn.Module, tokens: Tokens) -> None:
+        match_scale(model, tokens)
+
+    def objectives(self, settings: Settings) -> list[Objective]:
+        alone = functools.partial(alignment, matrices=settings.matrices)
+        both = [
+            Objective("alignment", settings.epochs, alone, "mixers", alone=True),
+            Objective("hidden_states", settings.hidden_epochs, hidden_alignment, "hidden states", alone=False),
+        ]
+        return [objective for objective in both if objective.epochs]
+
+    def in_words(self) -> str:
+        kept = self.keep_attention
+        of = f"{kept:.0%}" if isinstance(kept, float) else f"layers {', '.join(map(str, kept))}:"
+        return f"{self.name} ({of} attention)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,37 +11,58 @@ from torch import nn
 from transformers import Cache
 from transformers.cache_utils import StaticLayer
 
-from caprese.efficient_methods.mamba.method import Mamba
-from caprese.efficient_methods.mamba.mixer import Mixer, MixerState
+from caprese.efficient_methods.mamba.mixer import KERNEL, Mixer, MixerState
+from caprese.efficient_methods.stand_in import StandIn
 from caprese.errors import CapreseError
-from caprese.models import Site, unwrap
+from caprese.kernels.scan import CHUNK
+from caprese.models import Site
 from caprese.models.attention import read_attention
 
 if TYPE_CHECKING:
     from caprese.efficient_methods.passes import Phases
 
-#: called with (replacement, x [B, T, D], out [B, T, D], probabilities [B, H, T, T] if it gives them) by every replaced
-#: attention in a dense pass
-MixerObserver = Callable[["Replacement", torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 
-
-class Replacement(nn.Module):
+class Replacement(StandIn):
     """Called as the attention is; runs the mixer, or the attention where the layer is not to act.
 
     Attributes:
         lost: what of the attention the mixer's start does not have.
-        observer: see `observing_mixers`.
     """
 
-    def __init__(self, site: Site, config: Any, method: Mamba, phases: Phases) -> None:
+    def __init__(self, site: Site, config: Any, phases: Phases, start: str, seed: int) -> None:
+        """
+        Args:
+            start: what the mixer starts from, and the `seed` of what is random in that; see `Mixer`.
+        """
         super().__init__()
         self.attention = site.attention()
         self.layer, self.phases = site.index, phases
-        self.config, self.method = config, method
-        self.observer: MixerObserver | None = None
+        self.config, self.start_from, self.seed = config, start, seed
         self.lost = read_attention(self.attention, config).lost
         self.mixer = self._fresh()
         self._start: list[Mixer] = []  # and no module of it, which it would be by itself
+
+    @property
+    def original(self) -> nn.Module:
+        return self.attention
+
+    @property
+    def trained(self) -> nn.Module:
+        return self.mixer
+
+    def settle(self, dtype: torch.dtype) -> None:
+        self.mixer.settle(dtype)
+
+    @contextmanager
+    def untrained(self) -> Iterator[None]:
+        """Inside, the mixer is as mapped from its attention: its size not matched either."""
+        trained = self.mixer
+        self.mixer = self.start()
+        self.mixer.settle(trained.in_proj.weight.dtype)
+        try:
+            yield
+        finally:
+            self.mixer = trained
 
     def start(self) -> Mixer:
         """The mixer as mapped from its attention, before its size was matched and anything trained; made once, since it
@@ -53,17 +74,36 @@ class Replacement(nn.Module):
     def _fresh(self) -> Mixer:
         names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
         eps = next((found for name in names if (found := getattr(self.config, name, None))), 1e-6)
-        seed = self.method.seed * 1_000_003 + self.layer
-        made = Mixer(read_attention(self.attention, self.config), eps, seed, self.method.start)
+        seed = self.seed * 1_000_003 + self.layer
+        made = Mixer(read_attention(self.attention, self.config), eps, seed, self.start_from)
         return made.requires_grad_(False).train(self.training)
+
+    def checkpoint_settings(self, config: Any) -> dict[str, Any]:
+        mixer = self.mixer
+        if mixer.inner % config.hidden_size:
+            raise CapreseError(
+                f"a GraniteMoeHybrid's mixers are a multiple of the hidden size {config.hidden_size} wide, and these "
+                f"{mixer.inner}; not exported"
+            )
+        return {
+            "mamba_n_heads": mixer.heads,
+            "mamba_n_groups": mixer.heads,
+            "mamba_d_head": mixer.size,
+            "mamba_d_state": mixer.size,
+            "mamba_d_conv": KERNEL,
+            "mamba_expand": mixer.inner // config.hidden_size,
+            "mamba_chunk_size": CHUNK,
+            "mamba_conv_bias": True,
+            "mamba_proj_bias": True,
+        }
+
+    def checkpoint_state(self) -> dict[str, torch.Tensor]:
+        return {f"mamba.{name}": t for name, t in self.mixer.unshared().items()}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs["hidden_states"]
         if self.phases.dense or not self.phases.acts_on(self.layer):
-            out = self.attention(*args, **kwargs)
-            if self.observer is not None:
-                self.observer(self, x, *out[:2])
-            return out
+            return self.attention(*args, **kwargs)
         cache = next((v for v in (*kwargs.values(), *args) if isinstance(v, Cache)), None)
         state = None if cache is None else self._state(cache)
         return self.mixer(x, self._valid(x), state), None
@@ -99,35 +139,3 @@ class Replacement(nn.Module):
 def replacements(model: nn.Module) -> list[Replacement]:
     """The replaced attentions of a model, in layer order."""
     return [m for m in model.modules() if isinstance(m, Replacement)]
-
-
-@contextmanager
-def observing_mixers(model: nn.Module, observer: MixerObserver) -> Iterator[None]:
-    """Inside, `observer` is shown what each replaced attention sees and gives in dense passes."""
-    for at in replacements(model):
-        at.observer = observer
-    try:
-        yield
-    finally:
-        for at in replacements(model):
-            at.observer = None
-
-
-def settle_mixers(model: nn.Module) -> None:
-    """Mixers as they run beside a base of 16 bit (see `Mixer.settle`); nothing changes beside one of 32."""
-    for at in replacements(model):
-        at.mixer.settle(unwrap(model).dtype)
-
-
-@contextmanager
-def mixers_at_start(model: nn.Module) -> Iterator[None]:
-    """Inside, the mixers are as mapped from their attention: nothing trained, and their size not matched either."""
-    trained = {at: at.mixer for at in replacements(model)}
-    try:
-        for at, mixer in trained.items():
-            at.mixer = at.start()
-            at.mixer.settle(mixer.in_proj.weight.dtype)
-        yield
-    finally:
-        for at, mixer in trained.items():
-            at.mixer = mixer

@@ -1,0 +1,95 @@
+"""What a method trains in the place of a part of the model, and how it is told apart from the rest.
+
+The part itself stays, for the teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from caprese.efficient_methods.tokens import Tokens
+from caprese.models import unwrap
+
+
+class StandIn(nn.Module):
+    """Called as the original is; runs what is trained in its place, or the original where the layer is not to act."""
+
+    layer: int
+    lost: tuple[str, ...] = ()
+    """What of the original is not in its place, in a report's words."""
+
+    @property
+    def original(self) -> nn.Module:
+        """The model's own module."""
+        raise NotImplementedError
+
+    @property
+    def trained(self) -> nn.Module:
+        """What is trained, and saved beside the adapter."""
+        raise NotImplementedError
+
+    def untrained(self) -> AbstractContextManager[None]:
+        """Inside, it is as it was before anything trained."""
+        raise NotImplementedError
+
+    def settle(self, dtype: torch.dtype) -> None:
+        """Nothing is to be trained any more: take the type in which it is to run beside a base of `dtype`."""
+
+    def checkpoint_settings(self, config: Any) -> dict[str, Any]:
+        """What it adds to the config of a checkpoint that holds it (see `Method.checkpoint`), of a base of `config`.
+
+        Raises:
+            CapreseError: such a checkpoint cannot.
+        """
+        raise NotImplementedError
+
+    def checkpoint_state(self) -> dict[str, torch.Tensor]:
+        """Its parameters by their names in a layer of that checkpoint."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What stand-ins learn before all that is trained is trained end to end."""
+
+    name: str
+    """Of the stage."""
+    epochs: int
+    """Passes over the samples."""
+    error: Callable[[nn.Module, Tokens], torch.Tensor]
+    """What is made small, of the applied model and samples: relative squared errors by layer, [layers]."""
+    what: str
+    """Whose error it is, in a report's words."""
+    alone: bool
+    """Whether every stand-in learns beside the dense model, and no gradient goes from layer to layer."""
+
+
+def stand_ins(model: nn.Module) -> list[StandIn]:
+    """The stand-ins of a model, in layer order."""
+    return [m for m in unwrap(model).modules() if isinstance(m, StandIn)]
+
+
+def stand_in_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What of them is trained and saved, by "layer.name"."""
+    return {f"{at.layer}.{name}": p for at in stand_ins(model) for name, p in at.trained.named_parameters()}
+
+
+def settle(model: nn.Module) -> None:
+    """Have stand-ins run in the type of the model they stand in; see `StandIn.settle`."""
+    for at in stand_ins(model):
+        at.settle(unwrap(model).dtype)
+
+
+@contextmanager
+def untrained(model: nn.Module) -> Iterator[None]:
+    """Inside, stand-ins are as they were before anything trained."""
+    with ExitStack() as stack:
+        for at in stand_ins(model):
+            stack.enter_context(at.untrained())
+        yield
