@@ -11,10 +11,10 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 import caprese
 from caprese import progress
 from caprese.data_gen import Samples, complete
-from caprese.inference import Decoding, stream
 from caprese.inference import generate as loop
+from caprese.inference import stream
 from caprese.inference.generate import completions, ends_of, generate
-from caprese.inference.sampling import in_nucleus, nucleus
+from caprese.inference.sampling import Sampler, in_nucleus, nucleus
 
 PROMPTS = [[7, 8, 9, 10, 11, 12, 13, 14, 15], [20], [30, 31, 32, 33], [40, 41], [9, 9, 50, 51, 52, 53]]
 
@@ -180,13 +180,13 @@ def test_a_sample_stops_at_any_end(known_to: str) -> None:
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(other)
     config = Samples(max_new_tokens=20, temperature=1e-4)
     assert complete(model, tokenizer, [prompt], config, 0)[0] == free[: free.index(end) + 1]
-    assert stream(model, tokenizer, "abc", Decoding(20))["new_tokens"] <= 20
+    assert stream(model, tokenizer, "abc", max_new_tokens=20)["new_tokens"] <= 20
 
 
 def test_settings_of_a_model_do_not_reach_the_loop() -> None:
     """Sampling defaults, penalties, limits, kinds of cache and a missing pad token, as checkpoints have them."""
     plain, tokenizer = tiny_llama(), byte_tokenizer()
-    expected = stream(plain, tokenizer, "1+1", Decoding(12))
+    expected = stream(plain, tokenizer, "1+1", max_new_tokens=12)
     model = tiny_llama(use_cache=False, pad_token_id=None)
     model.generation_config = GenerationConfig(
         do_sample=True,
@@ -203,7 +203,7 @@ def test_settings_of_a_model_do_not_reach_the_loop() -> None:
     )
     held = model.generation_config.to_dict()
     for _ in range(2):
-        found = stream(model, tokenizer, "1+1", Decoding(12))
+        found = stream(model, tokenizer, "1+1", max_new_tokens=12)
         assert (found["text"], found["new_tokens"]) == (expected["text"], expected["new_tokens"])
     config = Samples(max_new_tokens=12, batch_size=2)
     assert complete(model, tokenizer, PROMPTS, config, 4) == complete(plain, tokenizer, PROMPTS, config, 4)
@@ -212,11 +212,15 @@ def test_settings_of_a_model_do_not_reach_the_loop() -> None:
 
 def test_a_stream_is_seeded_and_says_what_it_wrote() -> None:
     model, tokenizer, parts = tiny_llama(), byte_tokenizer(), []
-    one = stream(model, tokenizer, "hello", Decoding(16, 1.5, 0.9, seed=3), emit=parts.append)
-    again = stream(model, tokenizer, "hello", Decoding(16, 1.5, 0.9, seed=3))
+
+    def hot(seed: int) -> Sampler:
+        return nucleus(1, 1.5, 0.9, seed, torch.device("cpu"))
+
+    one = stream(model, tokenizer, "hello", hot(3), max_new_tokens=16, emit=parts.append)
+    again = stream(model, tokenizer, "hello", hot(3), max_new_tokens=16)
     assert one["text"] == again["text"] == "".join(parts) and one["text"]
-    assert one["text"] != stream(model, tokenizer, "hello", Decoding(16, 1.5, 0.9, seed=4))["text"]
-    assert stream(model, tokenizer, "hello", Decoding(1))["ttnt_ms"] is None
+    assert one["text"] != stream(model, tokenizer, "hello", hot(4), max_new_tokens=16)["text"]
+    assert stream(model, tokenizer, "hello", max_new_tokens=1)["ttnt_ms"] is None
 
 
 def test_a_prompt_without_tokens_is_refused() -> None:

@@ -30,8 +30,9 @@ def generate(
 ) -> None:
     """Answer a prompt, streaming, and show the time to next token."""
     from caprese.adapters import Adapter, fingerprint
-    from caprese.inference import Decoding, load, stream
-    from caprese.models import load_base
+    from caprese.inference import load, stream
+    from caprese.inference.sampling import greedy, nucleus
+    from caprese.models import device_of, load_base
 
     if not prompt.strip():
         raise CapreseError("the prompt is empty; give --prompt some text")
@@ -49,8 +50,9 @@ def generate(
         lm,
         tokenizer,
         prompt,
-        Decoding(max_new_tokens, temperature, top_p, seed),
+        nucleus(1, temperature, top_p, seed, device_of(lm)) if temperature else greedy,
         instruction=instruction,
+        max_new_tokens=max_new_tokens,
         emit=None if as_json else lambda text: write(text, end=""),
     )
     show(result, as_json, lambda _: [""])  # the text itself has been streamed

@@ -1,4 +1,4 @@
-"""The decode loop, and text from it as it comes. All of caprese that generates reads this loop.
+"""The decode loop: all of caprese that generates reads it.
 
 It decides for itself: always with a KV cache, and without the sampling defaults, penalties, limits and kinds of cache
 that a model's config or generation config may hold. Only the ends of text are taken from there.
@@ -6,24 +6,19 @@ that a model's config or generation config may hold. Only the ends of text are t
 
 from __future__ import annotations
 
-import itertools
-import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedTokenizerBase
-from transformers.generation.streamers import TextStreamer
 
 from caprese.efficient_methods.memory import memory_of
 from caprese.errors import CapreseError
-from caprese.inference.sampling import Sampler, greedy, nucleus
-from caprese.models import check_context, device_of, encode_prompt, unwrap
+from caprese.inference.sampling import Sampler, greedy
+from caprese.models import device_of, unwrap
 from caprese.models.cache import roomy_cache
-from caprese.progress import say
 
 # Sequences are taken out of the batch when at least this part of it has ended: each time, the KV cache is copied.
 _ENDED = 0.25
@@ -163,66 +158,3 @@ def completions(steps: Iterable[NewTokens], count: int) -> list[list[int]]:
         for row, token in zip(rows.tolist(), ids.tolist(), strict=True):
             found[row].append(token)
     return found
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How one text is generated."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_p: float = 1.0
-    seed: int = 0
-
-
-class _Text(TextStreamer):
-    """Tokens -> text as soon as its words are whole."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, emit: Callable[[str], None] | None) -> None:
-        super().__init__(tokenizer, skip_special_tokens=True)
-        self.emit = emit
-        self.text = ""
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.text += text
-        if self.emit is not None:
-            self.emit(text)
-
-
-def stream(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    how: Decoding = Decoding(),
-    *,
-    instruction: str = "",
-    emit: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
-    """Generate from one prompt.
-
-    Returns: {"text", "new_tokens", "first_token_ms", "ttnt_ms"}; ttnt_ms is the median, None for a single token.
-
-    Raises:
-        CapreseError: a prompt that does not fit the model's context.
-    """
-    encoded = [encode_prompt(tokenizer, prompt, instruction, True)]
-    check_context(model, [prompt], encoded, how.max_new_tokens)
-    unknown = tokenizer.unk_token_id
-    if unknown in encoded[0] and unknown not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
-        say(("this model has no token for some of the prompt's characters; it reads them as unknown", "yellow"))
-    device = device_of(model)
-    sampler = nucleus(1, how.temperature, how.top_p, how.seed, device) if how.temperature else greedy
-    text = _Text(tokenizer, emit)
-    moments = [clock(device)]
-    for new in generate(model, encoded, how.max_new_tokens, sampler, ends=ends_of(model, tokenizer)):
-        moments.append(new.moment)
-        text.put(new.ids)
-    text.end()
-    first, *gaps = (1000 * (b - a) for a, b in itertools.pairwise(moments))
-    return {
-        "text": text.text,
-        "new_tokens": len(moments) - 1,
-        "first_token_ms": first,
-        "ttnt_ms": statistics.median(gaps) if gaps else None,
-    }
