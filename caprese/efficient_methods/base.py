@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -22,14 +22,11 @@ from torch import nn
 
 from caprese.efficient_methods.reads import Reads
 from caprese.efficient_methods.settings import Layers, Sparsity
-from caprese.efficient_methods.stand_in import Objective
+from caprese.efficient_methods.stand_in import Acting, Objective
 from caprese.efficient_methods.tokens import Tokens
 from caprese.errors import CapreseError
 from caprese.kernels import PackedFFN
 from caprese.models import FFN, Site
-
-if TYPE_CHECKING:
-    from caprese.efficient_methods.passes import Phases
 
 Source = Literal["prompt", "samples"]
 Part = Literal["width", "weights", "rows", "neurons", "inputs", "attention", "mixer"]
@@ -180,7 +177,7 @@ class Method(BaseModel):
         """A method that reads as much as this one does when `batch` sequences decode together."""
         return self
 
-    def install(self, site: Site, config: Any, phases: Phases) -> Callable[[], None]:
+    def install(self, site: Site, config: Any, phases: Acting) -> Callable[[], None]:
         """Put what it trains into one layer, a `StandIn`; returns the undoing.
 
         Args:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from caprese.efficient_methods.base import Method
+
+class Reader(Protocol):
+    """As much of a method as is asked what is left to read."""
+
+    def reads(self, reads: Reads) -> Reads: ...
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Reads:
     def times(self, factor: float) -> Reads:
         return Reads(self.gate * factor, self.up * factor, self.down * factor)
 
-    def after(self, methods: Iterable[Method]) -> Reads:
+    def after(self, methods: Iterable[Reader]) -> Reads:
         """What `methods`, in the order in which they act, leave of it."""
         left = self
         for method in methods:

@@ -8,13 +8,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from caprese.efficient_methods.tokens import Tokens
 from caprese.models import unwrap
+
+
+class Acting(Protocol):
+    """What a stand-in is told of the pass that runs: as much of `passes.Phases` as it looks at."""
+
+    dense: bool
+    """Whether the teacher runs."""
+    current: Any
+    """Which tokens are prompt and which completion (`passes.Pass`); None where that does not matter."""
+
+    def acts_on(self, layer: int) -> bool:
+        """Whether a layer acts now."""
+        ...
 
 
 class StandIn(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from pydantic import Field, PlainValidator, model_validator
@@ -15,14 +15,11 @@ from caprese.efficient_methods.base import Method, Part
 from caprese.efficient_methods.mamba.alignment import alignment, hidden_alignment, match_scale
 from caprese.efficient_methods.mamba.mixer import Mixer
 from caprese.efficient_methods.mamba.replacement import Replacement
-from caprese.efficient_methods.stand_in import Objective
+from caprese.efficient_methods.stand_in import Acting, Objective
 from caprese.efficient_methods.tokens import Tokens
 from caprese.errors import CapreseError
 from caprese.models import Site
 from caprese.models.attention import read_attention
-
-if TYPE_CHECKING:
-    from caprese.efficient_methods.passes import Phases
 
 
 def _keep(value: Any) -> float | list[int]:
@@ -100,7 +97,7 @@ class Mamba(Method):
             raise CapreseError("keep_attention leaves no layer to replace; keep fewer")
         return replaced
 
-    def install(self, site: Site, config: Any, phases: Phases) -> Callable[[], None]:
+    def install(self, site: Site, config: Any, phases: Acting) -> Callable[[], None]:
         """A mixer in place of a layer's attention."""
         if self.undecided:
             raise CapreseError(

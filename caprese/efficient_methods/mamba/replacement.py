@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,14 +12,11 @@ from transformers import Cache
 from transformers.cache_utils import StaticLayer
 
 from caprese.efficient_methods.mamba.mixer import KERNEL, Mixer, MixerState
-from caprese.efficient_methods.stand_in import StandIn
+from caprese.efficient_methods.stand_in import Acting, StandIn
 from caprese.errors import CapreseError
 from caprese.kernels.scan import CHUNK
 from caprese.models import Site
 from caprese.models.attention import read_attention
-
-if TYPE_CHECKING:
-    from caprese.efficient_methods.passes import Phases
 
 
 class Replacement(StandIn):
@@ -29,7 +26,7 @@ class Replacement(StandIn):
         lost: what of the attention the mixer's start does not have.
     """
 
-    def __init__(self, site: Site, config: Any, phases: Phases, start: str, seed: int) -> None:
+    def __init__(self, site: Site, config: Any, phases: Acting, start: str, seed: int) -> None:
         """
         Args:
             start: what the mixer starts from, and the `seed` of what is random in that; see `Mixer`.
