@@ -81,7 +81,7 @@ class Run(Checkpoints):
         report: dict[str, Any] | None = shared(self._finished() if self.main else None)
         if report is not None:
             self.close()
-            say(f"[green]{self.directory} already holds this run's result[/green]; nothing to do")
+            say((f"{self.directory} already holds this run's result", "green"), "; nothing to do")
         return report
 
     def _finished(self) -> dict[str, Any] | None:
@@ -94,7 +94,7 @@ class Run(Checkpoints):
         if not wrong:
             return report
         names = ", ".join(path.relative_to(self.directory).as_posix() for path in wrong)
-        say(f"[yellow]{self.directory}: {names} damaged or missing; made again[/yellow]")
+        say((f"{self.directory}: {names} damaged or missing; made again", "yellow"))
         if all(any(path.match(page) for page in PAGES) for path in wrong):
             return write_report(report, self.directory)
         for path in wrong:
@@ -164,8 +164,7 @@ class Run(Checkpoints):
                 note(done=done)
             raise
         note(done=True)
-        kept = "" if stage["kept"] else " [yellow](not kept)[/yellow]"
-        say(f"{self.part}/4 {name}: {stage['note']}{kept}")
+        say(f"{self.part}/4 {name}: {stage['note']}", ("" if stage["kept"] else " (not kept)", "yellow"))
 
     def stages(self) -> list[dict[str, Any]]:
         """What was done, in order: {"name", "seconds", "kept", "note"}."""
