@@ -320,7 +320,17 @@ def test_foreign_text_in_a_recipe_and_in_prompts(tiny_dir, tmp_path):
     assert r"[/key]\x1b[31m" in shown("recipes", "validate", str(recipe), code=1)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"[/column]\x1b[31m": "1 + 1"}) + "\n")
-    asked = ("recover", "--model", str(tiny_dir), "--prompts", str(rows), "--output", str(tmp_path / "o[/x]"))
+    asked = (
+        "recover",
+        "--model",
+        str(tiny_dir),
+        "--rank",
+        "2",
+        "--prompts",
+        str(rows),
+        "--output",
+        str(tmp_path / "o"),
+    )
     assert r"[/column]\x1b[31m" in shown(*asked, code=1)
 
 

@@ -77,6 +77,7 @@ def _flags(function: Callable[..., None]) -> typing.Iterator[tuple[str, tuple[st
     for name, hint in typing.get_type_hints(function, include_extras=True).items():
         for option in getattr(hint, "__metadata__", ()):
             if isinstance(option, OptionInfo):
-                given = next((text for text in option.param_decls or () if text.startswith("--")), "")
+                said = (option.default, *(option.param_decls or ()))  # in Annotated, the first comes as the default
+                given = next((text for text in said if isinstance(text, str) and text.startswith("--")), "")
                 on, _, off = (given or f"--{name.replace('_', '-')}").partition("/")
                 yield name, (on, off)
