@@ -49,7 +49,7 @@ def put_in_place(tmp: Path, path: Path) -> None:
 
 def unwritable(path: Path, error: Exception) -> CapreseError:
     return CapreseError(
-        f"cannot write {path}: {getattr(error, 'strerror', None) or error}; free space or choose another --output, "
+        f"cannot write {path}: {getattr(error, 'strerror', None) or error}; free space or choose another `output`, "
         "then run again (finished work is kept)"
     )
 

@@ -61,6 +61,15 @@ def test_help_names_the_extra():
     assert "caprese[eval]" in shown
 
 
+def test_help_groups_its_flags():
+    shown = runner.invoke(app, ["recover", "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).stdout
+    panels = re.split(r"─ (\w+) ─", shown)
+    found = dict(zip(panels[1::2], panels[2::2], strict=True))
+    flags = {"Model": "--dtype", "Method": "--keep-attention", "Samples": "--column", "Training": "--rank"}
+    for panel, flag in {**flags, "Output": "--overwrite", "Options": "--json"}.items():
+        assert flag in found[panel] and shown.count(f"{flag} ") >= 1, panel
+
+
 def test_version():
     assert call("--version").strip() == f"caprese {caprese.__version__}"
 

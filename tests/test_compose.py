@@ -93,11 +93,11 @@ def test_settings_of_the_recipe_go_to_the_methods_that_have_them():
     assert (static.sparsity, cats.sparsity, cats.threshold) == (0.3, 0.6, "calibrated")
     with pytest.raises(CapreseError, match="no setting of griffin"):
         Recipe(method="griffin", threshold="calibrated").make_methods()
-    with pytest.raises(CapreseError, match="one of --target-kl"):
+    with pytest.raises(CapreseError, match="one of `target_kl`"):
         Recipe(sparsity="auto").make_methods()
     with pytest.raises(CapreseError, match="takes one method"):
         Recipe(sparsity="auto", target_kl=0.1, method="nf4").make_methods()
-    with pytest.raises(CapreseError, match="go with --sparsity auto"):
+    with pytest.raises(CapreseError, match="go with `sparsity=auto`"):
         Recipe(target_active=0.5).make_methods()
 
 
@@ -106,7 +106,7 @@ def test_settings_of_the_recipe_go_to_the_methods_that_have_them():
 )
 def test_a_sparsity_that_no_method_takes_is_refused(method, sparsity):
     target = {"target_kl": 0.1} if sparsity == "auto" else {}
-    with pytest.raises(CapreseError, match="--sparsity is no setting of .*, or said there already"):
+    with pytest.raises(CapreseError, match="`sparsity` is no setting of .*, or said there already"):
         Recipe(method=method, sparsity=sparsity, **target).make_methods()
 
 
@@ -118,7 +118,7 @@ def test_another_method_leaves_the_settings_of_the_recipes_own(tmp_path):
         assert [str(m) for m in recipe.make_methods()] == [words]
         (tmp_path / "again.yaml").write_text(recipe.to_yaml())
         assert resolve_recipe(str(tmp_path / "again.yaml")).make_methods() == recipe.make_methods()
-    with pytest.raises(CapreseError, match="--sparsity is no setting of nf4"):
+    with pytest.raises(CapreseError, match="`sparsity` is no setting of nf4"):
         resolve_recipe(str(file), method="nf4", sparsity=0.9).make_methods()
 
 

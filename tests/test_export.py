@@ -148,7 +148,7 @@ def test_it_is_read_back_where_caprese_is_not(tmp_path, monkeypatch):
 def test_what_depends_on_the_prompt_is_refused(method, tmp_path):
     model = recovered(caprese.apply(tiny_llama(), method))
     with pytest.raises(
-        caprese.CapreseError, match=f"{method.name} decides anew for each prompt or token.*--method static"
+        caprese.CapreseError, match=f"{method.name} decides anew for each prompt or token.*with method static"
     ):
         caprese.export(model, None, tmp_path / "out")
 
@@ -163,7 +163,7 @@ def test_a_target_in_use_is_left_alone(tmp_path):
     model = recovered(pruned(tiny_llama()))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
-    with pytest.raises(caprese.CapreseError, match="--overwrite"):
+    with pytest.raises(caprese.CapreseError, match="`overwrite=True`"):
         caprese.export(model, None, tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["precious"]
     caprese.export(model, None, tmp_path / "out", overwrite=True)
@@ -180,7 +180,7 @@ def test_adapters_and_bases_are_not_overwritten(tiny_dir, tmp_path):
     caprese.save(model, tmp_path / "run" / "adapter")
     for target in (tmp_path / "run" / "adapter", tmp_path / "run", base):
         before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(caprese.CapreseError, match=r"which --overwrite does not replace"):
+        with pytest.raises(caprese.CapreseError, match=r"which `overwrite` does not replace"):
             caprese.export(model, None, target, overwrite=True)
         assert sorted(tmp_path.rglob("*")) == before
 

@@ -229,7 +229,7 @@ def test_an_adapter_is_no_model_of_its_own(one, tmp_path):
     # transformers' own integration wants a newer PEFT than our oldest
     with pytest.raises((ValueError, ImportError), match=r"recovery|peft"):
         AutoModelForCausalLM.from_pretrained(str(one))
-    with pytest.raises(caprese.CapreseError, match=r"is a recovery adapter, not a model.*--adapter"):
+    with pytest.raises(caprese.CapreseError, match=r"is a recovery adapter, not a model.*`adapter`"):
         caprese.load_base(str(one))
 
 

@@ -285,7 +285,7 @@ def test_what_is_damaged_is_named_and_made_again(small_recipe, monkeypatch):
     made = [name for name in before if name.startswith(("adapter", "caprese", "samples"))]
     assert len(made) == 8 and all(digest(out / name) == before[name] for name in made)
     (out / "report.json").write_text("{")
-    with pytest.raises(caprese.CapreseError, match=r"report\.json is damaged.*--overwrite"):
+    with pytest.raises(caprese.CapreseError, match=r"report\.json is damaged.*`overwrite=True`"):
         caprese.recover(model, tokenizer, small_recipe)
     caprese.recover(model, tokenizer, small_recipe, overwrite=True)
     assert digest(weights) == before["adapter_model.safetensors"]

@@ -136,7 +136,7 @@ def test_a_rerun_goes_on_with_the_contender_that_is_missing(tasks, tmp_path):
     assert sorted((tmp_path / "out" / "dense").rglob("results_*.json")) == first
     assert result["tasks"]["choose"]["acc"].keys() == {"dense", "efficient"}
     (tasks / "chains.jsonl").open("a").write("\n" + (tasks / "chains.jsonl").read_text().splitlines()[0])
-    with pytest.raises(caprese.CapreseError, match="of other settings or data.*--overwrite"):
+    with pytest.raises(caprese.CapreseError, match="of other settings or data.*`overwrite=True`"):
         run_tasks(model, tokenizer, choose, tmp_path / "out", contenders=["dense"], **how)
     run_tasks(model, tokenizer, choose, tmp_path / "out", contenders=["dense"], overwrite=True, **how)
     assert len(sorted((tmp_path / "out" / "dense").rglob("results_*.json"))) == 2

@@ -161,7 +161,7 @@ def explain(error: Exception, repo: str, *, revision: str | None = None, writing
     if isinstance(error, RepositoryNotFoundError):
         return CapreseError(f"no repository {repo!r} on the hub, or it is private; check the spelling, or {_LOGIN}")
     if isinstance(error, RevisionNotFoundError):
-        return CapreseError(f"{repo} has no revision {revision!r}; check --revision")
+        return CapreseError(f"{repo} has no revision {revision!r}; check `revision`")
     if status == 403:
         verb = "write to" if writing else "read"
         return CapreseError(f"your token may not {verb} {repo}; {_LOGIN} with one that may")

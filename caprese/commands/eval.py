@@ -11,6 +11,8 @@ from caprese.commands.options import Adapter, Device, Dtype, Json, Model, Resele
 from caprese.errors import CapreseError
 from caprese.progress import show
 
+TASKS = "Of lm-eval's tasks"
+
 
 def eval(
     model: Model,
@@ -25,15 +27,26 @@ def eval(
     reselect_every: Reselect = None,
     tasks: Annotated[
         str | None,
-        typer.Option(help="lm-eval tasks instead: names or YAML files, with commas (needs caprese\\[eval])."),
+        typer.Option(
+            help="lm-eval tasks instead: names or YAML files, with commas (needs caprese\\[eval]).",
+            rich_help_panel=TASKS,
+        ),
     ] = None,
-    include_path: Annotated[str | None, typer.Option(help="--tasks: a directory with more task YAMLs.")] = None,
-    limit: Annotated[int | None, typer.Option(help="--tasks: problems of each.", min=1)] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="--tasks: examples in the context.", min=0)] = None,
-    chat_template: Annotated[bool, typer.Option("--chat-template", help="--tasks: as a chat.")] = False,
-    batch_size: Annotated[int, typer.Option(help="--tasks: sequences together.", min=1)] = 8,
-    output: Annotated[str, typer.Option("--output", "-o", help="--tasks: directory for lm-eval's results.")] = "eval",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="--tasks: replace results of other settings.")] = False,
+    include_path: Annotated[
+        str | None, typer.Option(help="A directory with more task YAMLs.", rich_help_panel=TASKS)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Problems of each.", min=1, rich_help_panel=TASKS)] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples in the context.", min=0, rich_help_panel=TASKS)
+    ] = None,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="As a chat.", rich_help_panel=TASKS)] = False,
+    batch_size: Annotated[int, typer.Option(help="Sequences together.", min=1, rich_help_panel=TASKS)] = 8,
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Directory for lm-eval's results.", rich_help_panel=TASKS)
+    ] = "eval",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace results of other settings.", rich_help_panel=TASKS)
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of which prompts are asked and of sampling.")] = 1,
     dtype: Dtype = "auto",
     device: Device = "auto",

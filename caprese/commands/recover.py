@@ -22,60 +22,106 @@ def _set(overrides: dict[str, Any], path: str, value: Any) -> None:
     overrides[key] = value
 
 
+MODEL, METHOD, SAMPLES, TRAINING, OUTPUT = "Model", "Method", "Samples", "Training", "Output"
+
+
 def recover(
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Alias, hub id or local directory.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Alias, hub id or local directory.", rich_help_panel=MODEL)
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option("--recipe", "-r", help="Shipped recipe or YAML file; flags override it.")
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="A method, NAME[:SPARSITY][:key=value], or several joined by +; caprese methods lists them."),
+        typer.Option(
+            help="A method, NAME[:SPARSITY][:key=value], or several joined by +; caprese methods lists them.",
+            rich_help_panel=METHOD,
+        ),
     ] = None,
     sparsity: Annotated[
-        str | None, typer.Option(help="Fraction removed, in (0, 1); one for each layer, 0.3,0.5,...; or auto.")
+        str | None,
+        typer.Option(
+            help="Fraction removed, in (0, 1); one for each layer, 0.3,0.5,...; or auto.", rich_help_panel=METHOD
+        ),
     ] = None,
-    target_kl: Annotated[float | None, typer.Option(help="--sparsity auto: the largest KL before recovery.")] = None,
+    target_kl: Annotated[
+        float | None, typer.Option(help="--sparsity auto: the largest KL before recovery.", rich_help_panel=METHOD)
+    ] = None,
     target_active: Annotated[
-        float | None, typer.Option(help="--sparsity auto: the fraction of active parameters to keep.")
+        float | None,
+        typer.Option(help="--sparsity auto: the fraction of active parameters to keep.", rich_help_panel=METHOD),
     ] = None,
-    threshold: Annotated[str | None, typer.Option(help="cats: prompt or calibrated.")] = None,
+    threshold: Annotated[str | None, typer.Option(help="cats: prompt or calibrated.", rich_help_panel=METHOD)] = None,
     shared_choice: Annotated[
-        bool | None, typer.Option("--shared-choice/--own-choice", help="One choice for all sequences of a batch.")
+        bool | None,
+        typer.Option(
+            "--shared-choice/--own-choice", help="One choice for all sequences of a batch.", rich_help_panel=METHOD
+        ),
     ] = None,
     keep_attention: Annotated[
-        str | None, typer.Option(help="Of a hybrid: fraction of layers that keep attention, or which: 0,5,11.")
+        str | None,
+        typer.Option(
+            help="Of a hybrid: fraction of layers that keep attention, or which: 0,5,11.", rich_help_panel=METHOD
+        ),
     ] = None,
     reselect_every: Annotated[
-        int | None, typer.Option(help="Generated tokens after which the choice is made anew.")
+        int | None, typer.Option(help="Generated tokens after which the choice is made anew.", rich_help_panel=METHOD)
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="all, first-half, or numbers like 0,1,4-7.")] = None,
-    rank: Annotated[str | None, typer.Option(help="Rank of each branch, or auto.")] = None,
-    bias: Annotated[bool | None, typer.Option("--bias/--no-bias", help="Also learn a bias on each branch.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="all, first-half, or numbers like 0,1,4-7.", rich_help_panel=METHOD)
+    ] = None,
+    rank: Annotated[str | None, typer.Option(help="Rank of each branch, or auto.", rich_help_panel=TRAINING)] = None,
+    bias: Annotated[
+        bool | None,
+        typer.Option("--bias/--no-bias", help="Also learn a bias on each branch.", rich_help_panel=TRAINING),
+    ] = None,
     prompts: Annotated[
-        str | None, typer.Option(help="gym:TASK, chains:SPLIT, a .jsonl or .parquet file, or a dataset.")
+        str | None,
+        typer.Option(help="gym:TASK, chains:SPLIT, a .jsonl or .parquet file, or a dataset.", rich_help_panel=SAMPLES),
     ] = None,
-    column: Annotated[str | None, typer.Option(help="Column that holds the prompt.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Training samples.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Length limit of a completion.")] = None,
-    layerwise: Annotated[str | None, typer.Option(help="closed, sequential, adam or none.")] = None,
-    objective: Annotated[str | None, typer.Option(help="End to end: kl or hidden.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="End-to-end epochs; 0 skips the stage.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="End-to-end peak learning rate.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Directory for the result.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Hub revision of the base model.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...")] = None,
+    column: Annotated[str | None, typer.Option(help="Column that holds the prompt.", rich_help_panel=SAMPLES)] = None,
+    samples: Annotated[int | None, typer.Option(help="Training samples.", rich_help_panel=SAMPLES)] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Length limit of a completion.", rich_help_panel=SAMPLES)
+    ] = None,
+    layerwise: Annotated[
+        str | None, typer.Option(help="closed, sequential, adam or none.", rich_help_panel=TRAINING)
+    ] = None,
+    objective: Annotated[str | None, typer.Option(help="End to end: kl or hidden.", rich_help_panel=TRAINING)] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="End-to-end epochs; 0 skips the stage.", rich_help_panel=TRAINING)
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="End-to-end peak learning rate.", rich_help_panel=TRAINING)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.", rich_help_panel=TRAINING)] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Directory for the result.", rich_help_panel=OUTPUT)
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Hub revision of the base model.", rich_help_panel=MODEL)] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=MODEL)
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...", rich_help_panel=MODEL)] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace another recipe's result in --output.")
+        bool, typer.Option("--overwrite", help="Replace another recipe's result in --output.", rich_help_panel=OUTPUT)
     ] = False,
     full: Annotated[
-        bool, typer.Option("--full", help="Also keep the base in OUTPUT/base, so that the directory runs by itself.")
+        bool,
+        typer.Option(
+            "--full",
+            help="Also keep the base in OUTPUT/base, so that the directory runs by itself.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
-    push_to_hub: Annotated[str | None, typer.Option(help="Push the result to this repository, user/name.")] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="Push the result to this repository, user/name.", rich_help_panel=OUTPUT)
+    ] = None,
     private: Private = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan: parameters, bytes, time estimate.")
+        bool,
+        typer.Option("--dry-run", help="Print the plan: parameters, bytes, time estimate.", rich_help_panel=OUTPUT),
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -109,7 +109,7 @@ def _read(row: Mapping[str, Any], column: str, place: str) -> tuple[str, str | N
     if not isinstance(text, str):
         kind = "" if text is None else f" but {type(text).__name__}"
         raise CapreseError(
-            f"{place}: no text in column {column!r}{kind} (columns: {', '.join(map(_shown, row))}); see --column"
+            f"{place}: no text in column {column!r}{kind} (columns: {', '.join(map(_shown, row))}); see `column`"
         )
     if not text.strip():
         raise CapreseError(f"{place}: the prompt is empty; remove the row")

@@ -105,7 +105,7 @@ def read_shard(path: Path, settings: dict[str, Any] | None = None) -> list[Sampl
         old = facts["settings"]
         differ = ", ".join(k for k in sorted(settings) if old.get(k) != settings[k])
         raise CapreseError(
-            f"{path.parent} holds samples made with another {differ}; choose another --output, or give --overwrite"
+            f"{path.parent} holds samples made with another {differ}; choose another `output`, or give `overwrite=True`"
         )
     return samples
 

@@ -121,7 +121,7 @@ def allocate_sparsity(
     steps = sensitivity.steps(advance)
     if not steps:
         raise CapreseError(
-            f"{sensitivity.method.name} saves no weights on these layers: nothing to allocate; give --sparsity a number"
+            f"{sensitivity.method.name} saves no weights on these layers: nothing to allocate; give `sparsity` a number"
         )
     if target_active is not None:
         dense = active_parameters(sensitivity.model)
@@ -132,10 +132,10 @@ def allocate_sparsity(
         if left > target_active * dense:
             raise CapreseError(
                 f"{sensitivity.method.name} on these layers leaves {left / dense:.3f} of the active parameters at its "
-                f"most; --target-active {target_active:g} is out of reach"
+                f"most; `target_active={target_active:g}` is out of reach"
             )
         if not count:
-            raise CapreseError(f"--target-active {target_active:g} removes nothing; choose a smaller fraction")
+            raise CapreseError(f"`target_active={target_active:g}` removes nothing; choose a smaller fraction")
         return sensitivity.at(steps[:count])
     assert target_kl is not None
     low, high = 0, len(steps)
@@ -147,7 +147,7 @@ def allocate_sparsity(
             high = middle - 1
     if not low:
         raise CapreseError(
-            f"one layer at sparsity {steps[0].sparsity:g} alone costs more than --target-kl {target_kl:g}; allow more"
+            f"one layer at sparsity {steps[0].sparsity:g} alone costs more than `target_kl={target_kl:g}`; allow more"
         )
     return sensitivity.at(steps[:low])
 
@@ -174,7 +174,7 @@ def select_layers(
     """
     run = run or Checkpoints()
     if not rows:
-        raise CapreseError("no sample has more than one token; give --samples prompts that the model answers")
+        raise CapreseError("no sample has more than one token; give prompts that the model answers")
     candidates = method.candidates()
     count = len(find_ffns(model))
     need = ALIGNED * (config.batch_size // config.micro_batch)

@@ -236,7 +236,7 @@ class Method(BaseModel):
         return self.name if sparsity is None else f"{self.name} {sparsity:.0%}"
 
     def __str__(self) -> str:
-        """As `--method` takes it, by what differs from the defaults: "teal:0.4:where=attention"."""
+        """As a recipe's `method` says it, by what differs from the defaults: "teal:0.4:where=attention"."""
         facts = self.model_dump(mode="json", exclude_defaults=True, exclude={"layers", "sparsity"})
         sparsity = getattr(self, "sparsity", None)
         words = [self.name]

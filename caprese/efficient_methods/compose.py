@@ -148,5 +148,5 @@ def idle_branches(methods: Iterable[Method]) -> bool:
 
 
 def describe_methods(methods: Iterable[Method]) -> str:
-    """Several methods as `--method` takes them."""
+    """Several methods as a recipe's `method` says them."""
     return "+".join(str(method) for method in methods)

@@ -89,7 +89,7 @@ def check_exportable(config: PretrainedConfig, methods: Sequence[Method], branch
         if why := method.no_checkpoint:
             others = [name for name, kind in known_methods().items() if not kind().no_checkpoint]
             raise CapreseError(
-                f"{method.name} {why}, which no ordinary checkpoint does; recover with --method {', '.join(others)}, "
+                f"{method.name} {why}, which no ordinary checkpoint does; recover with method {', '.join(others)}, "
                 "and export the result"
             )
         if method.trains and method.checkpoint != GraniteMoeHybridConfig.model_type:
@@ -186,7 +186,7 @@ def _width(config: PretrainedConfig) -> int:
 def _note(methods: Sequence[Method], width: int, before: int) -> str | None:
     if width < before or not any("width" in method.acts_on for method in methods):
         return None
-    return "nothing is saved: all layers are as wide as the widest, so prune all of them (recover --layers all)"
+    return "nothing is saved: all layers are as wide as the widest, so prune all of them (recover with layers all)"
 
 
 @torch.no_grad()
@@ -257,12 +257,12 @@ def _check_target(target: Path, source: Path, overwrite: bool) -> None:
     if not target.exists():
         return
     if not target.is_dir() or (any(target.iterdir()) and not overwrite):
-        raise CapreseError(f"{target} exists; choose another --to, or give --overwrite")
+        raise CapreseError(f"{target} exists; choose another `to`, or give `overwrite=True`")
     for kind, file in (("an adapter", "caprese_config.json"), ("samples", "samples")):
         if next(target.rglob(file), None) is not None:
-            raise CapreseError(f"{target} holds {kind}, which --overwrite does not replace; choose another --to")
+            raise CapreseError(f"{target} holds {kind}, which `overwrite` does not replace; choose another `to`")
     if source.is_dir() and source.resolve().is_relative_to(target.resolve()):
-        raise CapreseError(f"{target} holds the base model, which --overwrite does not replace; choose another --to")
+        raise CapreseError(f"{target} holds the base model, which `overwrite` does not replace; choose another `to`")
 
 
 def _take_place(made: Path, target: Path, before: Path) -> None:

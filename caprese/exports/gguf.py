@@ -30,4 +30,4 @@ def convert(converter: list[str], source: Path, target: Path, outtype: str) -> N
     done = subprocess.run(run, capture_output=True, text=True)
     if done.returncode or not target.is_file():
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise CapreseError(f"llama.cpp's converter failed ({last}); the same export with --format hf works without it")
+        raise CapreseError(f"llama.cpp's converter failed ({last}); the same export with `format=hf` works without it")

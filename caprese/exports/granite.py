@@ -33,7 +33,7 @@ def check(config: PretrainedConfig, methods: Sequence[Method], branch: bool) -> 
         hybrid = "+".join(method.name for method in methods if method.trains)
         raise CapreseError(
             "the FFN of transformers' GraniteMoeHybrid, which holds hybrids, has no biases and so no place for a "
-            f"recovery branch; a hybrid by --method {hybrid} alone, or with static but without an adapter, is exported"
+            f"recovery branch; a hybrid by `method={hybrid}` alone, or with static but without an adapter, is exported"
         )
 
 

@@ -88,7 +88,7 @@ def resolve(name: str, revision: str | None = None) -> Base:
     if path.is_dir():
         if (path / "adapter_config.json").is_file():
             raise CapreseError(
-                f"{name!r} is a recovery adapter, not a model: give the base as --model and this as --adapter, or "
+                f"{name!r} is a recovery adapter, not a model: give the base as `model` and this as `adapter`, or "
                 "caprese.load(base, adapter)"
             )
         if not (path / "config.json").is_file():
@@ -154,7 +154,7 @@ def _explain(base: Base, error: Exception) -> CapreseError:
             "check the network, or give a local directory"
         )
     if "not a valid git identifier" in low:
-        return CapreseError(f"{base.model_id} has no revision {base.revision!r} on the hub; check --revision")
+        return CapreseError(f"{base.model_id} has no revision {base.revision!r} on the hub; check `revision`")
     if "`model_type` key" in low:
         return CapreseError(f"{base.model_id} has no config.json that names a model family; choose a causal LM")
     if "backend tokenizer" in low:
@@ -197,7 +197,7 @@ def pick_device(device: str) -> str:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CapreseError(f"cannot use device {device!r} ({first}); --device auto takes what is there") from error
+        raise CapreseError(f"cannot use device {device!r} ({first}); `device=auto` takes what is there") from error
     return device
 
 
@@ -265,7 +265,7 @@ def load_base(
 def check_keepable(model: PreTrainedModel, directory: Path, overwrite: bool = False) -> None:
     """Raise CapreseError if `save_base` cannot write this model, or would take the place of anything else."""
     if getattr(model, "is_quantized", False):
-        raise CapreseError("a base in 4 or 8 bit is not written again; leave out --full, and keep its checkpoint")
+        raise CapreseError("a base in 4 or 8 bit is not written again; leave out `full`, and keep its checkpoint")
     if overwrite or not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
     try:
@@ -273,7 +273,7 @@ def check_keepable(model: PreTrainedModel, directory: Path, overwrite: bool = Fa
     except (OSError, ValueError, AttributeError):
         held = None
     if held != base_of(model).model_id:
-        raise CapreseError(f"{directory} holds something else; move it, or give --overwrite")
+        raise CapreseError(f"{directory} holds something else; move it, or give `overwrite=True`")
 
 
 def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

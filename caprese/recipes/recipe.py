@@ -102,21 +102,19 @@ class Recipe(BaseModel):
         self._check_auto(methods)
         for key in wanted:
             if not _leaves_open(self.method, key):
-                raise CapreseError(
-                    f"--{key.replace('_', '-')} is no setting of {self.method}, or said there already; leave it out"
-                )
+                raise CapreseError(f"`{key}` is no setting of {self.method}, or said there already; leave it out")
         return compose(methods)
 
     def _check_auto(self, methods: list[Method]) -> None:
         targets = [t for t in (self.target_kl, self.target_active) if t is not None]
         if self.sparsity != "auto":
             if targets:
-                raise CapreseError("--target-kl and --target-active go with --sparsity auto")
+                raise CapreseError("`target_kl` and `target_active` go with `sparsity=auto`")
             return
         if len(targets) != 1:
-            raise CapreseError("--sparsity auto needs one of --target-kl and --target-active")
+            raise CapreseError("`sparsity=auto` needs one of `target_kl` and `target_active`")
         if len(methods) != 1 or not isinstance(methods[0], Sparse):
-            raise CapreseError(f"--sparsity auto takes one method that has a sparsity, not {self.method}")
+            raise CapreseError(f"`sparsity=auto` takes one method that has a sparsity, not {self.method}")
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -63,11 +63,12 @@ class Run(Checkpoints):
             path = mark if mark.exists() else self.directory / "report.json"
             if path.exists() and _identity_in(path) is None:
                 raise CapreseError(
-                    f"{path} is damaged, so that nobody knows whose result this is; give --overwrite to make it again"
+                    f"{path} is damaged, so that nobody knows whose result this is; give `overwrite=True` to make it "
+                    "again"
                 )
             if path.exists() and _identity_in(path) != self.identity:
                 raise CapreseError(
-                    f"{self.directory} {held} another recipe or base; choose another --output, or give --overwrite"
+                    f"{self.directory} {held} another recipe or base; choose another `output`, or give `overwrite=True`"
                 )
         elif self.main and mark.exists() and _identity_in(mark) != self.identity:
             shutil.rmtree(self.state)
@@ -112,7 +113,7 @@ class Run(Checkpoints):
             return None
         tensors, facts = read_tensors(path, _AGAIN)
         if facts.pop("identity", None) != self.identity:
-            raise CapreseError(f"{path} belongs to another recipe; choose another --output, or delete that file")
+            raise CapreseError(f"{path} belongs to another recipe; choose another `output`, or delete that file")
         return tensors, facts
 
     def save(self, name: str, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:

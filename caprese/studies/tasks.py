@@ -30,7 +30,7 @@ def _harness() -> Any:
         from lm_eval.loggers import EvaluationTracker
         from lm_eval.models.huggingface import HFLM
     except Exception as error:  # half an installation raises more than ImportError
-        raise CapreseError(f"--tasks needs lm-eval: pip install 'caprese[eval]' ({error})") from error
+        raise CapreseError(f"`tasks` need lm-eval: pip install 'caprese[eval]' ({error})") from error
     return lm_eval, HFLM, EvaluationTracker
 
 
@@ -171,7 +171,9 @@ def run_tasks(
         if held.get("identity") == key:
             done = held["results"]
         elif not overwrite:
-            raise CapreseError(f"{path} is of other settings or data; choose another --output, or give --overwrite")
+            raise CapreseError(
+                f"{path} is of other settings or data; choose another `output`, or give `overwrite=True`"
+            )
     # thousands of files to look through, for nothing where all tasks are one's own
     places = [*([include] if include else []), *sorted({str(file.parent) for file in files.values()})]
     manager = lm_eval.tasks.TaskManager(include_path=places or None, include_defaults=len(files) < len(names))
