@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 from conftest import recovered, tiny_llama
+from families import tiny
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from test_phases import prompts
@@ -217,6 +218,141 @@ def test_a_base_in_nf4(method, tmp_path):
     tiny_llama(1, **shape).save_pretrained(tmp_path / "other")
     with pytest.raises(caprese.CapreseError, match="other weights"):
         caprese.load(quantised(tmp_path / "other"), tmp_path / "adapter")
+
+
+def tuned(base, targets: list[str] | str, seed: int = 3) -> PeftModel:
+    """A base with somebody's LoRA on it."""
+    model = get_peft_model(base, LoraConfig(r=3, lora_alpha=6, target_modules=targets, init_lora_weights=False)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.2, generator=generator)
+    return model
+
+
+def loras(model) -> list[str]:
+    return [name for name, _ in model.named_parameters() if ".lora_" in name]
+
+
+def chosen(model, method):
+    rows = [caprese.Tokens(prompts(40)[0].view(2, 20), [6, 9])]
+    return caprese.calibrate(model, method, rows) if "samples" in method.learns else None
+
+
+def dense(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def generated(model, ids):
+    return model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+
+
+TARGETS = {
+    "llama": ["up_proj", "down_proj", "v_proj"],
+    "phi3": ["gate_up_proj", "o_proj"],
+    "gpt2": ["c_fc", "c_attn"],
+    "opt": ["fc1", "fc2", "out_proj"],
+}
+READING = [caprese.Static(), caprese.Griffin(score="output"), caprese.Nf4()]
+CALLING = [caprese.Griffin(), caprese.Cats(threshold="calibrated"), caprese.Teal(greedy=False)]
+
+
+@pytest.mark.parametrize("method", CALLING, ids=lambda m: m.name)
+@pytest.mark.parametrize("kind", TARGETS)
+def test_a_lora_below_acts_as_if_it_were_merged(kind, method):
+    ids = prompts(9)[0]
+    below, merged = (tuned(tiny(kind), TARGETS[kind]) for _ in range(2))
+    merged, names, before = merged.merge_and_unload(), loras(below), dense(below, ids)
+    known = chosen(merged, method)
+    for name, choice in (chosen(below, method) or {}).items():
+        assert torch.allclose(choice, known[name], rtol=1e-3)
+    for model in (below, merged):
+        caprese.apply(model, method, calibration=known)
+    assert torch.allclose(logits(below, ids, 4), logits(merged, ids, 4), atol=1e-3)
+    with below.disable_adapter():
+        plain = caprese.apply(tiny(kind), method, calibration=known)
+        assert torch.allclose(logits(below, ids, 4), logits(plain, ids, 4), atol=1e-3)
+    assert caprese.remove(below) is below and loras(below) == names
+    assert torch.equal(dense(below, ids), before)
+
+
+@pytest.mark.parametrize("method", READING, ids=str)
+def test_what_reads_rows_refuses_a_lora_below_and_a_later_one(method, tmp_path):
+    ids = prompts(9)[0]
+    known = chosen(tiny_llama(), method)
+    below = tuned(tiny_llama(), ["v_proj", "down_proj"])
+    before = dense(below, ids)
+    line = rf"{method.name} reads FFN weights by row, and layer 0: mlp\.down_proj carries an adapter .*merge_and_unload"
+    with pytest.raises(caprese.CapreseError, match=line):
+        caprese.apply(below, method, calibration=known)
+    assert torch.equal(dense(below, ids), before) and not applied_ffns(below)
+    below.save_pretrained(tmp_path)
+    model = caprese.apply(tiny_llama(), method, calibration=known)
+    with pytest.raises(caprese.CapreseError, match=line):
+        PeftModel.from_pretrained(model, str(tmp_path))
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "o_proj"], ["gate_proj"], "all-linear"], ids=str)
+@pytest.mark.parametrize("method", CALLING, ids=lambda m: m.name)
+def test_a_task_lora_beside_the_recovery_adapter(targets, method, tmp_path):
+    """It is loaded onto the applied model, also a fused one, and acts as on the plain base; remove takes only ours."""
+    ids = prompts(9)[0]
+    known = chosen(tiny_llama(), method)
+    tuned(tiny_llama(), targets).save_pretrained(tmp_path / "task")
+    merged = tuned(tiny_llama(), targets).merge_and_unload()
+    ours = recovered(caprese.apply(tiny_llama(), method, calibration=known), scale=0.5, seed=1)
+    caprese.save(ours, tmp_path / "ours")
+    alone = generated(ours, ids)
+
+    model = caprese.load(tiny_llama(), tmp_path / "ours", fused=True)
+    generated(model, ids)
+    model.load_adapter(str(tmp_path / "task"), "task")
+    model.base_model.set_adapter(["default", "task"])
+    reference = recovered(caprese.apply(merged, method, calibration=known), scale=0.5, seed=1)
+    assert torch.allclose(logits(model, ids, 4), logits(reference, ids, 4), atol=1e-3)
+    assert torch.equal(generated(model, ids), generated(reference, ids))
+    assert torch.equal(generated(caprese.fuse(model), ids), generated(reference, ids))
+
+    caprese.save(model, tmp_path / "again")
+    saved = caprese.load(tiny_llama(), tmp_path / "again")
+    assert torch.equal(generated(saved, ids), alone)
+
+    assert caprese.remove(model) is model
+    assert loras(model) and not any(".recovery." in name for name in loras(model))
+    assert torch.allclose(dense(model, ids), dense(caprese.remove(reference), ids), atol=1e-4)
+    assert torch.equal(dense(model.unload(), ids), dense(tiny_llama(), ids))
+
+
+def test_a_task_lora_that_comes_and_goes():
+    ids = prompts(9)[0]
+    model = applied()
+    before = generated(model, ids)
+    task = tuned(model, ["q_proj", "up_proj"])
+    assert not torch.equal(generated(task, ids), before)
+    with task.disable_adapter():
+        assert torch.equal(generated(task, ids), before)
+    assert torch.equal(generated(task.unload(), ids), before)
+    merged = tuned(tiny_llama(), ["q_proj", "up_proj"]).merge_and_unload()
+    ours = tuned(model, ["q_proj", "up_proj"]).merge_and_unload()
+    assert torch.equal(generated(ours, ids), generated(caprese.apply(merged, METHOD), ids))
+
+
+@pytest.mark.parametrize("part", ["fc1", "fc2"])
+def test_parts_on_the_decoder_layer_itself_take_a_lora_only_before(part):
+    model = caprese.apply(tiny("opt"), METHOD)
+    with pytest.raises(ValueError, match=r"an adapter goes on it before caprese\.apply"):
+        tuned(model, [part])
+
+
+def test_a_recovery_adapter_goes_on_first(one):
+    below = tuned(tiny_llama(), ["v_proj"])
+    line = r"carries an adapter already \(model\.layers\.0\.self_attn\.v_proj\).*merge it"
+    with pytest.raises(caprese.CapreseError, match=line):
+        caprese.load(below, one)
+    with pytest.raises(caprese.CapreseError, match=line):
+        recovered(caprese.apply(below, METHOD))
+    assert loras(below)
 
 
 def test_an_adapter_is_no_model_of_its_own(one, tmp_path):

@@ -27,8 +27,10 @@ def attach_adapter(model: nn.Module, ranks: int | Sequence[int], bias: bool = Fa
         bias: also learn a vector [D] per layer (free at inference).
 
     Raises:
-        CapreseError: no method applied, a rank outside 1..D, or the wrong number of ranks.
+        CapreseError: no method applied, an adapter on the model already, a rank outside 1..D, or the wrong number of
+            ranks.
     """
+    check_unadapted(model)
     ffns = applied_ffns(model)
     if not ffns:
         raise CapreseError("a recovery adapter needs an applied method: caprese.apply(model, caprese.Griffin()) first")
@@ -49,6 +51,20 @@ def attach_adapter(model: nn.Module, ranks: int | Sequence[int], bias: bool = Fa
     config.base_model_name_or_path = base.model_id
     config.inference_mode = False
     return adapted
+
+
+def check_unadapted(model: nn.Module) -> None:
+    """Refuse a model with an adapter on it, for a recovery adapter goes on first.
+
+    Raises:
+        CapreseError: naming where it is.
+    """
+    adapted = [name for name, module in unwrap(model).named_modules() if hasattr(module, "adapter_layer_names")]
+    if adapted:
+        raise CapreseError(
+            f"this model carries an adapter already ({adapted[0]}), and a recovery adapter goes on first: merge it, "
+            "model = model.merge_and_unload(), or put it on afterwards, model.load_adapter(directory, adapter_name)"
+        )
 
 
 def empty_slots(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from caprese.adapters.adapter import Adapter
-from caprese.adapters.branch import empty_slots
+from caprese.adapters.branch import check_unadapted, empty_slots
 from caprese.adapters.saving import calibration_of, stand_ins_of
 from caprese.adapters.sidecar import CONFIG, STAND_INS
 from caprese.efficient_methods import (
@@ -45,7 +45,7 @@ def load(
         reselect_every: generated tokens between two reselections; "saved" as the adapter was made, None never.
 
     Raises:
-        CapreseError: wrong base, damaged files, unknown method.
+        CapreseError: wrong base, one with an adapter on it, damaged files, unknown method.
     """
     if not isinstance(adapter, Adapter):
         adapter = Adapter.open(adapter, revision)
@@ -54,6 +54,7 @@ def load(
     calibration, stand_ins = adapter.calibration(), adapter.stand_ins()
     if isinstance(base, str):
         base, _ = adapter.load_base(base, dtype=dtype, device=device)
+    check_unadapted(base)
     adapter.check_base(base)
     every = check_reselect(adapter.sidecar.reselect_every if reselect_every == "saved" else reselect_every)
     applied = applied_ffns(base)

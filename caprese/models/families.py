@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from caprese.errors import CapreseError
 from caprese.models.family import Family
-from caprese.models.ffn import FFN, Spread
+from caprese.models.ffn import FFN, Passed, Spread
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
@@ -100,7 +100,7 @@ class Site:
         if not self.family.ffn:
             setattr(self.layer, self.family.up, self.ffn.module)
             for name in (self.family.act, self.family.down):
-                setattr(self.layer, name, nn.Identity())
+                setattr(self.layer, name, Passed())
 
     def scatter(self) -> None:
         """Undo `gather`."""

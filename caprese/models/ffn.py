@@ -116,7 +116,18 @@ class FFN:
         return float_type(anchor(self.part("down")))
 
 
-class Spread(nn.Module):
+class _Named(nn.Module):
+    """Says what it is to whoever prints it, as PEFT does when it cannot put an adapter there."""
+
+    def __repr__(self) -> str:
+        return "(an FFN that an efficient method runs as one; an adapter goes on it before caprese.apply)"
+
+
+class Passed(_Named, nn.Identity):
+    """Stands where the decoder layer calls a part that `Spread` has called already."""
+
+
+class Spread(_Named):
     """The parts of an FFN that sit on the decoder layer itself, gathered so that they can be called as one."""
 
     def __init__(self, layer: nn.Module, family: Family) -> None:
