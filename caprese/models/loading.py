@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import ModelCard, hf_hub_download, try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -114,12 +114,15 @@ def _materialise_embedded(target: Path) -> None:
     source = Path(spec.origin).parent
     target.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    # transformers before 5.17 knows no other way than to dequantise
+    gguf = getattr(transformers, "GgufConfig", None)
+    dequantise = {} if gguf is None else {"quantization_config": gguf(dequantize=True)}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source,
             gguf_file=EMBEDDED_FILE,
-            quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
+            **dequantise,
         )
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
