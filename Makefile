@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.caprese
 
-.PHONY: help env demo test test-slow llama-cpp mamba-ssm lint format check clean
+.PHONY: help env demo test test-slow test-oldest test-newest llama-cpp mamba-ssm lint format check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -28,6 +28,25 @@ test: env  ## the tests that take less than 15 minutes on two cores
 
 test-slow: env  ## the slow ones (those of GGUF want make llama-cpp first)
 	$(BIN)/python -m pytest -q -m slow -n 2 --timeout 3600
+
+# The environments of the two targets below. torch is that of constraints.txt unless TORCH names another, which may come
+# with gigabytes of CUDA; TORCH= takes the newest.
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+CORE := $(patsubst %,tests/test_%.py,phases reselection cache reference matrix methods compose fused kernels peft adapters \
+	distill data_gen recovery evaluation export tasks hub cli)
+.venv-oldest/.caprese: CONSTRAINTS := -c oldest-constraints.txt
+.venv-oldest/.caprese .venv-newest/.caprese: pyproject.toml oldest-constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH),torch==$(TORCH),torch)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check hatchling editables
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
+	touch $@
+
+test-oldest: .venv-oldest/.caprese  ## the core of the tests with the oldest versions that pyproject.toml names
+	$(<D)/bin/python -m pytest -q -n 2 --dist worksteal $(CORE)
+
+test-newest: .venv-newest/.caprese  ## the same with the newest there are
+	$(<D)/bin/python -m pytest -q -n 2 --dist worksteal $(CORE)
 
 # One source for both: the library that runs the tests, and the converter that belongs to it.
 LLAMA := llama_cpp_python-$(shell sed -n 's/^llama_cpp_python==//p' constraints.txt)
@@ -56,4 +75,4 @@ format: env  ## let ruff rewrite
 check: lint test  ## what CI runs
 
 clean:  ## all that make made
-	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 ADAPTER = ROOT / "tests" / "data" / "adapter-0.1"
@@ -40,6 +42,16 @@ def test_loading_is_light():
     done = subprocess.run([sys.executable, "-c", _LOAD], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_the_oldest_that_are_tested_are_the_oldest_that_are_named():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = map(Requirement, [*project["dependencies"], *extras["quantized"], *extras["eval"], *extras["dev"]])
+    named = {f"{each.name}{each.specifier}".replace(">=", "==") for each in wanted if each.specifier}
+    tested = (ROOT / "oldest-constraints.txt").read_text().split("\n")[1:-1]
+    # another torch than that of constraints.txt is Makefile's to choose
+    assert sorted(tested) == sorted(each for each in named if not each.startswith("torch=="))
 
 
 @pytest.fixture(scope="module")

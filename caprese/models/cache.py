@@ -60,8 +60,11 @@ class RoomyLayer(DynamicLayer):
         return twin
 
     def reset(self) -> None:
+        """Empty, as before the first token; older versions of transformers leave zeros of the same length."""
         self.rooms = {}
         super().reset()
+        self.keys = self.values = None
+        self.is_initialized = False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
