@@ -65,7 +65,7 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     sites = find_ffns(model)
     hidden = sites[0].ffn.hidden_size
-    methods = recipe.make_methods()
+    methods = recipe.methods
     for method in methods:
         method.check()
     if recipe.layerwise.how == "sequential":
@@ -91,7 +91,7 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     train = s.train * (s.max_new_tokens + _PROMPT_TOKENS)
     # sequences: one pass for each method that learns, and for auto one for each layer and level, on validation samples
     calibration = min(recipe.calibration_samples, s.train) * sum("samples" in m.learns for m in methods)
-    calibration += len(LEVELS) * layers * s.validation if recipe.sparsity == "auto" else 0
+    calibration += len(LEVELS) * layers * s.validation if recipe.allocates else 0
     if any(method.undecided for method in methods):  # trained a little, then measured
         calibration += 3 * ALIGNED * recipe.alignment.batch_size + len(sites) * s.validation
     epochs = recipe.end_to_end.epochs * recipe.end_to_end.rounds
@@ -123,7 +123,7 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     return {
         "model": recipe.model,
         "method": f"{describe_methods(methods)} on {layers} of {len(sites)} layers"
-        + (" (sparsity auto: to be measured)" if recipe.sparsity == "auto" else ""),
+        + (" (sparsity auto: to be measured)" if recipe.allocates else ""),
         "base_parameters": base,
         "adapter_parameters": adapter,
         "adapter_fraction": round(adapter / base, 5),

@@ -9,9 +9,11 @@ import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import tiny_llama
 
 import caprese
@@ -85,20 +87,22 @@ def test_a_method_reads_back_from_its_own_words(method):
 )
 def test_a_bad_line_is_refused(text, message):
     with pytest.raises(CapreseError, match=message):
-        Recipe(method=text).make_methods()
+        Recipe(method=text)
 
 
 def test_settings_of_the_recipe_go_to_the_methods_that_have_them():
-    static, cats = Recipe(method="static:0.3+cats", sparsity=0.6, threshold="calibrated").make_methods()
+    static, cats = Recipe(method="static:0.3+cats", sparsity=0.6, threshold="calibrated").methods
     assert (static.sparsity, cats.sparsity, cats.threshold) == (0.3, 0.6, "calibrated")
     with pytest.raises(CapreseError, match="no setting of griffin"):
-        Recipe(method="griffin", threshold="calibrated").make_methods()
+        Recipe(method="griffin", threshold="calibrated")
     with pytest.raises(CapreseError, match="one of `target_kl`"):
-        Recipe(sparsity="auto").make_methods()
+        Recipe(sparsity="auto")
+    with pytest.raises(CapreseError, match="no setting of nf4"):
+        Recipe(sparsity="auto", target_kl=0.1, method="nf4")
     with pytest.raises(CapreseError, match="takes one method"):
-        Recipe(sparsity="auto", target_kl=0.1, method="nf4").make_methods()
-    with pytest.raises(CapreseError, match="go with `sparsity=auto`"):
-        Recipe(target_active=0.5).make_methods()
+        Recipe(target_kl=0.1, method="static:0.3+cats")
+    with pytest.raises(CapreseError, match="goes with `sparsity=.auto.`"):
+        Recipe(target_active=0.5, sparsity=0.5)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +111,7 @@ def test_settings_of_the_recipe_go_to_the_methods_that_have_them():
 def test_a_sparsity_that_no_method_takes_is_refused(method, sparsity):
     target = {"target_kl": 0.1} if sparsity == "auto" else {}
     with pytest.raises(CapreseError, match="`sparsity` is no setting of .*, or said there already"):
-        Recipe(method=method, sparsity=sparsity, **target).make_methods()
+        Recipe(method=method, sparsity=sparsity, **target)
 
 
 def test_another_method_leaves_the_settings_of_the_recipes_own(tmp_path):
@@ -115,11 +119,11 @@ def test_another_method_leaves_the_settings_of_the_recipes_own(tmp_path):
     file.write_text("method: cats\nsparsity: 0.7\nthreshold: calibrated\n")
     for method, words in {"griffin": "griffin:0.7", "griffin:0.4": "griffin:0.4", "nf4": "nf4"}.items():
         recipe = resolve_recipe(str(file), method=method)
-        assert [str(m) for m in recipe.make_methods()] == [words]
+        assert [str(m) for m in recipe.methods] == [words]
         (tmp_path / "again.yaml").write_text(recipe.to_yaml())
-        assert resolve_recipe(str(tmp_path / "again.yaml")).make_methods() == recipe.make_methods()
+        assert resolve_recipe(str(tmp_path / "again.yaml")).methods == recipe.methods
     with pytest.raises(CapreseError, match="`sparsity` is no setting of nf4"):
-        resolve_recipe(str(file), method="nf4", sparsity=0.9).make_methods()
+        resolve_recipe(str(file), method="nf4", sparsity=0.9)
 
 
 def test_what_goes_together_and_what_does_not():
@@ -220,7 +224,7 @@ def test_griffin_with_a_prior_from_samples_to_disk_and_back(before, tmp_path):
 
 def test_a_prior_with_a_choice_for_the_batch_is_refused():
     with pytest.raises(CapreseError, match="prior and shared_choice do not go together"):
-        resolve_recipe(model="smollm2-135m", method="griffin:0.5:prior=8:shared_choice=true").make_methods()
+        resolve_recipe(model="smollm2-135m", method="griffin:0.5:prior=8:shared_choice=true")
 
 
 def test_a_prior_of_another_width_is_refused():
@@ -359,3 +363,54 @@ def test_the_example_of_the_docs_is_a_method(third_party, tiny_dir, tmp_path):
     # where the package is not installed, the adapter says what it needs
     unknown = subprocess.run(answer, capture_output=True, text=True)
     assert unknown.returncode == 1 and "needs the method 'topk'" in unknown.stderr and "Traceback" not in unknown.stderr
+
+
+def spelled(**raw: Any) -> Recipe:
+    return Recipe.model_validate(raw)
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        [
+            {"method": "griffin:0.6"},
+            {"method": "griffin", "sparsity": 0.6},
+            {"methods": [{"name": "griffin", "sparsity": 0.6}]},
+        ],
+        [
+            {"method": "static:0.3+cats:0.5"},
+            {"method": "cats:0.5 + static:0.3"},
+            {"method": "cats+static:0.3", "sparsity": 0.5},
+        ],
+        [{"method": "griffin", "layers": [0, 1]}, {"method": "griffin:layers=[0, 1]"}],
+        [{}, {"method": "griffin"}, {"sparsity": 0.5}, {"method": "griffin:prior=0"}],
+        [{"sparsity": "auto", "target_kl": 0.1}, {"target_kl": 0.1}],
+    ],
+)
+def test_ways_to_spell_one_run_are_one_run(ways):
+    from caprese.recovery.recover import _identity
+
+    recipes = [spelled(**raw) for raw in ways]
+    recipes += [Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) for recipe in recipes]
+    assert len({_identity(recipe, {"ffn": "x"}) for recipe in recipes}) == 1
+    assert _identity(spelled(method="griffin:0.7"), {"ffn": "x"}) != _identity(recipes[0], {"ffn": "x"})
+
+
+def test_flags_on_top_of_a_written_recipe(tmp_path):
+    """What a run wrote beside its result, and what is then asked for otherwise."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(spelled(method="static:0.3+cats:0.5", layers=[0, 2], reselect_every=8).to_yaml())
+
+    def lines(**over: Any) -> list[str]:
+        return [f"{m} {m.layers}" for m in resolve_recipe(str(file), **over).methods]
+
+    assert lines() == ["static:0.3 [0, 2]", "cats:0.5 [0, 2]"]
+    assert lines(sparsity=0.4, layers="all") == ["static:0.4 all", "cats:0.4 all"]
+    assert lines(method="griffin") == ["griffin:0.5 [0, 2]"]
+    assert lines(threshold="calibrated")[1] == "cats:0.5:threshold=calibrated [0, 2]"
+    with pytest.raises(CapreseError, match="`keep_attention` is no setting of static.cats"):
+        lines(keep_attention=0.5)
+    with pytest.raises(CapreseError, match="leave out `method`"):
+        spelled(methods=[{"name": "griffin"}], method="cats")
+    file.write_text(spelled(target_kl=0.2).to_yaml())
+    assert resolve_recipe(str(file)).allocates and not resolve_recipe(str(file), sparsity=0.5).allocates

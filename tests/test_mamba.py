@@ -339,7 +339,7 @@ def test_reselection_is_refused():
     with pytest.raises(caprese.CapreseError, match="a mixer's state"), caprese.reselection(model, 4):
         pass
     recipe = caprese.resolve_recipe("reasoner-tiny", method="mamba")
-    assert recipe.reselect_every is None and recipe.make_methods() == (caprese.Mamba(),)
+    assert recipe.reselect_every is None and recipe.methods == (caprese.Mamba(),)
 
 
 def test_alignment_goes_from_layer_to_attention_only():
@@ -763,7 +763,7 @@ def test_recipes_for_llama_are_planned_without_the_hub(name, monkeypatch):
 
     monkeypatch.setattr("caprese.plan.load_config", no_hub)
     recipe = caprese.resolve_recipe(f"{name}-mamba")
-    (method,) = recipe.make_methods()
+    (method,) = recipe.methods
     config = config_of(recipe)
     count = config.num_hidden_layers
     assert method.layer_indices(count) == list(range(0, count, 2))  # as MambaInLlama's

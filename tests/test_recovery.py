@@ -73,7 +73,7 @@ def test_the_whole_job(small_recipe, tmp_path, method):
 
     loaded = caprese.load(model, out)
     tokens = loaded.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
-    applied = caprese.apply(caprese.remove(loaded), recipe.make_methods())
+    applied = caprese.apply(caprese.remove(loaded), recipe.methods)
     plain = PeftModel.from_pretrained(applied, str(out))  # PEFT alone, on an applied base
     assert torch.equal(plain.generate(input_ids=ids, max_new_tokens=6, do_sample=False), tokens)
     with pytest.raises(ValueError, match="recovery"):
@@ -473,7 +473,7 @@ def test_what_was_learned_is_read_back(small_recipe, tmp_path, monkeypatch, spar
     generator = torch.Generator().manual_seed(3)
     rows = [Sample(torch.randint(2, 258, (20,), generator=generator).tolist(), 8, "", "") for _ in range(8)]
     config = Calibrating(64, 4, 1.0, **target)
-    arguments = tiny_llama(), recipe.make_methods(), {"train": rows, "validation": rows[:4]}, config, recipe.alignment
+    arguments = tiny_llama(), recipe.methods, {"train": rows, "validation": rows[:4]}, config, recipe.alignment
     methods, calibration = stages.choose(*arguments, Run(tmp_path, "id"))
     for name in ("calibrate", "allocate_sparsity"):
         monkeypatch.setattr(stages, name, None)

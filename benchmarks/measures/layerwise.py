@@ -33,7 +33,7 @@ class Measure:
             split: make_batches(read_samples(cell["samples"], split)[: cell["count"]], 8)
             for split in ("train", "validation", "test")
         }
-        caprese.apply(self.model, caprese.resolve_recipe(method=cell["method"]).make_methods())
+        caprese.apply(self.model, caprese.resolve_recipe(method=cell["method"]).methods)
         torch.manual_seed(0)
         adapted = attach_adapter(self.model, cell["rank"])
         wrappers = list(applied_ffns(self.model).values())

@@ -25,7 +25,7 @@ class Measure:
         self.model, _ = caprese.load_base(cell["model"])
         train = read_samples(cell["samples"], "train")[: cell["count"]]
         validation = read_samples(cell["samples"], "validation")[:64]
-        (method,) = caprese.resolve_recipe(method=cell["method"]).make_methods()
+        (method,) = caprese.resolve_recipe(method=cell["method"]).methods
         how = {"learning_rate": cell["rate"], "batch_size": cell["batch"], "micro_batch": cell["batch"]}
         config = Distillation(
             Branches(1),

@@ -84,7 +84,7 @@ class Measure:
             for split in ("train", "validation", "test")
         )
         answers = self._once("answers", lambda: Answers(tokenizer, cell["problems"])) if cell["problems"] else None
-        methods = caprese.resolve_recipe(method=cell["method"]).make_methods()
+        methods = caprese.resolve_recipe(method=cell["method"]).methods
         train = train[: cell["count"]]
         calibration = None
         if needs_calibration(methods):

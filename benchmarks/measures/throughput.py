@@ -38,7 +38,7 @@ class Measure:
             config.num_hidden_layers, config.vocab_size = cell["layers"], 1024
         gpu = torch.cuda.is_available()
         self.model = model = random_model(config, torch.bfloat16 if gpu else torch.float32, "cuda" if gpu else "cpu")
-        caprese.apply(model, caprese.resolve_recipe(method=cell["method"]).make_methods())
+        caprese.apply(model, caprese.resolve_recipe(method=cell["method"]).methods)
         generator, size = torch.Generator().manual_seed(0), (cell["count"], cell["prompt"] + cell["completion"])
         ids = torch.randint(5, config.vocab_size, size, generator=generator).tolist()
         batches = make_batches([Sample(row, cell["prompt"], "", "") for row in ids], 8)

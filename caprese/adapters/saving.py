@@ -29,7 +29,7 @@ from caprese.adapters.sidecar import (
     Sidecar,
     public_id,
 )
-from caprese.efficient_methods import EfficientFFN, applied_ffns, phases_of, stand_in_parameters
+from caprese.efficient_methods import EfficientFFN, applied_ffns, facts_of, phases_of, stand_in_parameters
 from caprese.errors import CapreseError
 from caprese.files import check_writable, put_in_place, sha256, unwritable, write_json
 from caprese.models import base_of
@@ -71,7 +71,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
                 save_file(stand_ins, scratch / STAND_INS)
             facts = Sidecar(
                 caprese_version=__version__,
-                methods=[{"name": m.name, **m.model_dump(mode="json")} for m in phases.methods],
+                methods=[facts_of(method) for method in phases.methods],
                 reselect_every=phases.reselect_every,
                 base=BaseFacts(
                     name=public_id(base.name), id=id_, revision=base.revision, fingerprint=fingerprint(model)

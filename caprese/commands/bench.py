@@ -61,7 +61,7 @@ def bench(
         batches = [int(part) for part in batch.split(",")]
     except ValueError:
         raise CapreseError(f"--batch {batch!r}: use a number, or several like 1,2,4") from None
-    methods = resolve_recipe(method=method, sparsity=sparsity, layers=parse_layers(layers)).make_methods()
+    methods = resolve_recipe(method=method, sparsity=sparsity, layers=parse_layers(layers)).methods
     if dry_run:
         config = shape_config(random_weights) if random_weights else load_config(name, revision)
         figures = bench_plan(config, methods, rank, pick_dtype(dtype, pick_device(device)) or torch.bfloat16, batches)

@@ -58,7 +58,7 @@ def eval(
     are not asked.
     """
     from caprese import adapters
-    from caprese.efficient_methods import phases_of
+    from caprese.efficient_methods import facts_of, phases_of
     from caprese.evaluation import Evaluation, measure
     from caprese.inference import load
     from caprese.recovery.run import beside
@@ -96,7 +96,7 @@ def eval(
     given = {"prompts": prompts, "column": column, "max_new_tokens": max_new_tokens, "test": samples}
     asked = asked.model_copy(update={key: value for key, value in given.items() if value is not None})
     measured = measure(lm, tokenizer, asked, Evaluation(latency_tokens=latency_tokens, examples=0), seed, trained)
-    methods = [{"name": m.name, **m.model_dump(mode="json")} for m in opened.methods]
+    methods = [facts_of(method) for method in opened.methods]
     report = {
         "model": model,
         "adapter": adapter,

@@ -17,7 +17,7 @@ def ls(as_json: Json = False) -> None:
 
     recipes = {name: resolve_recipe(name) for name in names()}
     lines = (
-        f"{name:32} {ALIASES.get(r.model or '', r.model):44} {describe_methods(r.make_methods())} on {r.layers}, "
+        f"{name:32} {ALIASES.get(r.model or '', r.model):44} {describe_methods(r.methods)} on {r.methods[0].layers}, "
         f"rank {r.rank}, {r.samples.train} samples"
         for name, r in recipes.items()
     )
@@ -51,7 +51,6 @@ def validate(name: str, as_json: Json = False) -> None:
     from caprese.recipes import resolve_recipe
 
     recipe = resolve_recipe(name)
-    recipe.make_methods()
     if recipe.model is not None:
         resolve(recipe.model)
     progress.show({"valid": True}, as_json, lambda _: [f"{name}: valid"])

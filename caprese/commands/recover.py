@@ -163,10 +163,9 @@ def recover(
     if resolved.model is None:
         raise CapreseError("which model? give --model, or a recipe that names one (caprese recipes ls)")
     base = resolve(resolved.model, resolved.revision)
-    methods = resolved.make_methods()
     say(
         (str(base), "bold"),
-        f"  {describe_methods(methods)}, rank {resolved.rank}, seed {resolved.seed} -> {resolved.output}",
+        f"  {describe_methods(resolved.methods)}, rank {resolved.rank}, seed {resolved.seed} -> {resolved.output}",
     )
     if dry_run:
         from caprese.plan import config_of, plan

@@ -83,6 +83,11 @@ def make_method(facts: dict[str, Any]) -> Method:
         raise CapreseError(f"method {kind.name}, {where}: {said.lower()} (given {first['input']!r})") from error
 
 
+def facts_of(method: Method) -> dict[str, Any]:
+    """What `make_method` makes the method from: its name and all its settings, JSON-able."""
+    return {"name": method.name, **method.model_dump(mode="json")}
+
+
 def parse_methods(text: str) -> list[dict[str, Any]]:
     """ "static:0.3+cats:0.5:threshold=calibrated" -> [{"name": "static", "sparsity": 0.3}, ...].
 

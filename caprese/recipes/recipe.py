@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
 
 from caprese.data_gen import Samples
 from caprese.distill import Alignment, EndToEnd, Layerwise
-from caprese.efficient_methods import (
-    Layers,
-    Method,
-    Sparse,
-    check_sparsity,
-    compose,
-    find_method,
-    make_method,
-    parse_methods,
-)
+from caprese.efficient_methods import Griffin, Method, Sparse, describe_methods, facts_of
 from caprese.errors import CapreseError
 from caprese.evaluation.config import Evaluation
+from caprese.recipes.spelling import fold, override, read_methods
 
 DIRECTORY = Path(__file__).parent
 
 
-def _sparsity_or_auto(value: Any) -> Any:
-    return value if value is None or value == "auto" else check_sparsity(value)
-
-
-def _leaves_open(method: str, setting: str) -> bool:
-    """Whether any of the methods has a setting and does not say it itself."""
-    return any(setting in find_method(f["name"]).model_fields.keys() - f.keys() for f in parse_methods(method))
+def _facts(methods: Sequence[Method]) -> list[dict[str, Any]]:
+    return [facts_of(method) for method in methods]
 
 
 class Recipe(BaseModel):
     """Everything one run of `recover` depends on."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid")
 
     model: str | None = None
     """Alias, hub id or local path; may be left out when a loaded model is given."""
@@ -49,24 +36,15 @@ class Recipe(BaseModel):
     """auto, float32, bfloat16 or float16. auto: the checkpoint's on an accelerator, float32 on CPU."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
-    method: str = "griffin"
-    """What is taken away: a method (caprese methods lists them), with settings if wanted, or several joined by +:
-    cats:0.7:threshold=calibrated, static:0.3+cats:0.5."""
-    sparsity: Annotated[float | list[float] | Literal["auto"] | None, PlainValidator(_sparsity_or_auto)] = None
-    """Fraction removed, of the methods that name none of their own: one number, a list with one for each layer, or
-    auto: as much, layer by layer, as target_kl or target_active asks for. null: the method's default, 0.5."""
-    layers: Layers = "all"
-    """all, first-half, or a list of layer numbers."""
+    methods: Annotated[tuple[Method, ...], PlainValidator(read_methods), PlainSerializer(_facts)] = (Griffin(),)
+    """What is taken away, each method with its settings (caprese methods lists them), in the order in which they act.
+    Also spelled `method: static:0.3+cats:0.5`, with settings beside it that are those of all methods that leave them
+    open: sparsity, threshold, shared_choice, keep_attention, layers."""
     target_kl: Annotated[float, Field(gt=0)] | None = None
-    """sparsity auto: the largest KL(dense || efficient) per token, before recovery."""
+    """In place of a sparsity: as much is removed, layer by layer, as keeps KL(dense || efficient) per token below it,
+    before recovery."""
     target_active: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """sparsity auto: the fraction of the dense model's active parameters to keep."""
-    threshold: Literal["prompt", "calibrated"] | None = None
-    """cats: tau from each prompt, or from samples once for all."""
-    shared_choice: bool | None = None
-    """griffin, cats: one choice for all sequences of a batch."""
-    keep_attention: float | list[int] | None = None
-    """Of a hybrid: the fraction of layers that keep their attention, or which do; null: the method's default, 0.5."""
+    """In place of a sparsity: as much, layer by layer, as leaves this fraction of the active parameters."""
     reselect_every: Annotated[int, Field(ge=1)] | None = None
     """Generated tokens after which they pass through the dense model once and the choice is made anew; null: never.
     Distillation and evaluation see the same."""
@@ -87,41 +65,26 @@ class Recipe(BaseModel):
     end_to_end: EndToEnd = EndToEnd()
     evaluation: Evaluation = Evaluation()
 
-    def make_methods(self) -> tuple[Method, ...]:
-        """The efficient methods, configured; with sparsity auto, at the default one.
+    @model_validator(mode="before")
+    @classmethod
+    def _folded(cls, raw: Any) -> Any:
+        return fold(raw) if isinstance(raw, Mapping) else raw
 
-        Raises:
-            CapreseError: unknown method or setting, a setting no method takes, or methods that do not compose.
-        """
-        wanted = {key: value for key in _SETTINGS if (value := getattr(self, key)) is not None}
-        methods = []
-        for facts in parse_methods(self.method):
-            fields = find_method(facts["name"]).model_fields
-            own = {key: value for key, value in wanted.items() if key in fields and value != "auto"}
-            methods.append(make_method({"layers": self.layers, **own, **facts}))
-        self._check_auto(methods)
-        for key in wanted:
-            if not _leaves_open(self.method, key):
-                raise CapreseError(f"`{key}` is no setting of {self.method}, or said there already; leave it out")
-        return compose(methods)
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if self.target_kl is not None and self.target_active is not None:
+            raise CapreseError("give one of `target_kl` and `target_active`, not both")
+        if self.allocates and (len(self.methods) != 1 or not isinstance(self.methods[0], Sparse)):
+            raise CapreseError(f"a target takes one method that has a sparsity, not {describe_methods(self.methods)}")
+        return self
 
-    def _check_auto(self, methods: list[Method]) -> None:
-        targets = [t for t in (self.target_kl, self.target_active) if t is not None]
-        if self.sparsity != "auto":
-            if targets:
-                raise CapreseError("`target_kl` and `target_active` go with `sparsity=auto`")
-            return
-        if len(targets) != 1:
-            raise CapreseError("`sparsity=auto` needs one of `target_kl` and `target_active`")
-        if len(methods) != 1 or not isinstance(methods[0], Sparse):
-            raise CapreseError(f"`sparsity=auto` takes one method that has a sparsity, not {self.method}")
+    @property
+    def allocates(self) -> bool:
+        """Whether each layer's sparsity is to be measured."""
+        return self.target_kl is not None or self.target_active is not None
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-#: settings of methods that a recipe, or a flag, gives to all that leave them open
-_SETTINGS = ("sparsity", "threshold", "shared_choice", "keep_attention")
 
 
 def names() -> list[str]:
@@ -190,10 +153,7 @@ def resolve_recipe(recipe: str | None = None, model: str | None = None, **overri
         raw, source = read_yaml(model)
     if model is not None:
         overrides["model"] = model
-    if isinstance(method := overrides.get("method"), str):
-        raw = {key: value for key, value in raw.items() if key not in _SETTINGS or _leaves_open(method, key)}
-        if any(find_method(f["name"]).no_reselection for f in parse_methods(method)):
-            raw.pop("reselect_every", None)
+    raw, overrides = override(raw, overrides)
     try:
         return Recipe.model_validate(merge(raw, overrides))
     except ValidationError as error:

@@ -57,7 +57,7 @@ def recover(
     if recipe.model is None:
         # what it leaves open comes from the recipe shipped for this model, if there is one
         recipe = resolve_recipe(model=base_of(model).name, **recipe.model_dump(exclude_unset=True, exclude={"model"}))
-    methods = recipe.make_methods()
+    methods = recipe.methods
     branches = Branches(recipe.rank, recipe.budget, recipe.bias)
     check_job(model, methods, branches, recipe.layerwise)
     out = Path(recipe.output).expanduser()
@@ -103,8 +103,6 @@ def _identity(recipe: Recipe, prints: Mapping[str, str]) -> str:
     """What a result depends on, as one digest: the recipe without its places, the base's weights, how samples are
     made."""
     places = {"output", "model", "revision", "device"}
-    unused = set() if any(method.trains for method in recipe.make_methods()) else {"alignment", "keep_attention"}
+    unused = set() if any(method.trains for method in recipe.methods) else {"alignment"}
     facts = recipe.model_dump(mode="json", exclude=places | unused)
-    if recipe.end_to_end.rounds == 1:  # as before there were any
-        del facts["end_to_end"]["rounds"]
     return hashlib.sha256(json.dumps([facts, dict(prints), VERSION], sort_keys=True).encode()).hexdigest()[:32]

@@ -11,7 +11,7 @@ from caprese import __version__
 from caprese.adapters import Adapter, public_id
 from caprese.data_gen import Sample, describe
 from caprese.distill import Fitted
-from caprese.efficient_methods import applied_ffns, phases_of, stand_ins
+from caprese.efficient_methods import applied_ffns, facts_of, phases_of, stand_ins
 from caprese.evaluation import environment
 from caprese.models import base_of, base_terms
 from caprese.recipes import Recipe
@@ -59,7 +59,7 @@ def report_of(
         "adapter_digest": Adapter.open(run.directory).digest,
         "method": "+".join(method.name for method in methods),
         "sparsity": getattr(methods[0], "sparsity", None) if len(methods) == 1 else None,
-        "methods": [{"name": method.name, **method.model_dump(mode="json")} for method in methods],
+        "methods": [facts_of(method) for method in methods],
         "reselect_every": recipe.reselect_every,
         "rank": fitted.ranks[0] if len(set(fitted.ranks)) == 1 else fitted.ranks,
         "layers": [wrapper.layer for wrapper in applied_ffns(model).values()],

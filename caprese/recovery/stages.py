@@ -19,6 +19,7 @@ from caprese.efficient_methods import (
     calibrate,
     compose,
     describe_methods,
+    facts_of,
     idle_branches,
     make_method,
     methods_by_layer,
@@ -121,7 +122,7 @@ def choose(
             learners = sum("samples" in m.learns for m in chosen)
             with run.bar("calibration", learners * len(rows), "batches") as advance:
                 calibration = calibrate(model, chosen, [batch.whole() for batch in rows], advance)
-        return calibration, {"methods": [{"name": m.name, **m.model_dump(mode="json")} for m in chosen]}
+        return calibration, {"methods": [facts_of(method) for method in chosen]}
 
     with run.stage("calibration") as stage:
         calibration, facts = run.once("methods", make)
