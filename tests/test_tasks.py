@@ -15,7 +15,7 @@ import caprese
 from caprese.cli import app
 from caprese.data_gen import load_prompts
 from caprese.evaluation import VARIANTS, variant
-from caprese.studies.tasks import language_model, run_tasks
+from caprese.studies.tasks import Tasks, language_model, run_tasks
 
 runner = CliRunner()
 GENERATE = """\
@@ -128,17 +128,20 @@ def test_yaml_tasks_on_generated_data_from_the_command_line(tasks, tmp_path):
 def test_a_rerun_goes_on_with_the_contender_that_is_missing(tasks, tmp_path):
     base, tokenizer = caprese.load_base("reasoner-tiny")
     model = recovered(caprese.apply(base, caprese.Griffin()), scale=0.0)
-    how = {"identity": "a", "limit": 2, "batch_size": 2}
     choose = [str(tasks / "choose.yaml")]
-    run_tasks(model, tokenizer, choose, tmp_path / "out", contenders=["dense"], **how)
+
+    def asked(*contenders: str) -> Tasks:
+        return Tasks(choose, limit=2, batch_size=2, contenders=contenders)
+
+    run_tasks(model, tokenizer, asked("dense"), tmp_path / "out", identity="a")
     first = sorted((tmp_path / "out").rglob("results_*.json"))
-    result = run_tasks(model, tokenizer, choose, tmp_path / "out", contenders=["dense", "efficient"], **how)
+    result = run_tasks(model, tokenizer, asked("dense", "efficient"), tmp_path / "out", identity="a")
     assert sorted((tmp_path / "out" / "dense").rglob("results_*.json")) == first
     assert result["tasks"]["choose"]["acc"].keys() == {"dense", "efficient"}
     (tasks / "chains.jsonl").open("a").write("\n" + (tasks / "chains.jsonl").read_text().splitlines()[0])
     with pytest.raises(caprese.CapreseError, match="of other settings or data.*`overwrite=True`"):
-        run_tasks(model, tokenizer, choose, tmp_path / "out", contenders=["dense"], **how)
-    run_tasks(model, tokenizer, choose, tmp_path / "out", contenders=["dense"], overwrite=True, **how)
+        run_tasks(model, tokenizer, asked("dense"), tmp_path / "out", identity="a")
+    run_tasks(model, tokenizer, asked("dense"), tmp_path / "out", identity="a", overwrite=True)
     assert len(sorted((tmp_path / "out" / "dense").rglob("results_*.json"))) == 2
 
 
@@ -146,21 +149,25 @@ def test_what_cannot_be_run_is_one_line(tasks, tmp_path, monkeypatch):
     base, tokenizer = caprese.load_base("reasoner-tiny")
     model = recovered(caprese.apply(base, caprese.Griffin()))
     with pytest.raises(caprese.CapreseError, match="knows no task no_such_task"):
-        run_tasks(model, tokenizer, ["no_such_task"], tmp_path / "out", identity="")
+        run_tasks(model, tokenizer, Tasks(["no_such_task"]), tmp_path / "out", identity="")
     found = run_tasks(
-        model, tokenizer, ["choose"], tmp_path / "named", identity="", include=str(tasks), limit=1, contenders=["dense"]
+        model,
+        tokenizer,
+        Tasks(["choose"], include=str(tasks), limit=1, contenders=["dense"]),
+        tmp_path / "named",
+        identity="",
     )
     assert found["tasks"]["choose"]["acc"].keys() == {"dense"}
     (tasks / "twin.yaml").write_text((tasks / "choose.yaml").read_text())
     with pytest.raises(caprese.CapreseError, match="are both named 'choose'"):
         for name in ("choose", "twin"):
-            run_tasks(model, tokenizer, [str(tasks / f"{name}.yaml")], tmp_path / "twins", identity="", limit=1)
+            run_tasks(model, tokenizer, Tasks([str(tasks / f"{name}.yaml")], limit=1), tmp_path / "twins", identity="")
     (tasks / "twin.yaml").unlink()
     (tmp_path / "bad.yaml").write_text("metric: [")
     with pytest.raises(caprese.CapreseError, match=r"bad\.yaml is no lm-eval task"):
-        run_tasks(model, tokenizer, [str(tmp_path / "bad.yaml")], tmp_path / "out", identity="")
+        run_tasks(model, tokenizer, Tasks([str(tmp_path / "bad.yaml")]), tmp_path / "out", identity="")
     done = runner.invoke(app, ["eval", "-m", "x", "-a", "y", "--tasks", "gsm8k", "--prompts", "gym:gsm_symbolic"])
     assert done.exit_code == 1 and "--tasks brings its own prompts" in done.output
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(caprese.CapreseError, match=r"pip install 'caprese\[eval\]'"):
-        run_tasks(model, tokenizer, ["gsm8k"], tmp_path / "out", identity="")
+        run_tasks(model, tokenizer, Tasks(["gsm8k"]), tmp_path / "out", identity="")

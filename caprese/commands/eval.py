@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -57,54 +56,22 @@ def eval(
     What is not said is as in the recipe.yaml beside a local adapter; prompts it was trained on, by the samples/ there,
     are not asked.
     """
-    from caprese import adapters
-    from caprese.efficient_methods import facts_of, phases_of
-    from caprese.evaluation import Evaluation, measure
-    from caprese.inference import load
-    from caprese.recovery.run import beside
-    from caprese.report.tables import describe_evaluation
+    from caprese.recovery.finished import evaluate_adapter, evaluate_tasks
 
-    if tasks is not None and (prompts is not None or max_new_tokens is not None):
-        raise CapreseError("--tasks brings its own prompts and lengths; leave out --prompts and --max-new-tokens")
-    opened = adapters.Adapter.open(adapter)
-    base, tokenizer = opened.load_base(model, dtype=dtype, device=device)
+    how: dict[str, Any] = {"reselect_every": parse_reselect(reselect_every), "dtype": dtype, "device": device}
     if tasks is not None:
         from caprese.report.tasks import describe_tasks
-        from caprese.studies.tasks import run_tasks
+        from caprese.studies.tasks import Tasks
 
-        fused = load(base, opened, fused=True, reselect_every=parse_reselect(reselect_every))
-        scores = run_tasks(
-            fused,
-            tokenizer,
-            tasks.split(","),
-            Path(output),
-            identity=[opened.digest, phases_of(fused).reselect_every, str(base.dtype)],
-            include=include_path,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            batch_size=batch_size,
-            chat_template=chat_template,
-            seed=seed,
-            overwrite=overwrite,
-        )
+        if prompts is not None or max_new_tokens is not None:
+            raise CapreseError("--tasks brings its own prompts and lengths; leave out --prompts and --max-new-tokens")
+        names = tasks.split(",")
+        asked = Tasks(names, include_path, limit, num_fewshot, batch_size, chat_template, seed)
+        scores = evaluate_tasks(adapter, model, asked, output, overwrite=overwrite, **how)
         show(scores, as_json, lambda found: [describe_tasks(found)])
         return
-    lm = load(base, opened, reselect_every=parse_reselect(reselect_every))
-    asked, trained = beside(opened)
-    if prompts is not None and column is None:
-        column = "prompt"
+    from caprese.report.tables import describe_evaluation
+
     given = {"prompts": prompts, "column": column, "max_new_tokens": max_new_tokens, "test": samples}
-    asked = asked.model_copy(update={key: value for key, value in given.items() if value is not None})
-    measured = measure(lm, tokenizer, asked, Evaluation(latency_tokens=latency_tokens, examples=0), seed, trained)
-    methods = [facts_of(method) for method in opened.methods]
-    report = {
-        "model": model,
-        "adapter": adapter,
-        "method": "+".join(m["name"] for m in methods),
-        "methods": methods,
-        "reselect_every": phases_of(lm).reselect_every,
-        "seed": seed,
-        "samples": asked.model_dump(mode="json", exclude={"train", "validation"}),
-        **measured,
-    }
+    report = evaluate_adapter(adapter, model, given, latency_tokens=latency_tokens, seed=seed, **how)
     show(report, as_json, describe_evaluation)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from caprese.commands.options import Adapter, Device, Dtype, Json, Model
-from caprese.errors import CapreseError
 from caprese.progress import say, show
 
 
@@ -49,68 +48,18 @@ def scale(
     import shlex
     import sys
 
-    from pydantic import ValidationError
-
-    from caprese import adapters
-    from caprese.data_gen import load_prompts
-    from caprese.evaluation import environment
-    from caprese.evaluation.rewards import reward_scorer
-    from caprese.files import check_writable, write_json
-    from caprese.inference import load
-    from caprese.recipes.recipe import explain
-    from caprese.recovery.run import beside
-    from caprese.report.scaling import describe_scaling, plot_scaling
+    from caprese.recovery.finished import Sampling, plan_scaling, scale_adapter
+    from caprese.report.scaling import describe_scaling
     from caprese.report.tables import figures_table
-    from caprese.studies.scaling import Scaling
-    from caprese.studies.scaling import contenders as choose
 
-    opened = adapters.Adapter.open(adapter)
-    refused = next((why for method in opened.methods if (why := method.no_reselection)), None)
-    if refused and reselect_every:
-        raise CapreseError(f"{refused}; leave out --reselect-every")
-    if reselect_every is None:
-        reselect_every = 0 if refused else 32
-    over = choose(reselect_every or None, contenders.split(",") if contenders else None)
-    asked, trained = beside(opened)
-    if prompts is not None and column is None:
-        column = "prompt"
-    given = {"prompts": prompts, "max_new_tokens": max_new_tokens, "temperature": temperature, "column": column}
-    try:
-        config = asked.model_validate(asked.model_dump() | {key: v for key, v in given.items() if v is not None})
-    except ValidationError as error:
-        raise explain(error, "scale") from error
-    asks = (config.prompts, problems, seed + 1, config.column, trained)
+    given = {"prompts": prompts, "column": column, "max_new_tokens": max_new_tokens, "temperature": temperature}
+    only = contenders.split(",") if contenders else None
+    sampling = Sampling(samples, problems, given, only, reselect_every, reward, seed)
     if dry_run:
-        rows = load_prompts(*asks)
-        facts = {
-            "contenders": [c.name for c in over],
-            "problems": len(rows),
-            "completions": len(rows) * samples * len(over),
-            "tokens_at_most": len(rows) * samples * len(over) * config.max_new_tokens,
-            "first_prompt": rows[0].text,
-        }
-        show(facts, as_json, lambda found: [figures_table("scale", found)])
+        show(plan_scaling(adapter, sampling), as_json, lambda found: [figures_table("scale", found)])
         return
-    check_writable(Path(output))
-    base, tokenizer = opened.load_base(model, revision=revision, dtype=dtype, device=device)
-    rows = load_prompts(*asks, config.encode(tokenizer))
-    say(f"{model}, {adapter}: {len(over)} contenders, {len(rows)} problems of {config.prompts}, {samples} samples each")
-    # samples of one problem share its choice, so its rows are gathered once for all of them
-    lm = load(base, opened, fused=True, form="packed", reselect_every=None)
-    scorer = None if reward is None else reward_scorer(reward, device)
-    scaling = Scaling(lm, tokenizer, rows, config, samples, Path(output), seed, scorer)
-    identity = {
-        "adapter": opened.digest,
-        "type": f"{base.dtype} on {base.device.type}",
-        "settings": config.model_dump(mode="json", exclude={"train", "validation", "test", "batch_size", "shard_size"}),
-    }
-    result = {
-        "command": shlex.join(["caprese", *sys.argv[1:]]),
-        "model": model,
-        **scaling.run(over, identity, overwrite),
-    }
-    result["environment"] = environment(lm)
-    write_json(Path(output) / "scale.json", result)
-    plot_scaling(result, Path(output) / "scale.png")
+    how: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device}
+    command = shlex.join(["caprese", *sys.argv[1:]])
+    result = scale_adapter(adapter, model, sampling, output, command=command, overwrite=overwrite, **how)
     show(result, as_json, describe_scaling)
     say(f"{Path(output) / 'scale.json'}, scale.png")

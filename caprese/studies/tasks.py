@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -123,31 +124,40 @@ def _digest(files: Sequence[Path]) -> list[str]:
     return [sha256(path) for path in sorted({*files, *(path for path in named if path.is_file())})]
 
 
+@dataclass(frozen=True)
+class Tasks:
+    """What is asked, and how."""
+
+    #: names lm-eval knows, or YAML files
+    names: Sequence[str]
+    #: a directory with more task YAMLs
+    include: str | None = None
+    #: problems of each task
+    limit: int | None = None
+    #: examples in the context
+    num_fewshot: int | None = None
+    #: sequences together
+    batch_size: int = 8
+    chat_template: bool = False
+    seed: int = 0
+    contenders: Sequence[str] = VARIANTS
+
+
 def run_tasks(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
+    tasks: Tasks,
     output: Path,
     *,
     identity: Any,
-    contenders: Sequence[str] = VARIANTS,
-    include: str | None = None,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int = 8,
-    chat_template: bool = False,
-    seed: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Run lm-eval's tasks on each contender; a contender that is done is not run again.
 
     Args:
         model: from `caprese.load`, fused or not.
-        tasks: names lm-eval knows, or YAML files.
         output: for eval.json, and for each contender lm-eval's own results_*.json.
         identity: what the results depend on besides these arguments.
-        include: a directory with more task YAMLs.
-        limit: problems of each task.
         overwrite: replace results of other settings in `output`.
 
     Returns: {"tasks": {task: {metric: {contender: value}}}, "stderr": likewise, "files": {contender: path}}.
@@ -156,10 +166,11 @@ def run_tasks(
         CapreseError: lm-eval is missing, an unknown task, or results of other settings in `output`.
     """
     lm_eval, _, Tracker = _harness()
-    names, files = _read_tasks(tasks)
+    names, files = _read_tasks(tasks.names)
     check_writable(output)
-    more = sorted(Path(include).expanduser().rglob("*.yaml")) if include else []
-    settings = [identity, names, _digest([*files.values(), *more]), limit, num_fewshot, chat_template, seed]
+    more = sorted(Path(tasks.include).expanduser().rglob("*.yaml")) if tasks.include else []
+    how = [tasks.limit, tasks.num_fewshot, tasks.chat_template, tasks.seed]
+    settings = [identity, names, _digest([*files.values(), *more]), *how]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     path = output / "eval.json"
     done: dict[str, Any] = {}
@@ -175,7 +186,7 @@ def run_tasks(
                 f"{path} is of other settings or data; choose another `output`, or give `overwrite=True`"
             )
     # thousands of files to look through, for nothing where all tasks are one's own
-    places = [*([include] if include else []), *sorted({str(file.parent) for file in files.values()})]
+    places = [*([tasks.include] if tasks.include else []), *sorted({str(file.parent) for file in files.values()})]
     manager = lm_eval.tasks.TaskManager(include_path=places or None, include_defaults=len(files) < len(names))
     if unknown := sorted(set(names) - set(manager.all_tasks)):
         raise CapreseError(f"lm-eval knows no task {', '.join(unknown)}; give a YAML file, or see `lm-eval ls tasks`")
@@ -184,8 +195,8 @@ def run_tasks(
         found = entry["yaml_path"] if isinstance(entry, dict) else entry.yaml_path
         if Path(found).resolve() != file:
             raise CapreseError(f"{file} and {found} are both named {name!r}; give one of them another name")
-    lm = language_model(model, tokenizer, batch_size)
-    for name in contenders:
+    lm = language_model(model, tokenizer, tasks.batch_size)
+    for name in tasks.contenders:
         if name in done:
             continue
         say(f"lm-eval: {name} on {', '.join(names)}")
@@ -196,12 +207,12 @@ def run_tasks(
                 lm,
                 model_args={"pretrained": public_id(base_of(model).model_id)},
                 tasks=names,
-                num_fewshot=num_fewshot,
-                limit=limit,
+                num_fewshot=tasks.num_fewshot,
+                limit=tasks.limit,
                 task_manager=manager,
                 evaluation_tracker=tracker,
-                apply_chat_template=chat_template,
-                random_seed=seed,
+                apply_chat_template=tasks.chat_template,
+                random_seed=tasks.seed,
                 bootstrap_iters=1000,
             )
         samples = results.pop("samples", None)

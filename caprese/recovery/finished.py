@@ -1,0 +1,218 @@
+"""What is measured anew of a finished adapter: on prompts, on lm-eval's tasks, and by repeated sampling.
+
+What is not said is as in the job that made it: its recipe and samples lie beside a local adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from caprese.adapters import Adapter
+from caprese.data_gen import Samples, load_prompts
+from caprese.efficient_methods import facts_of, phases_of
+from caprese.errors import CapreseError
+from caprese.evaluation import Evaluation, environment, measure
+from caprese.evaluation.rewards import reward_scorer
+from caprese.files import check_writable, write_json
+from caprese.inference import load
+from caprese.progress import say
+from caprese.recipes.recipe import explain
+from caprese.recovery.run import beside
+from caprese.report.scaling import plot_scaling
+from caprese.studies.scaling import Contender, Scaling, contenders
+from caprese.studies.tasks import Tasks, run_tasks
+
+#: tokens between two choices, of the contender of `scale` that chooses anew
+RESELECT_EVERY = 32
+
+
+def _asked(samples: Samples, given: Mapping[str, Any], source: str) -> Samples:
+    """How prompts are asked: as the adapter was made, and as `given` where that says something.
+
+    Raises:
+        CapreseError: a value that does not fit.
+    """
+    new = {key: value for key, value in given.items() if value is not None}
+    if "prompts" in new:  # another file has columns of its own
+        new.setdefault("column", Samples.model_fields["column"].default)
+    try:
+        return samples.model_validate(samples.model_dump() | new)
+    except ValidationError as error:
+        raise explain(error, source) from error
+
+
+def evaluate_adapter(
+    adapter: str,
+    model: str,
+    given: Mapping[str, Any],
+    *,
+    latency_tokens: int = 64,
+    reselect_every: Any = "saved",
+    seed: int = 1,
+    **how: Any,
+) -> dict[str, Any]:
+    """Dense, efficient and recovered side by side on prompts that the adapter was not trained on.
+
+    Args:
+        adapter: directory or hub id.
+        model: the base.
+        given: fields of `Samples` that are not to be as the adapter was made; `test` is how many prompts are asked.
+        latency_tokens: over which TTNT is measured; 0 skips it.
+        reselect_every: see `caprese.load`.
+        how: of loading the base (see `load_base`).
+
+    Returns: {"model", "adapter", "method", "methods", "reselect_every", "seed", "samples"} and what `measure` gives.
+
+    Raises:
+        CapreseError: the adapter, the base or the prompts cannot be used.
+    """
+    opened = Adapter.open(adapter)
+    base, tokenizer = opened.load_base(model, **how)
+    lm = load(base, opened, fused=False, reselect_every=reselect_every)
+    samples, trained = beside(opened)
+    asked = _asked(samples, given, "eval")
+    measured = measure(lm, tokenizer, asked, Evaluation(latency_tokens=latency_tokens, examples=0), seed, trained)
+    methods = [facts_of(method) for method in opened.methods]
+    return {
+        "model": model,
+        "adapter": adapter,
+        "method": "+".join(method["name"] for method in methods),
+        "methods": methods,
+        "reselect_every": phases_of(lm).reselect_every,
+        "seed": seed,
+        "samples": asked.model_dump(mode="json", exclude={"train", "validation"}),
+        **measured,
+    }
+
+
+def evaluate_tasks(
+    adapter: str,
+    model: str,
+    tasks: Tasks,
+    output: str,
+    *,
+    reselect_every: Any = "saved",
+    overwrite: bool = False,
+    **how: Any,
+) -> dict[str, Any]:
+    """`run_tasks` on an adapter by name.
+
+    Args:
+        reselect_every: see `caprese.load`.
+        how: of loading the base (see `load_base`).
+
+    Raises:
+        CapreseError: the adapter or the base cannot be used, and what `run_tasks` refuses.
+    """
+    opened = Adapter.open(adapter)
+    base, tokenizer = opened.load_base(model, **how)
+    lm = load(base, opened, fused=True, reselect_every=reselect_every)
+    identity = [opened.digest, phases_of(lm).reselect_every, str(base.dtype)]
+    return run_tasks(lm, tokenizer, tasks, Path(output), identity=identity, overwrite=overwrite)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What `scale` draws."""
+
+    #: completions of each problem
+    samples: int = 64
+    problems: int = 32
+    #: fields of `Samples` that are not to be as the adapter was made
+    given: Mapping[str, Any] = field(default_factory=dict)
+    #: names of contenders; None is all
+    contenders: Sequence[str] | None = None
+    #: of one more contender; 0 is none, None is `RESELECT_EVERY` where the method can choose anew
+    reselect_every: int | None = None
+    #: what weights best-of-N (see `reward_scorer`)
+    reward: str | None = None
+    seed: int = 0
+
+
+def _over(opened: Adapter, sampling: Sampling) -> list[Contender]:
+    refused = next((why for method in opened.methods if (why := method.no_reselection)), None)
+    if refused and sampling.reselect_every:
+        raise CapreseError(f"{refused}; leave out `reselect_every`")
+    every = sampling.reselect_every
+    if every is None:
+        every = 0 if refused else RESELECT_EVERY
+    return contenders(every or None, sampling.contenders)
+
+
+def plan_scaling(adapter: str, sampling: Sampling) -> dict[str, Any]:
+    """What `scale_adapter` would draw, without a model.
+
+    Returns: {"contenders", "problems", "completions", "tokens_at_most", "first_prompt"}.
+
+    Raises:
+        CapreseError: the adapter, a contender or the prompts cannot be used.
+    """
+    opened = Adapter.open(adapter)
+    over = _over(opened, sampling)
+    samples, trained = beside(opened)
+    config = _asked(samples, sampling.given, "scale")
+    rows = load_prompts(config.prompts, sampling.problems, sampling.seed + 1, config.column, trained)
+    drawn = len(rows) * sampling.samples * len(over)
+    return {
+        "contenders": [contender.name for contender in over],
+        "problems": len(rows),
+        "completions": drawn,
+        "tokens_at_most": drawn * config.max_new_tokens,
+        "first_prompt": rows[0].text,
+    }
+
+
+def scale_adapter(
+    adapter: str,
+    model: str,
+    sampling: Sampling,
+    output: str,
+    *,
+    command: str = "",
+    overwrite: bool = False,
+    device: str = "auto",
+    **how: Any,
+) -> dict[str, Any]:
+    """Accuracy at equal time of an adapter by name: samples, scale.json and scale.png in `output`.
+
+    Args:
+        command: how this was asked for; noted in the result.
+        overwrite: replace samples of other settings.
+        device, how: of loading the base (see `load_base`).
+
+    Returns: {"command", "model", "environment"} and what `Scaling.run` gives.
+
+    Raises:
+        CapreseError: the adapter, the base, the prompts or the reward cannot be used, or samples of other settings.
+    """
+    opened = Adapter.open(adapter)
+    over = _over(opened, sampling)
+    samples, trained = beside(opened)
+    config = _asked(samples, sampling.given, "scale")
+    check_writable(Path(output))
+    base, tokenizer = opened.load_base(model, device=device, **how)
+    seed = sampling.seed
+    rows = load_prompts(config.prompts, sampling.problems, seed + 1, config.column, trained, config.encode(tokenizer))
+    say(
+        f"{model}, {adapter}: {len(over)} contenders, {len(rows)} problems of {config.prompts}, "
+        f"{sampling.samples} samples each"
+    )
+    # samples of one problem share its choice, so its rows are gathered once for all of them
+    lm = load(base, opened, fused=True, form="packed", reselect_every=None)
+    scorer = None if sampling.reward is None else reward_scorer(sampling.reward, device)
+    scaling = Scaling(lm, tokenizer, rows, config, sampling.samples, Path(output), seed, scorer)
+    identity = {
+        "adapter": opened.digest,
+        "type": f"{base.dtype} on {base.device.type}",
+        "settings": config.model_dump(mode="json", exclude={"train", "validation", "test", "batch_size", "shard_size"}),
+    }
+    found = scaling.run(over, identity, overwrite)
+    result = {"command": command, "model": model, **found, "environment": environment(lm)}
+    write_json(Path(output) / "scale.json", result)
+    plot_scaling(result, Path(output) / "scale.png")
+    return result
