@@ -13,11 +13,14 @@ import caprese
 from caprese.adapters import attach_adapter, get_branches, set_branch, set_branches
 from caprese.data_gen import Sample
 from caprese.distill import (
+    Branches,
+    Distillation,
     EndToEnd,
     HeldOut,
     Layerwise,
     accumulate,
     allocate_ranks,
+    fit,
     fit_layer,
     make_batches,
     new_moments,
@@ -279,3 +282,37 @@ def test_branches_of_unequal_rank_with_bias(tmp_path):
     shapes = {n: v.shape for n, v in get_branches(again).items()}
     assert [s[0] for n, s in shapes.items() if "lora_A" in n] == [2, 5, 3]
     assert lm_logits(again, torch.zeros(1, 32)).shape == (1, 258)
+
+
+def test_fit_is_all_of_it_and_goes_on(tmp_path, monkeypatch):
+    """Without a run nothing is kept; with one, a second attempt does no work and ends with the same adapter."""
+    config = Distillation(
+        Branches(rank=4), end_to_end=EndToEnd(epochs=2, batch_size=4, micro_batch=4, learning_rate=1e-3)
+    )
+
+    def fitted(run=None):
+        model = caprese.apply(tiny_llama(), caprese.Griffin(sparsity=0.5))
+        return fit(model, SAMPLES, HELD, config, run)
+
+    alone, kept = fitted(), fitted(Run(tmp_path, "id"))
+    assert alone.kl["end_to_end"] < alone.kl["layerwise"] < alone.kl["efficient"] and alone.ranks == [4, 4, 4]
+    assert alone.kl["end_to_end"] == pytest.approx(HeldOut(alone.model, make_batches(HELD, 4), 1).kl(), rel=1e-4)
+    monkeypatch.setattr(torch.optim.AdamW, "step", None)
+    monkeypatch.setattr("caprese.distill.layerwise.Moments.add", None)
+    again = fitted(Run(tmp_path, "id"))
+    for other in (kept, again):
+        assert other.kl == alone.kl and other.curves == alone.curves
+        branches = get_branches(other.model)
+        assert all(torch.equal(branches[n], value) for n, value in get_branches(alone.model).items())
+
+
+def test_a_fit_that_fails_leaves_the_model_applied():
+    model = caprese.apply(tiny_llama(), caprese.Griffin(sparsity=0.5))
+    with pytest.raises(caprese.CapreseError, match="rank 99 does not fit"):
+        fit(model, SAMPLES, HELD, Distillation(Branches(rank=99)))
+    broken = Distillation(Branches(rank=2), end_to_end=EndToEnd(learning_rate=1e30, clip=1e30, batch_size=8))
+    with pytest.raises(
+        caprese.CapreseError, match=r"the loss is \S+ at step \d+ of end to end; lower its learning_rate"
+    ):
+        fit(model, SAMPLES, HELD, broken)
+    assert fit(model, SAMPLES, HELD, Distillation(Branches(rank=2), end_to_end=EndToEnd(epochs=0))).ranks == [2] * 3
