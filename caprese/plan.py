@@ -10,14 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from caprese.distill.sensitivity import ALIGNED, LEVELS
-from caprese.distill.sequential import check_sequential
-from caprese.efficient_methods import cost, describe_methods, idle_branches, methods_by_layer
+from caprese.efficient_methods import cost, describe_methods, idle_branches
 from caprese.errors import CapreseError
 from caprese.files import free_bytes
 from caprese.models import SHAPES, find_ffns, load_config, shape_config
 from caprese.models.loading import pick_device, pick_dtype
 from caprese.progress import say
 from caprese.recipes import Recipe
+from caprese.recovery.stages import check_job
 
 # Assumed mean prompt length: a plan does not load the tokenizer.
 _PROMPT_TOKENS = 128
@@ -63,18 +63,11 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     dtype = pick_dtype(recipe.dtype, device) or torch.bfloat16
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    sites = find_ffns(model)
+    sites, methods = find_ffns(model), recipe.methods
     hidden = sites[0].ffn.hidden_size
-    methods = recipe.methods
-    for method in methods:
-        method.check()
-    if recipe.layerwise.how == "sequential":
-        check_sequential(model)
-    layers = len(methods_by_layer(methods, len(sites)))
+    layers = len(check_job(model, methods, recipe.branches, recipe.layerwise))
     idle = idle_branches(methods)
     rank = 1 if idle else recipe.rank  # of branches that stay at zero
-    if isinstance(rank, int) and rank > hidden:
-        raise CapreseError(f"rank {rank} exceeds the hidden size {hidden}; choose 1 to {hidden}, or auto")
     reads = cost(model, methods, 0 if rank == "auto" else rank, bias=recipe.bias, reselect_every=recipe.reselect_every)
     if rank == "auto":
         reads = replace(reads, adapter=int(recipe.budget * reads.base))

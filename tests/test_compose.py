@@ -31,6 +31,7 @@ from caprese.efficient_methods import (
     calibrate,
     compose,
     make_method,
+    methods_by_layer,
     parse_methods,
     refusal,
 )
@@ -385,6 +386,11 @@ def spelled(**raw: Any) -> Recipe:
         [{"method": "griffin", "layers": [0, 1]}, {"method": "griffin:layers=[0, 1]"}],
         [{}, {"method": "griffin"}, {"sparsity": 0.5}, {"method": "griffin:prior=0"}],
         [{"sparsity": "auto", "target_kl": 0.1}, {"target_kl": 0.1}],
+        [
+            {"method": "teal:0.4"},
+            {"method": "teal", "sparsity": [0.4, 0.4, 0.4]},
+            {"method": "teal:0.4:layers=[2, 0, 1]"},
+        ],
     ],
 )
 def test_ways_to_spell_one_run_are_one_run(ways):
@@ -392,8 +398,22 @@ def test_ways_to_spell_one_run_are_one_run(ways):
 
     recipes = [spelled(**raw) for raw in ways]
     recipes += [Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) for recipe in recipes]
-    assert len({_identity(recipe, {"ffn": "x"}) for recipe in recipes}) == 1
-    assert _identity(spelled(method="griffin:0.7"), {"ffn": "x"}) != _identity(recipes[0], {"ffn": "x"})
+
+    def identity(recipe: Recipe) -> str:
+        return _identity(recipe, methods_by_layer(recipe.methods, 3), {"ffn": "x"})
+
+    assert len({identity(recipe) for recipe in recipes}) == 1
+    for other in ("griffin:0.7", "teal:0.4:layers=[0, 1]"):
+        assert identity(spelled(method=other)) != identity(recipes[0])
+
+
+def test_a_copy_of_a_recipe_is_checked():
+    recipe = Recipe(method="teal:0.4", seed=3)
+    assert recipe.model_copy(update={"method": "cats", "sparsity": 0.3}).methods == (Cats(sparsity=0.3),)
+    assert recipe.model_copy(update={"sparsity": 0.3}) == Recipe(method="teal:0.3", seed=3)
+    for wrong in ({"methd": "cats"}, {"seed": -1}, {"threshold": "calibrated"}):
+        with pytest.raises(CapreseError, match="unknown key 'methd'|seed: |no setting of teal"):
+            recipe.model_copy(update=wrong)
 
 
 def test_flags_on_top_of_a_written_recipe(tmp_path):

@@ -265,7 +265,10 @@ def test_a_rerun_does_not_stand_under_anothers_report(small_recipe, monkeypatch)
 def test_what_is_damaged_is_named_and_made_again(small_recipe, monkeypatch):
     model, tokenizer, out = tiny_llama(), byte_tokenizer(), Path(small_recipe.output)
     report, said = caprese.recover(model, tokenizer, small_recipe), []
-    monkeypatch.setattr("caprese.recovery.run.say", said.append)
+    monkeypatch.setattr(
+        "caprese.recovery.run.say",
+        lambda *parts: said.append("".join(p if isinstance(p, str) else p[0] for p in parts)),
+    )
     assert {path.relative_to(out).as_posix() for path in out.rglob("*.*")} == {*report["files"], "report.json"}
     before = vouched(out)
     (out / "README.md").write_text("mine")

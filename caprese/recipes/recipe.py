@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
 
 from caprese.data_gen import Samples
-from caprese.distill import Alignment, EndToEnd, Layerwise
+from caprese.distill import Alignment, Branches, EndToEnd, Layerwise
 from caprese.efficient_methods import Griffin, Method, Sparse, describe_methods, facts_of
 from caprese.errors import CapreseError
 from caprese.evaluation.config import Evaluation
@@ -82,6 +82,23 @@ class Recipe(BaseModel):
     def allocates(self) -> bool:
         """Whether each layer's sparsity is to be measured."""
         return self.target_kl is not None or self.target_active is not None
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's, but what is changed may be spelled as in a file, and is checked.
+
+        Raises:
+            CapreseError: an unknown key, or a value that does not fit.
+        """
+        raw, over = override(self.model_dump(exclude_unset=True), update or {})
+        try:
+            return self.model_validate(merge(raw, over))
+        except ValidationError as error:
+            raise explain(error, "recipe") from error
+
+    @property
+    def branches(self) -> Branches:
+        """The size of the branches."""
+        return Branches(self.rank, self.budget, self.bias)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from caprese.adapters import fingerprint, save
 from caprese.data_gen import VERSION, make_samples
-from caprese.distill import Branches, Distillation, fit
-from caprese.efficient_methods import apply, remove, stand_ins
+from caprese.distill import Distillation, fit
+from caprese.efficient_methods import Method, apply, facts_of, remove, stand_ins
 from caprese.evaluation import evaluate
 from caprese.files import check_writable
 from caprese.models import base_of, device_of
@@ -57,13 +57,11 @@ def recover(
     if recipe.model is None:
         # what it leaves open comes from the recipe shipped for this model, if there is one
         recipe = resolve_recipe(model=base_of(model).name, **recipe.model_dump(exclude_unset=True, exclude={"model"}))
-    methods = recipe.methods
-    branches = Branches(recipe.rank, recipe.budget, recipe.bias)
-    check_job(model, methods, branches, recipe.layerwise)
+    layers = check_job(model, recipe.methods, recipe.branches, recipe.layerwise)
     out = Path(recipe.output).expanduser()
     check_writable(out)
     prints = fingerprint(model)
-    run = Run(out, _identity(recipe, prints), recipe.seed)
+    run = Run(out, _identity(recipe, layers, prints), recipe.seed)
     if (finished := run.finished()) is not None:
         return finished
     run.claim(overwrite)
@@ -74,12 +72,12 @@ def recover(
     check_samples(samples)
     limit, size = recipe.end_to_end.cache_gigabytes, recipe.layerwise.batch_size
     calibrating = Calibrating(recipe.calibration_samples, size, limit, recipe.target_kl, recipe.target_active)
-    methods, calibration = choose(model, methods, samples, calibrating, recipe.alignment, run)
+    methods, calibration = choose(model, recipe.methods, samples, calibrating, recipe.alignment, run)
     adapted: nn.Module = apply(model, methods, calibration=calibration, reselect_every=recipe.reselect_every)
     if lost := sorted({what for at in stand_ins(model) for what in at.lost}):
         say(f"stand-ins start without the {', '.join(lost)} of what they replace")
     try:
-        distillation = Distillation(branches, recipe.alignment, recipe.layerwise, recipe.end_to_end)
+        distillation = Distillation(recipe.branches, recipe.alignment, recipe.layerwise, recipe.end_to_end)
         fitted = fit(model, samples["train"], samples["validation"], distillation, run)
         adapted = fitted.model
         with run.stage("evaluation") as stage:
@@ -99,10 +97,10 @@ def recover(
         remove(adapted)
 
 
-def _identity(recipe: Recipe, prints: Mapping[str, str]) -> str:
-    """What a result depends on, as one digest: the recipe without its places, the base's weights, how samples are
-    made."""
-    places = {"output", "model", "revision", "device"}
+def _identity(recipe: Recipe, layers: Mapping[int, Sequence[Method]], prints: Mapping[str, str]) -> str:
+    """What a result depends on, as one digest, however it is spelled: the recipe without its places, what acts on each
+    layer, the base's weights, how samples are made."""
     unused = set() if any(method.trains for method in recipe.methods) else {"alignment"}
-    facts = recipe.model_dump(mode="json", exclude=places | unused)
-    return hashlib.sha256(json.dumps([facts, dict(prints), VERSION], sort_keys=True).encode()).hexdigest()[:32]
+    facts = recipe.model_dump(mode="json", exclude={"output", "model", "revision", "device", "methods"} | unused)
+    acts = {i: [{**facts_of(method), "layers": [i]} for method in own] for i, own in layers.items()}
+    return hashlib.sha256(json.dumps([facts, acts, dict(prints), VERSION], sort_keys=True).encode()).hexdigest()[:32]

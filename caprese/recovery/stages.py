@@ -30,8 +30,10 @@ from caprese.models import find_ffns
 from caprese.progress import say
 
 
-def check_job(model: nn.Module, methods: Sequence[Method], branches: Branches, layerwise: Layerwise) -> None:
-    """Refuse, before any work, what this model cannot be given.
+def check_job(
+    model: nn.Module, methods: Sequence[Method], branches: Branches, layerwise: Layerwise
+) -> dict[int, list[Method]]:
+    """What acts on each layer; before any work, what this model cannot be given is refused.
 
     Raises:
         CapreseError: something a method needs is not installed, layers out of range, a rank above the hidden size D, or
@@ -40,12 +42,13 @@ def check_job(model: nn.Module, methods: Sequence[Method], branches: Branches, l
     for method in methods:
         method.check()
     sites = find_ffns(model)
-    methods_by_layer(methods, len(sites))
+    layers = methods_by_layer(methods, len(sites))
     hidden = sites[0].ffn.hidden_size
     if branches.rank != "auto" and branches.rank > hidden and not idle_branches(methods):
         raise CapreseError(f"rank {branches.rank} exceeds the hidden size {hidden}; choose 1 to {hidden}, or auto")
     if layerwise.how == "sequential":
         check_sequential(model)
+    return layers
 
 
 def check_samples(samples: Mapping[str, Sequence[Sample]]) -> None:
