@@ -126,7 +126,7 @@ def test_rows_as_others_write_them(tmp_path, content, expected):
         ('{"prompt": "a", "prompt": "b"}', "line 1: not JSON .'prompt' is there twice"),
         ("[" * 100_000, "line 1: not JSON"),
         ('{"prompt": ' + "9" * 5000 + "}", "line 1: not JSON"),
-        ('{"prompt": 12}', r"no text in column 'prompt' but int \(columns: prompt\); see --column"),
+        ('{"prompt": 12}', r"no text in column 'prompt' but int \(columns: prompt\); see .column."),
         ('{"\\u001b[31m": 12}', r"columns: '\\x1b\[31m'"),
         (
             '{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',

@@ -183,10 +183,6 @@ def test_marks() -> None:
         "$123456789^{987654321}$",
     ):  # nothing waits for these
         assert mark(text) == (None, False) and is_correct(text, "4") is False
-    for answer in ("(3, 4)", "[1, 2, 3]", "12:30", "a=1, b=2", "Alice has 3 apples"):  # one number is not all of it
-        assert not Marker(Prompt("?", answer)).able and is_correct("3", answer) is None
-    for answer in ("$x^2 - 3x$", "1,234", "$72", "\\frac{1}{2}"):
-        assert Marker(Prompt("?", answer)).able
 
 
 def test_reward_models(tmp_path: Path) -> None:

@@ -2,35 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
-
-from math_verify import parse, verify
 
 from caprese.data_gen import Prompt, Sample
-
-logging.getLogger("math_verify").setLevel(logging.ERROR)
-
-# 9^9^9, 2**100000: sympy would write them out, and no timeout stops it
-_TOWER = re.compile(
-    r"[\d)}]\s*(?:\*\*|\^)(?:\s*[{(]*\s*\d{4,}|\s*[{(][^)}]*(?:\d{4,}|\*)|[\d(){}\s]*(?:\*\*|\^))|\d{5,}\s*!"
-)
-
-
-def _parse(text: str) -> list[Any]:
-    """[the last answer in a text as sympy reads it, as it is written]; empty if there is none."""
-    # timeouts use signals, which only the main thread may; inputs are short
-    return [] if _TOWER.search(text) else parse(text, parsing_timeout=None)
-
-
-def _reference(answer: str) -> list[Any]:
-    """A reference answer as mathematics (what is behind #### if that is there); empty if it is not one expression."""
-    answer = answer.rpartition("####")[2]
-    found = _parse(answer)
-    bare = [re.sub(r"[\s$,%\\]", "", str(text)) for text in (answer, found[-1] if found else "")]
-    return found if bare[0] == bare[1] else []
+from caprese.evaluation.answers import boxed, read_last, read_whole
 
 
 class Marker:
@@ -42,52 +18,72 @@ class Marker:
 
     def __init__(self, prompt: Prompt) -> None:
         self.prompt = prompt
-        self.gold = [] if prompt.answer is None else _reference(prompt.answer)
+        answer = (prompt.answer or "").rpartition("####")[2]  # what is behind #### if that is there
+        self.gold = read_whole(answer)
         self.scorer: Callable[..., float] | None = None
-        if not self.gold and prompt.item is not None:
+        # a form that the task asked for counts: LaTeX, a list
+        if prompt.item is not None and (self.gold is None or self.gold.kind or re.search(r"[$\\a-zA-Z]", answer)):
             from reasoning_gym.factory import get_score_answer_fn
 
             self.scorer = get_score_answer_fn(prompt.item["metadata"]["source_dataset"])
 
     @property
     def able(self) -> bool:
-        """Whether answers to this problem can be marked."""
-        return bool(self.gold) or self.scorer is not None
+        """Whether answers to this problem can be marked: they are one expression, tuple, list or time, or the problem
+        comes with a scorer."""
+        return self.gold is not None or self.scorer is not None
 
     def __call__(self, completion: str, ended: bool = True) -> tuple[str | None, bool]:
         """(the answer, None if there is none, equal answers alike; whether it is right).
+
+        Thoughts are no answers: what is within <think> does not count, whatever stands there.
 
         Args:
             ended: False for a completion cut off by the length limit: then only an answer that says that it is one,
                 in <answer> or \\boxed{}, counts.
         """
-        said = _marked(completion)
-        if not ended and said is None:
+        text = _outside_thoughts(completion)
+        said = _marked(text, ended)
+        if said is None and not ended:
             return None, False
         if self.scorer is not None:
-            lines = completion.strip().splitlines()
-            text = said if said is not None or not lines else lines[-1].strip()
-            return text, text is not None and self.scorer(text, self.prompt.item) >= 1
-        found = _parse(completion if ended or said is None else f"${said}$")
-        return (str(found[0]) if found else None), bool(verify(self.gold, found, timeout_seconds=None))
+            lines = text.strip().splitlines()
+            words = said if said is not None or not lines else lines[-1].strip()
+            return words, words is not None and self.scorer(words, self.prompt.item) >= 1
+        found = read_last(text) if said is None else read_whole(said, True) or read_last(said)
+        if found is None:
+            return None, False
+        return str(found), self.gold is not None and self.gold.equals(found)
 
 
 def is_correct(completion: str, answer: str) -> bool | None:
     """Whether the last answer in a completion equals the reference, as mathematics.
 
-    None for a reference that is no single number or expression (a name, a move, a grid): what would count as equal
-    differs from task to task, so such answers are not marked at all rather than marked wrong.
+    None for a reference that is no number, expression, tuple, list or time (a name, a move, a grid): what would count
+    as equal differs from task to task, so such answers are not marked at all rather than marked wrong.
     """
     mark = Marker(Prompt("", answer))
     return mark(completion)[1] if mark.able else None
 
 
-def _marked(completion: str) -> str | None:
-    """The text in the last <answer> tag or \\boxed{}."""
-    for pattern in (r"<answer>\s*(.*?)\s*</answer>", r"\\boxed\{(.*?)\}"):
-        if found := re.findall(pattern, completion, flags=re.DOTALL):
-            return str(found[-1])
-    return None
+def _outside_thoughts(completion: str) -> str:
+    """A completion without what its model only thought: all within <think>, also if that is not closed, or was opened
+    in the prompt."""
+    text = re.sub(r"<think>.*?</think>", "\n", completion, flags=re.DOTALL)
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
+def _marked(text: str, ended: bool) -> str | None:
+    """The text in the last <answer>, or else in the last \\boxed{}; one left open only counts as <answer> of a text
+    that ended there."""
+    answers: list[str] = re.findall(r"<answer>\s*(.*?)\s*</answer>", text, flags=re.DOTALL)
+    if ended and not answers:
+        answers = re.findall(r"<answer>\s*(.*?)\s*\Z", text, flags=re.DOTALL)
+    found = [each for each in (answers or boxed(text)) if each.strip()]
+    if not found:
+        return None
+    inside = boxed(found[-1])
+    return inside[-1] if inside else found[-1]
 
 
 def accuracy(samples: Sequence[Sample]) -> float | None:
