@@ -302,12 +302,14 @@ simple("methods_refused", lambda d: d.recover("--method", "nf4+griffin"), "do no
 simple("methods_setting", lambda d: d.recover("--method", "cats:speed=2"), "no setting 'speed'", "it has layers")
 simple("methods_nothing", lambda d: d.recover("--method", "none+cats"), "takes nothing away", "leave it out")
 simple("threshold_elsewhere", lambda d: d.recover("--threshold", "calibrated"), "no setting of griffin")
-simple("threshold_unknown", lambda d: d.recover("--threshold", "guess"), "threshold:", "'calibrated'")
+simple("threshold_unknown", lambda d: d.recover("--threshold", "guess"), "--threshold is no setting of griffin")
 simple("sparsity_of_none", lambda d: d.recover("--method", "nf4", "--sparsity", 0.9), "no setting of nf4", "leave it")
 simple("sparsity_said", lambda d: d.recover("--method", "griffin:0.5", "--sparsity", 0.9), "said there already")
 simple("sparsity_twice", lambda d: d.recover("--method", "griffin:0.5:0.7"), "sparsity is said twice", "leave one out")
 simple("auto_without_target", lambda d: d.recover("--sparsity", "auto"), "needs one of --target-kl and --target-active")
-simple("target_without_auto", lambda d: d.recover("--target-kl", 0.1), "go with --sparsity auto")
+simple(
+    "target_beside_a_number", lambda d: d.recover("--target-kl", 0.1, "--sparsity", 0.5), "goes with --sparsity auto"
+)
 simple("target_out_of_reach", lambda d: d.recover("--sparsity", "auto", "--target-active", 0.01, "--overwrite"),
        "out of reach")  # fmt: skip
 simple("sparsity_list", lambda d: d.recover("--sparsity", "0.5,0.4"), "2 sparsities were given for 3 layers")

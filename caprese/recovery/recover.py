@@ -88,6 +88,7 @@ def recover(
             stage.update(note=f"{len(samples['test'])} test samples")
         if not run.main:
             return measured
+        run.unmark()
         save(adapted, out)
         published = portable(recipe, base_of(model).revision)
         report = write_report(report_of(run, published, prints, samples, fitted, measured), out)

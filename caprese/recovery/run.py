@@ -74,8 +74,12 @@ class Run(Checkpoints):
             shutil.rmtree(self.state)
         if self.main:
             write_json(mark, {"identity": self.identity})
-            (self.directory / "report.json").unlink(missing_ok=True)  # it vouches for what is about to be replaced
         PartialState().wait_for_everyone()
+
+    def unmark(self) -> None:
+        """Take away the report, which vouches for the files that are about to be replaced."""
+        if self.main:
+            (self.directory / "report.json").unlink(missing_ok=True)
 
     def finished(self) -> dict[str, Any] | None:
         """The report, if the directory holds this job's result, whole; pages that are damaged are written again."""
@@ -90,6 +94,8 @@ class Run(Checkpoints):
         if _identity_in(path) != self.identity:
             return None
         report: dict[str, Any] = json.loads(path.read_text())
+        if "files" not in report:  # made before reports vouched for anything
+            return None
         vouched = {self.directory / name: digest for name, digest in report["files"].items()}
         wrong = [path for path, digest in vouched.items() if not path.is_file() or sha256(path) != digest]
         if not wrong:
