@@ -147,7 +147,7 @@ def check_writable(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
         raise unwritable(directory, error) from error
 
 

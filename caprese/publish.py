@@ -11,6 +11,7 @@ from caprese.adapters.adapter import RECIPE, REPORT
 from caprese.adapters.sidecar import FILES
 from caprese.efficient_methods import describe_methods
 from caprese.errors import CapreseError
+from caprese.files import sha256
 from caprese.models import TERMS, base_terms
 from caprese.report import summary
 from caprese.report.card import LOAD_SNIPPET, front_matter, load_arguments, render_card
@@ -47,6 +48,7 @@ def push(
         terms = base_terms(base.id)
     files: dict[str, Path | bytes] = {name: source / name for name in adapter.files}
     if report is not None:
+        _check_run(source, report)
         files |= {name: source / name for name in _RUN if (source / name).is_file()}
         files |= {f"plots/{path.name}": path for path in sorted((source / "plots").glob("*.png"))}
     card = render_card({**report, **terms}, repo) if report else _bare_card(adapter, terms, repo)
@@ -60,6 +62,14 @@ def push(
             repo, files, message, private=private, stale=lambda path: path in ours or path.startswith("plots/")
         )
     return facts
+
+
+def _check_run(directory: Path, report: dict[str, Any]) -> None:
+    """What goes along is as the run left it."""
+    for name, digest in report.get("files", {}).items():  # caprese 0.1.0 noted none
+        path = directory / name
+        if (name in _RUN or name.startswith("plots/")) and not (path.is_file() and sha256(path) == digest):
+            raise CapreseError(f"{path} is damaged or missing; run caprese recover again, which makes it anew")
 
 
 def _bare_card(adapter: Adapter, terms: dict[str, str], repo: str) -> str:

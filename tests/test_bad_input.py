@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
@@ -297,6 +297,21 @@ def sequential_planned(d: Desk) -> list[str]:
 simple("planned_dtype", lambda d: d.recover("--dtype", "float7", "--dry-run"), "unknown dtype 'float7'", "bfloat16")
 simple("planned_device", lambda d: d.recover("--device", "toaster", "--dry-run"), "device 'toaster'", "--device auto")
 
+simple("layers_without_end", lambda d: d.recover("--layers", "1-88888888888"), "use all, first-half, or numbers like")
+simple("rank_of_many_digits", lambda d: d.recover("--rank", "7" * 4400), "from 1, or auto")
+simple("seed_too_large", lambda d: d.recover("--seed", 2**40), "seed: input should be less than")
+simple("recipe_null", lambda d: d.recover("--recipe", "my\0recipe"), "cannot read recipe", "null")
+simple("output_null", lambda d: d.recover("--output", "my\0result"), "cannot write", "null", "--output")
+simple("recipe_name_too_long", lambda d: d.recover("--recipe", "my" * 3000), "cannot read recipe", "too long")
+for name, text in {
+    "a_list": "method: [cats]",
+    "a_number": "method: 7",
+    "words": "methods: cats:0.6",
+    "a_list_of_words": "methods: [static, cats]",
+    "one_mapping": "methods: {name: cats}",
+}.items():
+    simple(f"methods_as_{name}", lambda d, t=text: d.recipe(t), "`methods` is a list", "a line such as")
+
 # methods
 simple("methods_refused", lambda d: d.recover("--method", "nf4+griffin"), "do not compose", "rows or columns")
 simple("methods_setting", lambda d: d.recover("--method", "cats:speed=2"), "no setting 'speed'", "it has layers")
@@ -316,6 +331,8 @@ simple("sparsity_list", lambda d: d.recover("--sparsity", "0.5,0.4"), "2 sparsit
 simple("sparsity_words", lambda d: d.recover("--sparsity", "half"), "--sparsity 'half'", "or auto")
 simple("reselect_zero", lambda d: d.recover("--reselect-every", 0), "reselect_every: input should be greater than")
 simple("reselect_dense", lambda d: d.generate("--reselect-every", 8), "goes with --adapter")
+simple("adapter_without_name", lambda d: d.generate("--adapter", ""), "no adapter at ''")
+simple("adapter_name_too_long", lambda d: ["info", "so/" + "long" * 2000], "is no hub id")
 simple("reselect_negative", lambda d: d.recovered("--reselect-every", -3), "reselect_every -3", "from 1")
 
 # prompts
@@ -402,8 +419,20 @@ damaged_adapter(
 )
 damaged_adapter("config_truncated", lambda o: truncate(o / CONFIG), CONFIG, "damaged", "again")
 damaged_adapter("config_empty", lambda o: (o / CONFIG).write_text("{}"), CONFIG, "again")
+damaged_adapter("config_deep", lambda o: (o / CONFIG).write_text("[" * 50_000), CONFIG, "damaged", "again")
 damaged_adapter("config_rank", lambda o: edit_json(o / CONFIG, lambda c: c.update(r=2)), CONFIG, "again")
 
+
+def damaged_run(name: str, change: Callable[[Path], object]) -> None:
+    def make(d: Desk) -> list[str]:
+        change(d.out)
+        return ["push", str(d.out), "me/mine", "--dry-run"]
+
+    simple(f"push_{name}", make, "damaged or missing", "recover again")
+
+
+damaged_run("altered_page", lambda o: flip(o / "report.html"))
+damaged_run("lost_plot", lambda o: next((o / "plots").iterdir()).unlink())
 
 CALIBRATION = "caprese_calibration.safetensors"
 
@@ -778,6 +807,15 @@ def test_remove_without_apply(tiny: torch.nn.Module):
 def test_save_without_adapter(tiny: torch.nn.Module, tmp_path: Path):
     with pytest.raises(CapreseError, match=r"no recovery adapter.*caprese\.recover"):
         caprese.save(caprese.apply(tiny, caprese.Griffin()), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("at", "name", "said"), [("v_proj", "default", "to save$"), ("recovery", "mine", ".*'mine'")])
+def test_save_without_a_branch_of_its_own(tiny: torch.nn.Module, tmp_path: Path, at: str, name: str, said: str):
+    """What `load` would not take."""
+    model = get_peft_model(caprese.apply(tiny, caprese.Cats()), LoraConfig(r=2, target_modules=[at]), name)
+    with pytest.raises(CapreseError, match=f"no recovery adapter called 'default' .*{said}"):
+        caprese.save(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -168,7 +169,7 @@ class Adapter:
         try:
             report: dict[str, Any] = json.loads(path.read_bytes())
             digest = report.get("adapter_digest")
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise CapreseError(f"{path} is damaged ({error}); run caprese recover again, or delete it") from error
         if digest != self.digest:
             raise CapreseError(f"{path} is of another adapter than the one beside it; delete it, or run recover again")
@@ -248,8 +249,9 @@ class Adapter:
 def _find(name: str | os.PathLike[str], revision: str | None) -> tuple[Path, str | None]:
     """The directory with an adapter's files, and on the hub their commit."""
     local = Path(name).expanduser()
-    if local.is_dir():
-        return local, None
+    with contextlib.suppress(OSError):  # a name too long for a file
+        if str(name) and local.is_dir():
+            return local, None
     repo, _, at = str(name).partition("@")
     if not is_hub_id(repo):
         raise CapreseError(f"no adapter at {str(name)!r}: neither a directory nor a hub id like 'owner/name'")
@@ -268,7 +270,7 @@ def _read_config(path: Path, name: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(path.read_bytes())
         config["r"], config.get("rank_pattern")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CapreseError(f"{CONFIG} of {name} is damaged ({error!r}); fetch or make the adapter again") from error
     return config
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from caprese import __version__
+from caprese.adapters.branch import ADAPTER
 from caprese.adapters.fingerprint import fingerprint
 from caprese.adapters.lora import digest_of
 from caprese.adapters.sidecar import (
@@ -33,6 +34,7 @@ from caprese.efficient_methods import EfficientFFN, applied_ffns, facts_of, phas
 from caprese.errors import CapreseError
 from caprese.files import check_writable, put_in_place, sha256, unwritable, write_json
 from caprese.models import base_of
+from caprese.models.linear import adapter_names
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -47,6 +49,10 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     ffns = applied_ffns(model)
     if not ffns:
         raise CapreseError("no efficient method is applied to this model; nothing to save")
+    names = adapter_names(at.recovery for at in ffns.values() if hasattr(at.recovery, "adapter_layer_names"))
+    if ADAPTER not in names:
+        found = f"; the branches here are called {', '.join(map(repr, sorted(names)))}" if names else ""
+        raise CapreseError(f"there is no recovery adapter called {ADAPTER!r} on this model to save{found}")
     own = {id(p) for p in stand_in_parameters(model).values()}
     for name, parameter in model.named_parameters():
         if (".lora_" in name or id(parameter) in own) and not torch.isfinite(parameter).all():

@@ -46,7 +46,9 @@ def eval(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace results of other settings.", rich_help_panel=TASKS)
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of which prompts are asked and of sampling.")] = 1,
+    seed: Annotated[
+        int, typer.Option(help="Seed of which prompts are asked and of sampling.", min=0, max=2**32 - 1)
+    ] = 1,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from caprese.commands.options import Device, Dtype, Json, Model, Reselect, parse_reselect
+from caprese.commands.options import Device, Dtype, Json, Model, Reselect, Seed, parse_reselect
 from caprese.errors import CapreseError
 from caprese.progress import say, show, write
 
@@ -23,7 +23,7 @@ def generate(
     instruction: Annotated[str, typer.Option(help="Put before the prompt.")] = "",
     reselect_every: Reselect = None,
     fused: Annotated[bool, typer.Option("--fused/--unfused", help="Run FFN and adapter as one step.")] = True,
-    seed: int = 0,
+    seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,
@@ -39,7 +39,7 @@ def generate(
     if reselect_every is not None and adapter is None:
         raise CapreseError("--reselect-every goes with --adapter: without one the model runs dense")
     lm: Any
-    if adapter:
+    if adapter is not None:
         opened = Adapter.open(adapter)
         base, tokenizer = opened.load_base(model, dtype=dtype, device=device)
         lm = load(base, opened, fused=fused, reselect_every=parse_reselect(reselect_every))

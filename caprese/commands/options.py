@@ -22,7 +22,12 @@ Reselect = Annotated[
     int | None,
     typer.Option(help="Generated tokens between two reselections; 0 never; default as the adapter was made."),
 ]
+Seed = Annotated[int, typer.Option(help="Of everything random.", min=0, max=2**32 - 1)]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+
+
+# no model has as many layers; a range up to a slip of the finger fills the memory
+_MANY = 100_000
 
 
 def parse_layers(text: str | None) -> str | list[int] | None:
@@ -38,7 +43,7 @@ def parse_numbers(text: str, remedy: str) -> list[int]:
     try:
         for part in text.split(","):
             low, _, high = part.strip().partition("-")
-            if int(high or low) < int(low):
+            if not int(low) <= int(high or low) < _MANY:
                 raise ValueError
             numbers += range(int(low), int(high or low) + 1)
     except ValueError:
@@ -76,6 +81,6 @@ def parse_keep_attention(text: str | None) -> Any:
 def parse_rank(text: str | None) -> int | str | None:
     if text is None or text == "auto":
         return text
-    if not text.isdecimal() or int(text) < 1:
-        raise CapreseError(f"--rank {text}: use a number from 1, or auto")
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
+        raise CapreseError(f"--rank {text[:40]}: use a number from 1, or auto")
     return int(text)

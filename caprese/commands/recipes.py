@@ -38,7 +38,7 @@ def cp(name: str, target: Path) -> None:
     from caprese.recipes import resolve_recipe
 
     if target.is_dir():
-        target = target / f"{name}.yaml"
+        target = target / f"{Path(name).name.removesuffix('.yaml')}.yaml"
     if target.exists():
         raise CapreseError(f"{target} exists; choose another name")
     write_text(target, resolve_recipe(name).to_yaml())

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from caprese.commands.options import Adapter, Device, Dtype, Json, Model
+from caprese.commands.options import Adapter, Device, Dtype, Json, Model, Seed
 from caprese.progress import say, show
 
 
@@ -38,7 +38,7 @@ def scale(
     output: Annotated[
         str, typer.Option("--output", "-o", help="Directory for samples, scale.json and plot.")
     ] = "scale",
-    seed: int = 0,
+    seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be drawn; draw nothing.")] = False,

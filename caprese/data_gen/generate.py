@@ -12,12 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from caprese.data_gen.prompts import Encode, Prompt, load_prompts
+from caprese.data_gen.prompts import Encode, Prompt, encoder, load_prompts
 from caprese.data_gen.shards import VERSION, Sample, Shards, read_shard, write_shard
 from caprese.errors import CapreseError
 from caprese.inference.generate import completions, ends_of, generate
 from caprese.inference.sampling import nucleus
-from caprese.models import check_context, device_of, encode_prompt
+from caprese.models import check_context, device_of
 from caprese.progress import bar
 
 SPLITS = ("test", "validation", "train")
@@ -53,7 +53,7 @@ class Samples(BaseModel):
 
     def encode(self, tokenizer: PreTrainedTokenizerBase) -> Encode:
         """How these samples ask: a prompt's text -> its token ids."""
-        return lambda text: encode_prompt(tokenizer, text, self.instruction, self.chat_template)
+        return encoder(tokenizer, self.instruction, self.chat_template)
 
 
 def _seed(*parts: object) -> int:

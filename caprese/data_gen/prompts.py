@@ -12,9 +12,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from caprese.data_gen.chains import chains
 from caprese.errors import CapreseError
-from caprese.models import broken
+from caprese.models import broken, encode_prompt
 
 # Rows of a streamed dataset that are held to draw the next one from.
 _BUFFER = 10_000
@@ -22,6 +24,11 @@ _BUFFER = 10_000
 
 Encode = Callable[[str], Sequence[int]]
 """A prompt's text -> its token ids, as the model is asked."""
+
+
+def encoder(tokenizer: PreTrainedTokenizerBase, instruction: str, chat_template: bool) -> Encode:
+    """How prompts become token ids (see `encode_prompt`)."""
+    return lambda text: encode_prompt(tokenizer, text, instruction, chat_template)
 
 
 @dataclass(frozen=True)

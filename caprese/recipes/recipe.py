@@ -56,7 +56,7 @@ class Recipe(BaseModel):
     """rank auto: adapter parameters as a fraction of the base."""
     bias: bool = False
     """Also learn a bias on each branch; it costs nothing at inference."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     output: str = "out"
     """Directory for the result; a rerun goes on there."""
     samples: Samples = Samples()
@@ -149,6 +149,8 @@ def read_yaml(name: str) -> tuple[dict[str, Any], str]:
         mark = getattr(error, "problem_mark", None)
         at = f" at line {mark.line + 1}" if mark else ""
         raise CapreseError(f"recipe {path} is not valid YAML{at}; see caprese recipes show smollm2-135m") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+        raise CapreseError(f"cannot read recipe {name!r} ({getattr(error, 'strerror', None) or error})") from error
     if not isinstance(raw, dict):
         raise CapreseError(f"recipe {path} is not a mapping of keys to values")
     return raw, str(path)

@@ -16,6 +16,7 @@ SETTINGS = ("sparsity", "threshold", "shared_choice", "keep_attention")
 SPELLED = ("method", "layers", *SETTINGS)
 #: what sparsity is allocated by, layer by layer, in place of a number
 TARGETS = ("target_kl", "target_active")
+_SPELLING = "`methods` is a list of {name: griffin, sparsity: 0.5}, `method` a line such as griffin:0.5"
 
 
 def leaves_open(method: str, setting: str) -> bool:
@@ -27,7 +28,8 @@ def fold(raw: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's content with `method` and the settings beside it as `methods`.
 
     Raises:
-        CapreseError: a setting that no method takes or that is said twice, or a sparsity beside a target.
+        CapreseError: a setting that no method takes or that is said twice, a sparsity beside a target, or a method
+            that is no line.
     """
     given = {key: raw[key] for key in SPELLED if raw.get(key) is not None}
     rest = {key: value for key, value in raw.items() if key not in SPELLED}
@@ -37,6 +39,8 @@ def fold(raw: Mapping[str, Any]) -> dict[str, Any]:
         raise CapreseError(f"`methods` says all that methods have; leave out `{next(iter(given))}`")
     targets = [key for key in TARGETS if raw.get(key) is not None]
     sparsity, line = given.get("sparsity"), given.pop("method", "griffin")
+    if not isinstance(line, str):
+        raise CapreseError(f"method {line!r}: {_SPELLING}")
     for key in given:
         if key in SETTINGS and not leaves_open(line, key):
             raise CapreseError(f"`{key}` is no setting of {line}, or said there already; leave it out")
@@ -60,10 +64,12 @@ def override(raw: Mapping[str, Any], over: Mapping[str, Any]) -> tuple[dict[str,
     layers; settings alone change those of the methods that are there.
 
     Raises:
-        CapreseError: a setting that none of the methods has.
+        CapreseError: a setting that none of the methods has, or methods that are no list.
     """
     raw, over = dict(raw), dict(over)
     known, line = raw.get("methods"), over.get("method")
+    if known and not (isinstance(known, list) and all(isinstance(facts, Mapping) for facts in known)):
+        raise CapreseError(f"methods {known!r}: {_SPELLING}")
     if over.get("sparsity") not in (None, "auto"):  # a number in place of what was to be measured
         raw = {key: value for key, value in raw.items() if key not in TARGETS}
     if "methods" in over:
