@@ -527,7 +527,7 @@ def test_a_recipe_without_a_model_takes_the_shipped_one_for_the_rest(small_recip
     report = caprese.recover(model, byte_tokenizer(), small_recipe)
     assert report["recipe"]["rank"] == 4  # said
     assert report["recipe"]["end_to_end"]["epochs"] == 2
-    assert report["recipe"]["layers"] == "all" and report["recipe"]["model"] == "smollm2-135m"
+    assert report["recipe"]["methods"][0]["layers"] == "all" and report["recipe"]["model"] == "smollm2-135m"
     shipped = json.loads(json.dumps(resolve_recipe("smollm2-135m").model_dump(mode="json")))
     assert report["recipe"]["evaluation"]["examples"] == shipped["evaluation"]["examples"]
 

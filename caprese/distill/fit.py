@@ -27,6 +27,7 @@ from caprese.distill.end_to_end import EndToEnd, HeldOut, train
 from caprese.distill.layerwise import Fit, Layerwise, Moments, accumulate, allocate_ranks, fit_layer, new_moments
 from caprese.distill.sequential import fit_sequential
 from caprese.efficient_methods import applied_ffns, idle_branches, only, phases_of, settle, stand_ins
+from caprese.errors import CapreseError
 from caprese.models import count_parameters
 from caprese.progress import say
 
@@ -41,6 +42,16 @@ class Branches:
     """rank auto: adapter parameters as a fraction of the base."""
     bias: bool = False
     """Also learn a bias [D] on each."""
+
+    def check(self, hidden: int) -> None:
+        """Refuse a rank that a hidden size D does not have.
+
+        Raises:
+            CapreseError: below 1 or above D.
+        """
+        if self.rank != "auto" and not 1 <= self.rank <= hidden:
+            how = "exceeds" if self.rank > hidden else "is too small for"
+            raise CapreseError(f"rank {self.rank} {how} the hidden size {hidden}; choose 1 to {hidden}, or auto")
 
 
 @dataclass(frozen=True)
@@ -162,6 +173,7 @@ def fit_layers(
     count, hidden = len(applied_ffns(model)), next(iter(applied_ffns(model).values())).view.hidden_size
     if idle_branches(phases_of(model).methods):  # the smallest branch there is, at zero
         config, branches = config.model_copy(update={"how": "none"}), Branches(1, bias=branches.bias)
+    branches.check(hidden)
     made: list[PeftModel] = []
 
     def make() -> Kept:

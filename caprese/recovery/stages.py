@@ -43,9 +43,8 @@ def check_job(
         method.check()
     sites = find_ffns(model)
     layers = methods_by_layer(methods, len(sites))
-    hidden = sites[0].ffn.hidden_size
-    if branches.rank != "auto" and branches.rank > hidden and not idle_branches(methods):
-        raise CapreseError(f"rank {branches.rank} exceeds the hidden size {hidden}; choose 1 to {hidden}, or auto")
+    if not idle_branches(methods):
+        branches.check(sites[0].ffn.hidden_size)
     if layerwise.how == "sequential":
         check_sequential(model)
     return layers
