@@ -530,7 +530,7 @@ def stages_damaged(d: Desk) -> list[str]:
     return arguments
 
 
-@case("half way through another recipe", "--overwrite")
+@case("identity.json is damaged", "--overwrite")
 def mark_damaged(d: Desk) -> list[str]:
     arguments = half_done(d, own_identity(d))
     (d.out / ".state" / "identity.json").write_text("{")

@@ -697,7 +697,7 @@ def test_mixers_are_not_mixed_up_or_saved_broken(tmp_path):
     one = hybrid(1)
     caprese.save(one, tmp_path / "one")
     caprese.save(hybrid(2), tmp_path / "two")
-    base = caprese.load(tiny_llama(), tmp_path / "one").get_base_model()
+    base = caprese.load(tiny_llama(), tmp_path / "one").unload()
     ids = prompts(7)[0]
     before = base(ids).logits
     with pytest.raises(caprese.CapreseError, match="what another adapter trained"):

@@ -37,19 +37,15 @@ def fold(raw: Mapping[str, Any]) -> dict[str, Any]:
         return rest
     if "methods" in rest:
         raise CapreseError(f"`methods` says all that methods have; leave out `{next(iter(given))}`")
-    targets = [key for key in TARGETS if raw.get(key) is not None]
     sparsity, line = given.get("sparsity"), given.pop("method", "griffin")
     if not isinstance(line, str):
         raise CapreseError(f"method {line!r}: {_SPELLING}")
     for key in given:
         if key in SETTINGS and not leaves_open(line, key):
             raise CapreseError(f"`{key}` is no setting of {line}, or said there already; leave it out")
+    _check_target(sparsity, raw)
     if sparsity == "auto":
         del given["sparsity"]
-        if not targets:
-            raise CapreseError('`sparsity="auto"` needs one of `target_kl` and `target_active`')
-    elif sparsity is not None and targets:
-        raise CapreseError(f'`{targets[0]}` goes with `sparsity="auto"`, and sparsity is {sparsity}')
     settings = {key: given[key] for key in SETTINGS if key in given}
     rest["methods"] = [
         {"layers": given.get("layers", "all"), **_taken(facts, settings), **facts} for facts in parse_methods(line)
@@ -83,6 +79,7 @@ def override(raw: Mapping[str, Any], over: Mapping[str, Any]) -> tuple[dict[str,
             raw.pop("reselect_every", None)
     elif known:
         change = {key: over.pop(key) for key in SPELLED if over.get(key) is not None}
+        _check_target(change.get("sparsity"), {**raw, **over})
         if change.get("sparsity") == "auto":
             del change["sparsity"]
         for key in change:
@@ -90,6 +87,15 @@ def override(raw: Mapping[str, Any], over: Mapping[str, Any]) -> tuple[dict[str,
                 raise CapreseError(f"`{key}` is no setting of {'+'.join(f['name'] for f in known)}; leave it out")
         raw["methods"] = [{**facts, **_taken(facts, change)} for facts in known]
     return raw, over
+
+
+def _check_target(sparsity: Any, raw: Mapping[str, Any]) -> None:
+    """Refuse a sparsity that is to be measured without a target, and a number beside one."""
+    targets = [key for key in TARGETS if raw.get(key) is not None]
+    if sparsity == "auto" and not targets:
+        raise CapreseError('`sparsity="auto"` needs one of `target_kl` and `target_active`')
+    if sparsity not in (None, "auto") and targets:
+        raise CapreseError(f'`{targets[0]}` goes with `sparsity="auto"`, and sparsity is {sparsity}')
 
 
 def _taken(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
