@@ -64,10 +64,11 @@ mamba-ssm: env  ## mamba-ssm, for the test that compares its kernels with ours
 		MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE \
 		$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -c constraints.txt mamba-ssm einops
 
-lint: env  ## ruff and mypy
+lint: env  ## ruff, mypy, and the layout
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python docs/house.py check
 
 format: env  ## let ruff rewrite
 	$(BIN)/ruff check --fix .

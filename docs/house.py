@@ -190,9 +190,9 @@ def check() -> list[str]:
 
 
 def _may_be_long(module: Module, function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Triton's kernels take their tensors one by one; the main job's verb has a flag for all that a recipe says."""
+    """Triton's kernels take their tensors one by one."""
     names = {ast.unparse(decorator).partition("(")[0] for decorator in function.decorator_list}
-    return "triton.jit" in names or module.name == "commands.recover"
+    return "triton.jit" in names
 
 
 def draw() -> str:

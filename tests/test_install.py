@@ -54,6 +54,11 @@ def test_the_oldest_that_are_tested_are_the_oldest_that_are_named():
     assert sorted(tested) == sorted(each for each in named if not each.startswith("torch=="))
 
 
+def test_the_house_is_as_it_says():
+    done = subprocess.run([sys.executable, "docs/house.py", "check"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The python of an environment that holds the wheel and what it needs, and nothing else."""

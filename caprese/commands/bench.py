@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -12,32 +13,35 @@ from caprese.errors import CapreseError
 from caprese.progress import say, show
 
 
-def bench(
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Alias, hub id or local directory.")] = None,
+@dataclass(frozen=True)
+class Flags:
+    """What `caprese bench` takes."""
+
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Alias, hub id or local directory.")] = None
     random_weights: Annotated[
         str | None, typer.Option(help="A known shape, such as llama-3.2-1b, with random weights: no download.")
-    ] = None,
-    method: Annotated[str, typer.Option(help="NAME[:SPARSITY][:key=value], or several joined by +.")] = "griffin",
+    ] = None
+    method: Annotated[str, typer.Option(help="NAME[:SPARSITY][:key=value], or several joined by +.")] = "griffin"
     sparsity: Annotated[
         float | None, typer.Option(help="Fraction removed, where --method does not say; 0.5 if neither does.")
-    ] = None,
-    layers: Annotated[str, typer.Option(help="all, first-half, or numbers like 0,1,4-7.")] = "all",
-    rank: Annotated[int, typer.Option(min=1, help="Rank of each branch.")] = 256,
-    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Tokens timed in each row.")] = 64,
-    batch: Annotated[str, typer.Option(help="Sequences decoded together; several, 1,2,4,8,16, for a sweep.")] = "1",
-    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Also the compiled rows.")] = True,
-    rows: Annotated[str | None, typer.Option(help="Only these rows, with commas.")] = None,
-    form: Annotated[str, typer.Option(help="auto, packed or indexed (see caprese.fuse).")] = "auto",
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Directory for bench.json and bench.png.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print bytes and byte floor; time nothing.")] = False,
-    as_json: Json = False,
-) -> None:
+    ] = None
+    layers: Annotated[str, typer.Option(help="all, first-half, or numbers like 0,1,4-7.")] = "all"
+    rank: Annotated[int, typer.Option(min=1, help="Rank of each branch.")] = 256
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 128
+    new_tokens: Annotated[int, typer.Option(help="Tokens timed in each row.")] = 64
+    batch: Annotated[str, typer.Option(help="Sequences decoded together; several, 1,2,4,8,16, for a sweep.")] = "1"
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Also the compiled rows.")] = True
+    rows: Annotated[str | None, typer.Option(help="Only these rows, with commas.")] = None
+    form: Annotated[str, typer.Option(help="auto, packed or indexed (see caprese.fuse).")] = "auto"
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Directory for bench.json and bench.png.")] = None
+    revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print bytes and byte floor; time nothing.")] = False
+    as_json: Json = False
+
+
+def bench(flags: Flags) -> None:
     """Time to next token, side by side: dense, efficient, LoRA of equal size, recovered, fused; eager and compiled."""
     import shlex
     import sys
@@ -54,41 +58,43 @@ def bench(
     from caprese.studies.bench import bench as measure
     from caprese.studies.bench import bench_plan, rows_of
 
-    name = model or random_weights
-    if name is None or (model and random_weights):
+    name = flags.model or flags.random_weights
+    if name is None or (flags.model and flags.random_weights):
         raise CapreseError("which model? give --model, or --random-weights with a known shape, and not both")
     try:
-        batches = [int(part) for part in batch.split(",")]
+        batches = [int(part) for part in flags.batch.split(",")]
     except ValueError:
-        raise CapreseError(f"--batch {batch!r}: use a number, or several like 1,2,4") from None
-    methods = resolve_recipe(method=method, sparsity=sparsity, layers=parse_layers(layers)).methods
-    if dry_run:
-        config = shape_config(random_weights) if random_weights else load_config(name, revision)
-        figures = bench_plan(config, methods, rank, pick_dtype(dtype, pick_device(device)) or torch.bfloat16, batches)
-        show(figures, as_json, lambda found: [figures_table("bench", found)])
+        raise CapreseError(f"--batch {flags.batch!r}: use a number, or several like 1,2,4") from None
+    methods = resolve_recipe(method=flags.method, sparsity=flags.sparsity, layers=parse_layers(flags.layers)).methods
+    if flags.dry_run:
+        config = shape_config(flags.random_weights) if flags.random_weights else load_config(name, flags.revision)
+        figures = bench_plan(
+            config, methods, flags.rank, pick_dtype(flags.dtype, pick_device(flags.device)) or torch.bfloat16, batches
+        )
+        show(figures, flags.as_json, lambda found: [figures_table("bench", found)])
         return
-    if output is not None:
-        check_writable(Path(output))
-    if random_weights:
-        place = pick_device(device)
-        config = shape_config(random_weights)
-        say(f"random weights in the shape of {random_weights}, {describe_methods(methods)}, rank {rank}")
-        kind = pick_dtype(dtype, place) or (torch.float32 if place == "cpu" else torch.bfloat16)
+    if flags.output is not None:
+        check_writable(Path(flags.output))
+    if flags.random_weights:
+        place = pick_device(flags.device)
+        config = shape_config(flags.random_weights)
+        say(f"random weights in the shape of {flags.random_weights}, {describe_methods(methods)}, rank {flags.rank}")
+        kind = pick_dtype(flags.dtype, place) or (torch.float32 if place == "cpu" else torch.bfloat16)
         loaded = random_model(config, kind, place)
     else:
-        loaded, _ = load_base(name, revision=revision, dtype=dtype, device=device)
+        loaded, _ = load_base(name, revision=flags.revision, dtype=flags.dtype, device=flags.device)
     result = measure(
         loaded,
         methods,
         batches,
-        rank=rank,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        rows=rows.split(",") if rows else rows_of(methods, compiled),
-        form=form,
+        rank=flags.rank,
+        prompt_tokens=flags.prompt_tokens,
+        new_tokens=flags.new_tokens,
+        rows=flags.rows.split(",") if flags.rows else rows_of(methods, flags.compiled),
+        form=flags.form,
     )
     result = {"command": shlex.join(["caprese", *sys.argv[1:]]), "shape": name, **result}
-    if output is not None:
-        write_json(Path(output) / "bench.json", result)
-        plot_bench(result, Path(output) / "bench.png")
-    show(result, as_json, describe_bench)
+    if flags.output is not None:
+        write_json(Path(flags.output) / "bench.json", result)
+        plot_bench(result, Path(flags.output) / "bench.png")
+    show(result, flags.as_json, describe_bench)

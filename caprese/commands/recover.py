@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,88 +26,89 @@ def _set(overrides: dict[str, Any], path: str, value: Any) -> None:
 MODEL, METHOD, SAMPLES, TRAINING, OUTPUT = "Model", "Method", "Samples", "Training", "Output"
 
 
-def recover(
+@dataclass(frozen=True)
+class Flags:
+    """What `caprese recover` takes."""
+
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Alias, hub id or local directory.", rich_help_panel=MODEL)
-    ] = None,
+    ] = None
     recipe: Annotated[
         str | None, typer.Option("--recipe", "-r", help="Shipped recipe or YAML file; flags override it.")
-    ] = None,
+    ] = None
     method: Annotated[
         str | None,
         typer.Option(
             help="A method, NAME[:SPARSITY][:key=value], or several joined by +; caprese methods lists them.",
             rich_help_panel=METHOD,
         ),
-    ] = None,
+    ] = None
     sparsity: Annotated[
         str | None,
         typer.Option(
             help="Fraction removed, in (0, 1); one for each layer, 0.3,0.5,...; or auto.", rich_help_panel=METHOD
         ),
-    ] = None,
+    ] = None
     target_kl: Annotated[
         float | None, typer.Option(help="--sparsity auto: the largest KL before recovery.", rich_help_panel=METHOD)
-    ] = None,
+    ] = None
     target_active: Annotated[
         float | None,
         typer.Option(help="--sparsity auto: the fraction of active parameters to keep.", rich_help_panel=METHOD),
-    ] = None,
-    threshold: Annotated[str | None, typer.Option(help="cats: prompt or calibrated.", rich_help_panel=METHOD)] = None,
+    ] = None
+    threshold: Annotated[str | None, typer.Option(help="cats: prompt or calibrated.", rich_help_panel=METHOD)] = None
     shared_choice: Annotated[
         bool | None,
         typer.Option(
             "--shared-choice/--own-choice", help="One choice for all sequences of a batch.", rich_help_panel=METHOD
         ),
-    ] = None,
+    ] = None
     keep_attention: Annotated[
         str | None,
         typer.Option(
             help="Of a hybrid: fraction of layers that keep attention, or which: 0,5,11.", rich_help_panel=METHOD
         ),
-    ] = None,
+    ] = None
     reselect_every: Annotated[
         int | None, typer.Option(help="Generated tokens after which the choice is made anew.", rich_help_panel=METHOD)
-    ] = None,
+    ] = None
     layers: Annotated[
         str | None, typer.Option(help="all, first-half, or numbers like 0,1,4-7.", rich_help_panel=METHOD)
-    ] = None,
-    rank: Annotated[str | None, typer.Option(help="Rank of each branch, or auto.", rich_help_panel=TRAINING)] = None,
+    ] = None
+    rank: Annotated[str | None, typer.Option(help="Rank of each branch, or auto.", rich_help_panel=TRAINING)] = None
     bias: Annotated[
         bool | None,
         typer.Option("--bias/--no-bias", help="Also learn a bias on each branch.", rich_help_panel=TRAINING),
-    ] = None,
+    ] = None
     prompts: Annotated[
         str | None,
         typer.Option(help="gym:TASK, chains:SPLIT, a .jsonl or .parquet file, or a dataset.", rich_help_panel=SAMPLES),
-    ] = None,
-    column: Annotated[str | None, typer.Option(help="Column that holds the prompt.", rich_help_panel=SAMPLES)] = None,
-    samples: Annotated[int | None, typer.Option(help="Training samples.", rich_help_panel=SAMPLES)] = None,
+    ] = None
+    column: Annotated[str | None, typer.Option(help="Column that holds the prompt.", rich_help_panel=SAMPLES)] = None
+    samples: Annotated[int | None, typer.Option(help="Training samples.", rich_help_panel=SAMPLES)] = None
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Length limit of a completion.", rich_help_panel=SAMPLES)
-    ] = None,
+    ] = None
     layerwise: Annotated[
         str | None, typer.Option(help="closed, sequential, adam or none.", rich_help_panel=TRAINING)
-    ] = None,
-    objective: Annotated[str | None, typer.Option(help="End to end: kl or hidden.", rich_help_panel=TRAINING)] = None,
+    ] = None
+    objective: Annotated[str | None, typer.Option(help="End to end: kl or hidden.", rich_help_panel=TRAINING)] = None
     epochs: Annotated[
         int | None, typer.Option(help="End-to-end epochs; 0 skips the stage.", rich_help_panel=TRAINING)
-    ] = None,
+    ] = None
     learning_rate: Annotated[
         float | None, typer.Option(help="End-to-end peak learning rate.", rich_help_panel=TRAINING)
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.", rich_help_panel=TRAINING)] = None,
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.", rich_help_panel=TRAINING)] = None
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Directory for the result.", rich_help_panel=OUTPUT)
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Hub revision of the base model.", rich_help_panel=MODEL)] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=MODEL)
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...", rich_help_panel=MODEL)] = None,
+    ] = None
+    revision: Annotated[str | None, typer.Option(help="Hub revision of the base model.", rich_help_panel=MODEL)] = None
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=MODEL)] = None
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...", rich_help_panel=MODEL)] = None
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another recipe's result in --output.", rich_help_panel=OUTPUT)
-    ] = False,
+    ] = False
     full: Annotated[
         bool,
         typer.Option(
@@ -114,17 +116,19 @@ def recover(
             help="Also keep the base in OUTPUT/base, so that the directory runs by itself.",
             rich_help_panel=OUTPUT,
         ),
-    ] = False,
+    ] = False
     push_to_hub: Annotated[
         str | None, typer.Option(help="Push the result to this repository, user/name.", rich_help_panel=OUTPUT)
-    ] = None,
-    private: Private = None,
+    ] = None
+    private: Private = None
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print the plan: parameters, bytes, time estimate.", rich_help_panel=OUTPUT),
-    ] = False,
-    as_json: Json = False,
-) -> None:
+    ] = False
+    as_json: Json = False
+
+
+def recover(flags: Flags) -> None:
     """Make MODEL cheaper and distil an adapter that gives its quality back. Goes on where a stopped run was."""
     from caprese.efficient_methods import describe_methods
     from caprese.models import check_keepable, load_base, resolve, save_base
@@ -133,33 +137,33 @@ def recover(
 
     overrides: dict[str, Any] = {}
     for path, value in {
-        "method": method,
-        "sparsity": parse_sparsity(sparsity),
-        "target_kl": target_kl,
-        "target_active": target_active,
-        "threshold": threshold,
-        "shared_choice": shared_choice,
-        "keep_attention": parse_keep_attention(keep_attention),
-        "reselect_every": reselect_every,
-        "layers": parse_layers(layers),
-        "rank": parse_rank(rank),
-        "bias": bias,
-        "samples.prompts": prompts,
-        "samples.column": column,
-        "samples.train": samples,
-        "samples.max_new_tokens": max_new_tokens,
-        "layerwise.how": layerwise,
-        "end_to_end.objective": objective,
-        "end_to_end.epochs": epochs,
-        "end_to_end.learning_rate": learning_rate,
-        "seed": seed,
-        "output": output,
-        "revision": revision,
-        "dtype": dtype,
-        "device": device,
+        "method": flags.method,
+        "sparsity": parse_sparsity(flags.sparsity),
+        "target_kl": flags.target_kl,
+        "target_active": flags.target_active,
+        "threshold": flags.threshold,
+        "shared_choice": flags.shared_choice,
+        "keep_attention": parse_keep_attention(flags.keep_attention),
+        "reselect_every": flags.reselect_every,
+        "layers": parse_layers(flags.layers),
+        "rank": parse_rank(flags.rank),
+        "bias": flags.bias,
+        "samples.prompts": flags.prompts,
+        "samples.column": flags.column,
+        "samples.train": flags.samples,
+        "samples.max_new_tokens": flags.max_new_tokens,
+        "layerwise.how": flags.layerwise,
+        "end_to_end.objective": flags.objective,
+        "end_to_end.epochs": flags.epochs,
+        "end_to_end.learning_rate": flags.learning_rate,
+        "seed": flags.seed,
+        "output": flags.output,
+        "revision": flags.revision,
+        "dtype": flags.dtype,
+        "device": flags.device,
     }.items():
         _set(overrides, path, value)
-    resolved = resolve_recipe(recipe, model, **overrides)
+    resolved = resolve_recipe(flags.recipe, flags.model, **overrides)
     if resolved.model is None:
         raise CapreseError("which model? give --model, or a recipe that names one (caprese recipes ls)")
     base = resolve(resolved.model, resolved.revision)
@@ -167,35 +171,35 @@ def recover(
         (str(base), "bold"),
         f"  {describe_methods(resolved.methods)}, rank {resolved.rank}, seed {resolved.seed} -> {resolved.output}",
     )
-    if dry_run:
+    if flags.dry_run:
         from caprese.plan import config_of, plan
 
         figures = plan(config_of(resolved), resolved)
-        show(figures, as_json, lambda found: [figures_table("plan", found)])
+        show(figures, flags.as_json, lambda found: [figures_table("plan", found)])
         return
     from caprese.adapters import hub
     from caprese.recovery.recover import recover as run
 
-    if push_to_hub is not None:
-        hub.prepare(push_to_hub, private)
+    if flags.push_to_hub is not None:
+        hub.prepare(flags.push_to_hub, flags.private)
     loaded, tokenizer = load_base(
         resolved.model, revision=resolved.revision, dtype=resolved.dtype, device=resolved.device
     )
     whole = Path(resolved.output).expanduser() / "base"
-    if full:
-        check_keepable(loaded, whole, overwrite)
-    report = run(loaded, tokenizer, resolved, overwrite=overwrite)
+    if flags.full:
+        check_keepable(loaded, whole, flags.overwrite)
+    report = run(loaded, tokenizer, resolved, overwrite=flags.overwrite)
     if not is_main():
         return
-    if full:
+    if flags.full:
         save_base(loaded, tokenizer, whole)
-    if push_to_hub is not None:
+    if flags.push_to_hub is not None:
         from caprese.publish import push as publish
 
-        published = publish(resolved.output, push_to_hub, private=private)
+        published = publish(resolved.output, flags.push_to_hub, private=flags.private)
         report = {**report, "hub": {key: published[key] for key in ("repo", "url", "commit")}}
         say(f"pushed to {published['url']}")
-    show(report, as_json, describe_recovery)
+    show(report, flags.as_json, describe_recovery)
     say(f"\nreport: {Path(resolved.output) / 'report.html'}")
-    name = whole if full else resolved.model
+    name = whole if flags.full else resolved.model
     say(f"try it: caprese generate --model {name} --adapter {resolved.output} --prompt '...'")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import inspect
 import os
 import re
 import typing
@@ -23,13 +25,18 @@ def is_main() -> bool:
 
 
 def verb(function: Callable[..., None]) -> Callable[..., None]:
-    """`function` as a command: with --json nothing but JSON on stdout, and one clear line instead of a traceback."""
+    """`function` as a command: with --json nothing but JSON on stdout, and one clear line instead of a traceback.
+
+    Args:
+        function: takes its flags as parameters, or, where they are many, one dataclass whose fields they are.
+    """
+    kind = flags_of(function)
 
     @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
+    def run(**kwargs: Any) -> None:
         try:
             _settle(quiet=kwargs.get("as_json", False) or not is_main())
-            function(*args, **kwargs)
+            function(**kwargs) if kind is None else function(kind(**kwargs))
         except CapreseError as error:
             progress.alert("error:", in_flags(str(error), function))
             raise typer.Exit(1) from None
@@ -37,7 +44,27 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
             progress.alert("stopped.", "Finished work is kept: run the same command again to go on.", "yellow")
             raise typer.Exit(130) from None
 
+    if kind is not None:  # typer reads a command's flags from its signature
+        hints = hints_of(function)
+        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [
+                parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hints[name])
+                for name, parameter in inspect.signature(kind).parameters.items()
+            ]
+        )
+        run.__annotations__ = hints
     return run
+
+
+def flags_of(function: Callable[..., None]) -> type | None:
+    """The dataclass that a verb takes in place of parameters, if it does."""
+    each = list(typing.get_type_hints(function).values())
+    return each[0] if dataclasses.is_dataclass(each[0]) and isinstance(each[0], type) else None
+
+
+def hints_of(function: Callable[..., None]) -> dict[str, Any]:
+    """Type hints of a verb's flags by name, with what typer wants to know of them."""
+    return typing.get_type_hints(flags_of(function) or function, include_extras=True)
 
 
 def _settle(quiet: bool) -> None:
@@ -74,7 +101,7 @@ def in_flags(message: str, function: Callable[..., None]) -> str:
 
 def _flags(function: Callable[..., None]) -> typing.Iterator[tuple[str, tuple[str, str]]]:
     """For each option of a command its name and its flags: for it, and against it ("" where there is none)."""
-    for name, hint in typing.get_type_hints(function, include_extras=True).items():
+    for name, hint in hints_of(function).items():
         for option in getattr(hint, "__metadata__", ()):
             if isinstance(option, OptionInfo):
                 said = (option.default, *(option.param_decls or ()))  # in Annotated, the first comes as the default
