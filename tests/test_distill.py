@@ -310,7 +310,7 @@ def test_a_fit_that_fails_leaves_the_model_applied():
     model = caprese.apply(tiny_llama(), caprese.Griffin(sparsity=0.5))
     with pytest.raises(caprese.CapreseError, match="rank 99 exceeds the hidden size 32"):
         fit(model, SAMPLES, HELD, Distillation(Branches(rank=99)))
-    broken = Distillation(Branches(rank=2), end_to_end=EndToEnd(learning_rate=1e30, clip=1e30, batch_size=8))
+    broken = Distillation(Branches(rank=2), end_to_end=EndToEnd(learning_rate=3e37, batch_size=8))
     with pytest.raises(
         caprese.CapreseError, match=r"the loss is \S+ at step \d+ of end to end; lower its learning_rate"
     ):
