@@ -15,6 +15,7 @@ from conftest import recovered, tiny_llama
 from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
 from test_phases import padded, prompts
 from transformers import AutoModelForCausalLM
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridMambaLayer
@@ -685,6 +686,22 @@ def test_mixers_of_a_bfloat16_base_train(tmp_path):
         for t in range(6, 12):
             parts.append(run(input_ids=ids[:, t : t + 1], past_key_values=first.past_key_values, use_cache=True).logits)
     assert (torch.cat(parts, 1) - after).abs().float().mean() < 0.05
+
+
+def test_a_task_adapter_on_a_replaced_attention_is_refused(tmp_path):
+    """It would do nothing there, and says so; on the attentions that stay it acts."""
+    for layers, said in ((None, "layer 1's attention is replaced"), ([0, 2], None)):
+        task = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=layers, init_lora_weights=False)
+        get_peft_model(tiny_llama(), task).save_pretrained(tmp_path / str(layers))
+        model = caprese.apply(tiny_llama(), caprese.Mamba(keep_attention=[0, 2]))
+        ids = prompts(7)[0]
+        before = model(ids).logits
+        adapted = PeftModel.from_pretrained(model, tmp_path / str(layers))
+        if said is None:
+            assert not torch.equal(adapted(ids).logits, before)
+        else:
+            with pytest.raises(caprese.CapreseError, match=said):
+                adapted(ids)
 
 
 def test_mixers_are_not_mixed_up_or_saved_broken(tmp_path):

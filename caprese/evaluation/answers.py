@@ -115,15 +115,14 @@ def read_last(text: str) -> Answer | None:
 
 def boxed(text: str) -> list[str]:
     """What stands in each \\boxed{} of a text that is closed, braces in it and all."""
-    found = []
-    for start in re.finditer(r"\\f?box(?:ed)?\s*\{", text):
-        depth = 1
-        for brace in re.finditer(r"\\.|[{}]", text[start.end() :], re.DOTALL):
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if not depth:
-                found.append(text[start.end() : start.end() + brace.start()])
-                break
-    return found
+    found: list[tuple[int, str]] = []
+    opened: list[int | None] = []  # of each open brace, where its box begins; None for one that is no box's
+    for token in re.finditer(r"(\\f?box(?:ed)?\s*\{)|\\.|[{}]", text, re.DOTALL):
+        if token[1] or token[0] == "{":
+            opened.append(token.end() if token[1] else None)
+        elif token[0] == "}" and opened and (begin := opened.pop()) is not None:
+            found.append((begin, text[begin : token.start()]))
+    return [inside for _, inside in sorted(found)]
 
 
 def normalised(text: str) -> str:

@@ -17,6 +17,7 @@ from caprese.errors import CapreseError
 from caprese.kernels.scan import CHUNK
 from caprese.models import Site
 from caprese.models.attention import read_attention
+from caprese.models.linear import adapted_layers
 
 
 class Replacement(StandIn):
@@ -101,6 +102,11 @@ class Replacement(StandIn):
         x = args[0] if args else kwargs["hidden_states"]
         if self.phases.dense or not self.phases.acts_on(self.layer):
             return self.attention(*args, **kwargs)
+        if adapted_layers(self.attention):
+            raise CapreseError(
+                f"layer {self.layer}'s attention is replaced by a mixer, on which an adapter would do "
+                "nothing: merge it into the base before the method is applied, or leave this layer out of it"
+            )
         cache = next((v for v in (*kwargs.values(), *args) if isinstance(v, Cache)), None)
         state = None if cache is None else self._state(cache)
         return self.mixer(x, self._valid(x), state), None
