@@ -6,7 +6,8 @@
 
 An experiment names what measures it (a file of benchmarks/measures), the settings that its cells share, and its
 tables: lists of cells, which say what is theirs. A cell that the output has already is not measured again, so an
-interrupted run goes on; with other settings it is. The output is benchmarks/results/EXPERIMENT.json if not said.
+interrupted run goes on; with other settings it is. The output is out-benchmarks/EXPERIMENT.json if not said;
+benchmarks/results keeps what the pages cite.
 """
 
 from __future__ import annotations
@@ -135,11 +136,14 @@ def main() -> None:
     experiment = read(args.experiment, args.set)
     if unknown := set(args.tables) - set(experiment["tables"]):
         sys.exit(f"no table {', '.join(sorted(unknown))}; there are {', '.join(experiment['tables'])}")
-    output = args.output or HERE / "results" / f"{args.experiment}.json"
+    output = args.output or Path("out-benchmarks") / f"{args.experiment}.json"
     sys.path.insert(0, str(HERE))
     measure = importlib.import_module(f"measures.{experiment['measure']}").Measure()
     known = json.loads(output.read_text()) if output.exists() else {}
-    found: dict[str, Row] = {key_of(row["cell"]): row for row in known.get("rows", [])}
+    rows = known.get("rows", []) if isinstance(known, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "cell" in row for row in rows):
+        sys.exit(f"{output} holds something else; choose another --output")
+    found: dict[str, Row] = {key_of(row["cell"]): row for row in rows}
     for table in args.tables or experiment["tables"]:
         cells = cells_of(experiment, table)
         for cell in cells:

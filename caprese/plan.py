@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,15 +130,9 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
         "model_bytes": base * size,
         "layerwise_bytes": moments + (2 * train * hidden * size if recipe.layerwise.how == "sequential" else 0),
         "disk_bytes": 4 * (completion + prompt) + moments + 16 * (adapter + stand_ins) * states,
-        "disk_free_bytes": free_bytes(_output(recipe)),
+        "disk_free_bytes": free_bytes(Path(recipe.output).expanduser().absolute()),
         "device": device,
         "estimated_seconds": {name: round(value, 1) for name, value in seconds.items()},
         "estimated_total_seconds": round(sum(seconds.values()), 1),
         "estimated_gpu_hours": float(f"{sum(flops.values()) / _GPU_FLOPS / 3600:.3g}"),
     }
-
-
-def _output(recipe: Recipe) -> Any:
-    from pathlib import Path
-
-    return Path(recipe.output).expanduser().absolute()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -11,6 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import tiny_llama
+
+from caprese.data_gen import Sample
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 EXPERIMENTS = sorted((BENCHMARKS / "experiments").glob("*.yaml"))
@@ -93,3 +97,26 @@ def test_experiments_say_what_their_measure_asks(path):
     assert asked <= experiment["settings"].keys()
     for cells in experiment["tables"].values():
         assert all(set(cell or {}) <= experiment["settings"].keys() for cell in cells)
+
+
+@pytest.mark.parametrize("adapter", ["branch", "lora"])
+def test_a_cell_of_recovery(adapter, monkeypatch, tokenizer):
+    """The measure itself, on a tiny model: what is trained is closer to the dense model than what is not."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    recovery = importlib.import_module("measures.recovery")
+    rows = [Sample(list(range(i, i + 14)), 6, "p", "c") for i in range(5, 29)]
+    parts = {"train": rows[:12], "validation": rows[12:18], "test": rows[18:]}
+    monkeypatch.setattr(recovery.caprese, "load_base", lambda name: (tiny_llama(), tokenizer))
+    monkeypatch.setattr(recovery, "read_samples", lambda directory, split: parts[split])
+    cell = yaml.safe_load((BENCHMARKS / "experiments" / "methods.yaml").read_text())["settings"]
+    row = recovery.Measure()(
+        {**cell, "method": "griffin:0.5", "adapter": adapter, "rank": 4, "epochs": 2, "then_reselect": 2}
+    )
+    assert row["end_to_end"]["kl"] < row["efficient"]["kl"] and row["reselection"]["kl"] > 0
+    assert row["kl"]["end_to_end"] < row["kl"]["efficient"] and 0 < row["added"] < 1
+
+
+def test_what_another_wrote_is_not_replaced(runner, tmp_path, monkeypatch):
+    (tmp_path / "out.json").write_text(json.dumps({"rows": {"dense": {}}}))
+    with pytest.raises(SystemExit, match="holds something else"):
+        call(runner, monkeypatch, "squares", "--output", str(tmp_path / "out.json"))

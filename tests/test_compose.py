@@ -101,7 +101,7 @@ def test_settings_of_the_recipe_go_to_the_methods_that_have_them():
     with pytest.raises(CapreseError, match="no setting of nf4"):
         Recipe(sparsity="auto", target_kl=0.1, method="nf4")
     with pytest.raises(CapreseError, match="takes one method"):
-        Recipe(target_kl=0.1, method="static:0.3+cats")
+        Recipe(target_kl=0.1, method="static+cats")
     with pytest.raises(CapreseError, match="goes with `sparsity=.auto.`"):
         Recipe(target_active=0.5, sparsity=0.5)
 
@@ -430,7 +430,14 @@ def test_flags_on_top_of_a_written_recipe(tmp_path):
     assert lines(threshold="calibrated")[1] == "cats:0.5:threshold=calibrated [0, 2]"
     with pytest.raises(CapreseError, match="`keep_attention` is no setting of static.cats"):
         lines(keep_attention=0.5)
+    for given in ({"method": "griffin:0.5"}, {"method": "griffin", "sparsity": 0.5}):
+        with pytest.raises(CapreseError, match="`target_kl` goes with"):
+            spelled(target_kl=0.1, **given)
     with pytest.raises(CapreseError, match="leave out `method`"):
         spelled(methods=[{"name": "griffin"}], method="cats")
     file.write_text(spelled(target_kl=0.2).to_yaml())
     assert resolve_recipe(str(file)).allocates and not resolve_recipe(str(file), sparsity=0.5).allocates
+    assert (
+        not resolve_recipe(str(file), method="cats:0.4").allocates
+        and resolve_recipe(str(file), method="cats").allocates
+    )

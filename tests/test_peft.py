@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import caprese
 from caprese.adapters import get_branches
-from caprese.efficient_methods import RecoverySlot, applied_ffns
+from caprese.efficient_methods import RecoverySlot, applied_ffns, cost_of
+from caprese.evaluation import variant
 from caprese.models import unwrap
 
 ROOT = Path(__file__).parent.parent
@@ -382,3 +383,22 @@ def test_on_the_oldest_supported_peft(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:]
     look = [sys.executable, "-c", "import peft; print(peft.__version__)"]
     assert subprocess.run(look, capture_output=True, text=True, env=env).stdout.strip() == f"{oldest}.0"
+
+
+def test_a_tasks_adapter_is_no_branch():
+    """It is not counted as one, and stays on where the branches are off."""
+    model = recovered(caprese.apply(tiny_llama(), caprese.Griffin(sparsity=0.5)))
+    alone = cost_of(model).adapter
+    assert alone == sum(p.numel() for n, p in model.named_parameters() if ".recovery.lora_" in n)
+    model.add_adapter("task", LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "task"])
+    assert cost_of(model).adapter == alone
+    ids = prompts(7)[0]
+    with variant(model, "dense"):
+        dense = model(ids).logits
+    with variant(model, "efficient"):
+        assert torch.equal(model(ids).logits, dense)  # a prompt: the task's adapter is in both
+        with caprese.phases(model, [3]):
+            efficient = model(ids).logits
+    with caprese.phases(model, [3]):
+        assert not torch.equal(model(ids).logits, efficient)

@@ -240,6 +240,27 @@ def vouched(out: Path) -> dict[str, str]:
     return {name: digest(out / name) for name in json.loads((out / "report.json").read_text())["files"]}
 
 
+def test_a_rerun_stopped_in_its_samples_keeps_them_and_no_report(small_recipe, monkeypatch):
+    model, tokenizer, out = tiny_llama(), byte_tokenizer(), Path(small_recipe.output)
+    caprese.recover(model, tokenizer, small_recipe)
+    other, replace = small_recipe.model_copy(update={"seed": 1}), os.replace
+
+    def stopping(source, target):
+        if Path(target).name.startswith("train-"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            caprese.recover(model, tokenizer, other, overwrite=True)
+    assert not (out / "report.json").exists() and not (out / "recipe.yaml").exists()
+    drawn = digest(out / "samples" / "test-00000.parquet")
+    with pytest.raises(caprese.CapreseError, match="half way through another recipe"):
+        caprese.recover(model, tokenizer, small_recipe)
+    assert digest(out / "samples" / "test-00000.parquet") == drawn
+
+
 def test_a_rerun_does_not_stand_under_anothers_report(small_recipe, monkeypatch):
     model, tokenizer, out = tiny_llama(), byte_tokenizer(), Path(small_recipe.output)
     caprese.recover(model, tokenizer, small_recipe)

@@ -9,11 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def equal_rank(ffn: Any, rank: int) -> int:
-    """Of the LoRA on three linear layers that has as many parameters as a branch of `rank`."""
-    return max(1, round(2 * ffn.hidden_size * rank / (3 * (ffn.hidden_size + ffn.width))))
-
-
 class LoraFFN(nn.Module):
     """LoRA on gate, up and down of an efficient FFN, as the paper compares: W x + B A x."""
 

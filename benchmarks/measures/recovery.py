@@ -21,11 +21,12 @@ from caprese.data_gen import Sample, Samples, complete, load_prompts, read_shard
 from caprese.distill import Branches, Checkpoints, EndToEnd, HeldOut, Layerwise, make_batches
 from caprese.distill.fit import fit_end_to_end, fit_layers
 from caprese.efficient_methods import applied_ffns, calibrate, needs_calibration, reselection
+from caprese.efficient_methods.cost import lora_rank
 from caprese.evaluation import environment, fidelity
 from caprese.evaluation.accuracy import Marker
 from caprese.evaluation.estimators import interval
 from caprese.models import count_parameters, encode_prompt
-from measures.lora import LoraFFN, equal_rank
+from measures.lora import LoraFFN
 
 
 def read_samples(directory: str, split: str) -> list[Sample]:
@@ -122,7 +123,7 @@ class Measure:
         if cell["adapter"] == "lora":
             torch.manual_seed(0)
             for wrapper in applied_ffns(model).values():
-                wrapper.start = LoraFFN(wrapper.start, equal_rank(wrapper.view, cell["rank"]))
+                wrapper.transformed = LoraFFN(wrapper.transformed, lora_rank(wrapper.view, cell["rank"]))
         else:
             how = Layerwise(how=cell["layerwise"], batch_size=batch)
             batches = {"train": make_batches(train, batch), "validation": make_batches(validation, batch)}

@@ -8,6 +8,7 @@ from caprese.adapters.branch import (
     get_branches,
     set_branch,
     set_branches,
+    without_branches,
 )
 from caprese.adapters.fingerprint import fingerprint
 from caprese.adapters.loading import load
@@ -26,4 +27,5 @@ __all__ = [
     "save",
     "set_branch",
     "set_branches",
+    "without_branches",
 ]

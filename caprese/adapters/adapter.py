@@ -75,6 +75,8 @@ class Adapter:
         if not branches:
             raise CapreseError(f"{WEIGHTS} of {name} holds no branch: not a caprese adapter; run caprese recover")
         adapter = cls(str(name), directory, commit, sidecar, branches)
+        if sidecar.digest is None and sidecar.caprese_version != "0.1.0":  # which had none
+            raise _altered(SIDECAR, name)
         if sidecar.digest is None:
             adapter._check_unsigned(config, shapes)
         elif sidecar.digest != sidecar.make_digest():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -71,6 +73,21 @@ def empty_slots(model: nn.Module) -> None:
     """Take a half-attached adapter out of the slots of an applied model, so that `remove` can go on."""
     for wrapper in applied_ffns(model).values():
         wrapper.recovery = getattr(wrapper.recovery, "base_layer", wrapper.recovery)
+
+
+@contextmanager
+def without_branches(model: nn.Module) -> Iterator[None]:
+    """Inside, the slots add nothing; adapters elsewhere, such as a task's own, stay as they are."""
+    off: list[Any] = [
+        w.recovery for w in applied_ffns(model).values() if not getattr(w.recovery, "disable_adapters", True)
+    ]
+    for recovery in off:
+        recovery.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for recovery in off:
+            recovery.enable_adapters(True)
 
 
 def branch_parameters(model: nn.Module) -> list[nn.Parameter]:

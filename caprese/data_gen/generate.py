@@ -115,13 +115,14 @@ def make_samples(
     directory: Path,
     seed: int,
     identity: Mapping[str, str],
-    overwrite: bool = False,
+    replacing: Callable[[], None] | None = None,
 ) -> dict[str, list[Sample]]:
     """Stage 1: every split as shards in `directory`; shards that exist are read, not made.
 
     Args:
         identity: fingerprint of the model, kept with the shards.
-        overwrite: replace shards made with other settings.
+        replacing: shards made with other settings are replaced, and this is called before the first of them is
+            deleted; None refuses them.
 
     Raises:
         CapreseError: bad prompts, prompts that do not fit the context, damaged or foreign shards.
@@ -138,10 +139,12 @@ def make_samples(
     shards = {split: Shards(directory, split, settings, config.shard_size) for split in SPLITS}
     for asked in prompts.values():
         check_context(model, [p.text for p in asked], [p.ids for p in asked], config.max_new_tokens)
-    if overwrite:
+    if replacing is not None:
         if PartialState().is_main_process:
-            for split in SPLITS:
-                shards[split].clear(len(prompts[split]))
+            if foreign := [path for split in SPLITS for path in shards[split].foreign(len(prompts[split]))]:
+                replacing()
+            for path in foreign:
+                path.unlink()
         PartialState().wait_for_everyone()
     with bar("1/4 samples", sum(len(p) for p in prompts.values()), "samples") as advance:
         return {s: complete_in_shards(model, tokenizer, prompts[s], config, shards[s], advance) for s in SPLITS}

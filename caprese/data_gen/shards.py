@@ -132,10 +132,12 @@ class Shards:
         """What is written into the shard of `chunk`."""
         return {**self.settings, "rows": chunk.stop - chunk.start}
 
-    def clear(self, count: int) -> None:
-        """Delete those that are not what would be made of `count` samples."""
+    def foreign(self, count: int) -> list[Path]:
+        """Those that are not what would be made of `count` samples."""
+        found = []
         chunks = dict(enumerate(self.chunks(count)))
         for path in sorted(self.directory.glob(f"{self.name}-{'[0-9]' * 5}.parquet")):
             chunk = chunks.get(int(path.stem.rpartition("-")[2]))
             if chunk is None or shard_settings(path) != self.made_with(chunk):
-                path.unlink()
+                found.append(path)
+        return found

@@ -100,9 +100,16 @@ def cost_of(model: nn.Module) -> Cost:
     spared = sum(weights_saved(w.site, w.methods) for w in wrappers)
     new = sum(_count(at.trained) for at in stand_ins(model))
     spared += sum(_count(at.original) for at in stand_ins(model)) - new
-    adapter = sum(p.numel() for name, p in unwrap(model).named_parameters() if ".lora_" in name)
+    adapter = sum(p.numel() for w in wrappers for p in _active(w.recovery))
     every = phases_of(model).reselect_every if wrappers else None
     return Cost(base, dense, spared, new, adapter, 0 if every is None else round(dense / every))
+
+
+def _active(recovery: Any) -> list[nn.Parameter]:
+    """What a slot's branch reads: the parameters of the adapters that are on, or of all where none is."""
+    layers = [layer for kind in ("lora_A", "lora_B") for layer in getattr(recovery, kind, {}).items()]
+    on = set(getattr(recovery, "active_adapters", ())) & {name for name, _ in layers}
+    return [p for name, layer in layers if name in on or not on for p in layer.parameters()]
 
 
 def weights_saved(site: Site, methods: Sequence[Method]) -> int:

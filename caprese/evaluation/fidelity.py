@@ -7,10 +7,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from caprese.adapters import without_branches
 from caprese.distill.batches import Batch, completion_hidden, lm_logits, prefill
 from caprese.distill.layerwise import Moments, accumulate, new_moments
 from caprese.distill.losses import CHUNK, kl_divergence
@@ -29,8 +29,7 @@ def variant(model: nn.Module, name: str) -> Iterator[None]:
             stack.enter_context(dense(model))
         elif name == "efficient":
             stack.enter_context(untrained(model))
-            if isinstance(model, PeftModel):
-                stack.enter_context(model.disable_adapter())
+            stack.enter_context(without_branches(model))
         yield
 
 

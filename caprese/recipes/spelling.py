@@ -43,7 +43,8 @@ def fold(raw: Mapping[str, Any]) -> dict[str, Any]:
     for key in given:
         if key in SETTINGS and not leaves_open(line, key):
             raise CapreseError(f"`{key}` is no setting of {line}, or said there already; leave it out")
-    _check_target(sparsity, raw)
+    said = [facts["sparsity"] for facts in parse_methods(line) if "sparsity" in facts]
+    _check_target(sparsity if sparsity is not None else next(iter(said), None), raw)
     if sparsity == "auto":
         del given["sparsity"]
     settings = {key: given[key] for key in SETTINGS if key in given}
@@ -66,7 +67,10 @@ def override(raw: Mapping[str, Any], over: Mapping[str, Any]) -> tuple[dict[str,
     known, line = raw.get("methods"), over.get("method")
     if known and not (isinstance(known, list) and all(isinstance(facts, Mapping) for facts in known)):
         raise CapreseError(f"methods {known!r}: {_SPELLING}")
-    if over.get("sparsity") not in (None, "auto"):  # a number in place of what was to be measured
+    said = [over.get("sparsity")]
+    if isinstance(line, str):
+        said += [facts.get("sparsity") for facts in parse_methods(line)]
+    if any(each not in (None, "auto") for each in said):  # a number in place of what was to be measured
         raw = {key: value for key, value in raw.items() if key not in TARGETS}
     if "methods" in over:
         raw = {key: value for key, value in raw.items() if key not in (*SPELLED, "methods")}

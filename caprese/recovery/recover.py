@@ -67,7 +67,8 @@ def recover(
     run.claim(overwrite)
 
     with run.stage("samples") as stage:
-        samples = make_samples(model, tokenizer, recipe.samples, out / "samples", run.seed, prints, overwrite)
+        replacing = run.unmark if overwrite else None
+        samples = make_samples(model, tokenizer, recipe.samples, out / "samples", run.seed, prints, replacing)
         stage.update(note=", ".join(f"{len(samples[split])} {split}" for split in ("train", "validation", "test")))
     check_samples(samples)
     limit, size = recipe.end_to_end.cache_gigabytes, recipe.layerwise.batch_size

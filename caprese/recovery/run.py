@@ -77,9 +77,10 @@ class Run(Checkpoints):
         PartialState().wait_for_everyone()
 
     def unmark(self) -> None:
-        """Take away the report, which vouches for the files that are about to be replaced."""
+        """Take away what vouches for the files that are about to be replaced, and how they were made."""
         if self.main:
-            (self.directory / "report.json").unlink(missing_ok=True)
+            for name in ("report.json", "recipe.yaml"):
+                (self.directory / name).unlink(missing_ok=True)
 
     def finished(self) -> dict[str, Any] | None:
         """The report, if the directory holds this job's result, whole; pages that are damaged are written again."""
@@ -94,7 +95,10 @@ class Run(Checkpoints):
         if _identity_in(path) != self.identity:
             return None
         report: dict[str, Any] = json.loads(path.read_text())
-        if "files" not in report:  # made before reports vouched for anything
+        if not isinstance(report.get("files"), dict):  # of caprese 0.1.0, whose reports vouched for nothing, or damaged
+            return None
+        mark = self.state / "identity.json"
+        if mark.exists() and _identity_in(mark) != self.identity:  # another job is half way through here
             return None
         vouched = {self.directory / name: digest for name, digest in report["files"].items()}
         wrong = [path for path, digest in vouched.items() if not path.is_file() or sha256(path) != digest]

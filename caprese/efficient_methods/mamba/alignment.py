@@ -19,6 +19,7 @@ from caprese.efficient_methods.passes import dense, phases
 from caprese.efficient_methods.tokens import Tokens
 from caprese.errors import CapreseError
 from caprese.models import device_of, unwrap
+from caprese.models.private import needed
 
 #: by layer, what a replaced attention saw and gave in the dense model, [B, T, D], and its probabilities [B, H, T, T]
 Seen = dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
@@ -40,7 +41,7 @@ def teacher_mixing(model: nn.Module, tokens: Tokens, matrices: bool = False) -> 
         seen[at.layer] = (args[0] if args else kwargs["hidden_states"], *given[:2])
 
     base = unwrap(model)
-    how = base.config._attn_implementation
+    how = needed(base.config, "_attn_implementation")
     with ExitStack() as stack:
         if matrices:  # other implementations do not say their probabilities
             base.set_attn_implementation("eager")
