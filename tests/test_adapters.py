@@ -123,7 +123,8 @@ def test_branches_are_those_that_the_base_has_slots_for(tmp_path):
     path = tmp_path / "caprese_config.json"
     facts = json.loads(path.read_text())
     for layers in ("all", "first-half"):
-        edit(path, digest=None, config_sha256=None, methods=[facts["methods"][0] | {"layers": layers}])
+        methods = [facts["methods"][0] | {"layers": layers}]
+        edit(path, caprese_version="0.1.0", digest=None, config_sha256=None, methods=methods)
         tiny = tiny_llama()
         if layers == "first-half":  # of three: the same two
             assert isinstance(caprese.load(tiny, tmp_path), PeftModel)
@@ -165,7 +166,7 @@ def test_ranks_by_layer_with_and_without_a_digest(tmp_path):
     model = attach_adapter(caprese.apply(tiny_llama(), caprese.Griffin()), [2, 5, 3], bias=True)
     caprese.save(model, tmp_path)
     assert Adapter.open(tmp_path).ranks == {0: 2, 1: 5, 2: 3}
-    edit(tmp_path / "caprese_config.json", digest=None, config_sha256=None)
+    edit(tmp_path / "caprese_config.json", caprese_version="0.1.0", digest=None, config_sha256=None)
     assert caprese.info(tmp_path)["rank"] == "2 to 5"
     pattern = json.loads((tmp_path / "adapter_config.json").read_text())["alpha_pattern"]
     edit(tmp_path / "adapter_config.json", alpha_pattern=dict.fromkeys(pattern, 2))

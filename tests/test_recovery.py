@@ -457,7 +457,7 @@ DIVIDED = textwrap.dedent(
     fits.fit_adam = lambda model, batches, config, seed, advance: adam(model, batches, config, seed + rank, advance)
     HeldOut.kl = lambda self: kl(self) + (rank and 0.1 * time.monotonic() % 1)
     out = Path(sys.argv[sys.argv.index("--output") + 1])
-    cli.verb(cli.app)(standalone_mode=False)
+    assert not cli.app(standalone_mode=False)
     (out.parent / f"notes-{rank}.json").write_text(json.dumps(notes))
     """
 )
