@@ -1,28 +1,41 @@
 """Prompts -> the teacher's own completions, as resumable shards."""
 
 from caprese.data_gen.generate import (
-    Samples,
+    ELSEWHERE,
+    OwnPrompts,
     complete,
     complete_in_shards,
     describe,
+    draw_prompts,
+    load_elsewhere,
     make_samples,
     split_prompts,
     trained_prompts,
 )
 from caprese.data_gen.prompts import Prompt, load_prompts
+from caprese.data_gen.samples import Samples
 from caprese.data_gen.shards import VERSION, Sample, Shards, read_shard, write_shard
+from caprese.data_gen.sources import OWN, Source, interleave, name_of
 
 __all__ = [
+    "ELSEWHERE",
+    "OWN",
     "VERSION",
+    "OwnPrompts",
     "Prompt",
     "Sample",
     "Samples",
     "Shards",
+    "Source",
     "complete",
     "complete_in_shards",
     "describe",
+    "draw_prompts",
+    "interleave",
+    "load_elsewhere",
     "load_prompts",
     "make_samples",
+    "name_of",
     "read_shard",
     "split_prompts",
     "trained_prompts",

@@ -3,57 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import count, islice
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 from accelerate import PartialState
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from caprese.data_gen.prompts import Encode, Prompt, encoder, load_prompts
+from caprese.data_gen.own import Head, Sieve, head_of
+from caprese.data_gen.prompts import Prompt, distinct, load_prompts
+from caprese.data_gen.samples import Samples
 from caprese.data_gen.shards import VERSION, Sample, Shards, read_shard, write_shard
+from caprese.data_gen.sources import OWN, Source, interleave, share_out
 from caprese.errors import CapreseError
 from caprese.inference.generate import completions, ends_of, generate
 from caprese.inference.sampling import nucleus
 from caprese.models import check_context, device_of
-from caprese.progress import bar
+from caprese.progress import bar, say
 
 SPLITS = ("test", "validation", "train")
-
-
-class Samples(BaseModel):
-    """Stage 1: what the teacher is asked, and how it answers."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    prompts: str = "gym:gsm_symbolic"
-    """gym:TASK (reasoning-gym), a .jsonl or .parquet file, or a `datasets` name, optionally with :SPLIT."""
-    column: str = "prompt"
-    """Column of a file or dataset that holds the prompt; "answer", if there, is the reference answer."""
-    instruction: str = "Please reason step by step."
-    """Put before every prompt."""
-    chat_template: bool = True
-    """Use the model's chat template if it has one."""
-    train: Annotated[int, Field(ge=1)] = 20_000
-    """Samples to distil from."""
-    validation: Annotated[int, Field(ge=1)] = 64
-    """Held-out samples that choose ridge and checkpoints."""
-    test: Annotated[int, Field(ge=1)] = 200
-    """Held-out samples that only the report sees."""
-    max_new_tokens: Annotated[int, Field(ge=2)] = 512
-    """Length limit of a completion, in tokens."""
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.7
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
-    batch_size: Annotated[int, Field(ge=1)] = 32
-    """Sequences generated together."""
-    shard_size: Annotated[int, Field(ge=1)] = 512
-    """Samples per file; an interrupted run loses at most one."""
-
-    def encode(self, tokenizer: PreTrainedTokenizerBase) -> Encode:
-        """How these samples ask: a prompt's text -> its token ids."""
-        return encoder(tokenizer, self.instruction, self.chat_template)
+ELSEWHERE = "elsewhere"
+#: prompts of kinds that no recipe trains on
+_ELSEWHERE = Source(source=str(Path(__file__).with_name("elsewhere.jsonl")), instruction="")
 
 
 def _seed(*parts: object) -> int:
@@ -67,9 +42,11 @@ def complete(
     config: Samples,
     seed: object,
     advance: Callable[[int], None] | None = None,
+    ends: Collection[int] = (),
 ) -> list[list[int]]:
-    """Sampled completions of tokenised prompts, in their order; each stops at an end of text or the limit."""
-    device, ends = device_of(model), ends_of(model, tokenizer)
+    """Sampled completions of tokenised prompts, in their order; each stops at an end of text, one of `ends`, or the
+    limit."""
+    device, ends = device_of(model), ends_of(model, tokenizer).union(ends)
     # long prompts together: less padding
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     results: list[list[int]] = [[] for _ in prompts]
@@ -84,28 +61,76 @@ def complete(
     return results
 
 
-def split_prompts(config: Samples, seed: int, encode: Encode | None = None) -> dict[str, list[Prompt]]:
-    """Distinct prompts for test, validation and train; the first two do not depend on the size of the third.
+Own = Callable[[int], Iterable[Prompt]]
+"""How many prompts are wanted -> those that the model writes itself, until there are enough."""
+
+
+def draw_prompts(
+    config: Samples,
+    counts: Sequence[int],
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    own: Own | None = None,
+    exclude: Collection[str] = (),
+) -> list[list[list[Prompt]]]:
+    """Distinct prompts in groups of these sizes, and in each group by source; a group does not depend on those after
+    it.
 
     Args:
-        encode: gives prompts their token ids, by which they are then distinct.
+        tokenizer: gives prompts their token ids, by which they are then distinct.
+        own: writes those of `self`.
+        exclude: prompts not to give.
+
+    Returns: fewer than were asked for, in the last groups first, where a source has no more.
 
     Raises:
-        CapreseError: bad prompts, or too few to hold any out.
+        CapreseError: bad prompts, or `self` where no model is there to write them.
     """
-    held_out = config.test + config.validation
-    prompts = load_prompts(config.prompts, held_out + config.train, seed, config.column, encode=encode)
-    if len(prompts) <= held_out:
-        raise CapreseError(
-            f"{config.prompts} has {len(prompts)} distinct prompts; with {config.test} for test and "
-            f"{config.validation} "
-            "for validation none are left to train on: give more, or lower samples.test and samples.validation"
-        )
-    return {
-        "test": prompts[: config.test],
-        "validation": prompts[config.test : held_out],
-        "train": prompts[held_out:],
-    }
+    sources = config.sources
+    sizes = [share_out(count, [one.share for one in sources]) for count in counts]
+    groups: list[list[list[Prompt]]] = [[] for _ in counts]
+    known = list(exclude)
+    for number, one in enumerate(sources):
+        wanted = [size[number] for size in sizes]
+        encode = None if tokenizer is None else config.encode(tokenizer, one)
+        if one.source == OWN:
+            if own is None:
+                raise CapreseError("prompts `self` are written by the model, which is not there; give others")
+            found, _ = distinct(own(sum(wanted)), sum(wanted), known, encode)
+        else:
+            found = load_prompts(one.source, sum(wanted), seed, one.column or config.column, known, encode)
+        found = [replace(prompt, source=public_name(one.source)) for prompt in found]
+        known += [prompt.text for prompt in found]
+        left = iter(found)
+        for group, size in zip(groups, wanted, strict=True):
+            group.append(list(islice(left, size)))
+    return groups
+
+
+def split_prompts(
+    config: Samples,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    own: Own | None = None,
+    exclude: Collection[str] = (),
+) -> dict[str, list[Prompt]]:
+    """Distinct prompts for test, validation and train, with all sources evenly mixed; the first two do not depend on
+    the size of the third. See `draw_prompts`.
+
+    Raises:
+        CapreseError: bad prompts, or too few of a source to hold any out.
+    """
+    groups = draw_prompts(config, [config.test, config.validation, config.train], seed, tokenizer, own, exclude)
+    for one, test, validation, train in zip(config.sources, *groups, strict=True):
+        held_out = [share_out(n, [each.share for each in config.sources]) for n in (config.test, config.validation)]
+        at = config.sources.index(one)
+        if not train and one.share * config.train >= 1:
+            raise CapreseError(
+                f"{one} has {len(test) + len(validation)} distinct prompts; with {held_out[0][at]} for test and "
+                f"{held_out[1][at]} for validation none are left to train on: give more, or lower samples.test and "
+                "samples.validation"
+            )
+    return {name: interleave([each for each in group if each]) for name, group in zip(SPLITS, groups, strict=True)}
 
 
 def make_samples(
@@ -117,7 +142,7 @@ def make_samples(
     identity: Mapping[str, str],
     replacing: Callable[[], None] | None = None,
 ) -> dict[str, list[Sample]]:
-    """Stage 1: every split as shards in `directory`; shards that exist are read, not made.
+    """Stage 1: every split as shards in `directory`, and `elsewhere`; shards that exist are read, not made.
 
     Args:
         identity: fingerprint of the model, kept with the shards.
@@ -128,26 +153,88 @@ def make_samples(
         CapreseError: bad prompts, prompts that do not fit the context, damaged or foreign shards.
     """
     # sizes of the splits are not part of what a sample is
-    kept = {"train", "validation", "test"}
-    settings: dict[str, object] = {
-        **config.model_dump(mode="json", exclude=kept),
-        "seed": seed,
-        "model": dict(identity),
-        "version": VERSION,
-    }
-    prompts = split_prompts(config, seed, config.encode(tokenizer))
-    shards = {split: Shards(directory, split, settings, config.shard_size) for split in SPLITS}
+    facts = {key: value for key, value in config.facts.items() if key not in (*SPLITS, ELSEWHERE)}
+    settings: dict[str, object] = {**facts, "seed": seed, "model": dict(identity), "version": VERSION}
+    shards = {name: Shards(directory, name, settings, config.shard_size) for name in (*SPLITS, ELSEWHERE, OWN)}
+
+    def make_room(found: Iterable[Path]) -> None:
+        if replacing is not None:
+            if PartialState().is_main_process and (foreign := list(found)):
+                replacing()
+                for path in foreign:
+                    path.unlink()
+            PartialState().wait_for_everyone()
+
+    make_room(shards[OWN].foreign())
+    other = load_elsewhere(config, tokenizer)
+    writer = OwnPrompts(model, tokenizer, config, shards[OWN])
+    prompts = split_prompts(config, seed, tokenizer, writer, [prompt.text for prompt in other])
+    if writer.sieve is not None:
+        say(f"self: {writer.sieve}")
+    if other:
+        prompts[ELSEWHERE] = other
     for asked in prompts.values():
         check_context(model, [p.text for p in asked], [p.ids for p in asked], config.max_new_tokens)
-    if replacing is not None:
-        if PartialState().is_main_process:
-            if foreign := [path for split in SPLITS for path in shards[split].foreign(len(prompts[split]))]:
-                replacing()
-            for path in foreign:
-                path.unlink()
-        PartialState().wait_for_everyone()
+    make_room(path for split in (*SPLITS, ELSEWHERE) for path in shards[split].foreign(len(prompts.get(split, ()))))
     with bar("1/4 samples", sum(len(p) for p in prompts.values()), "samples") as advance:
-        return {s: complete_in_shards(model, tokenizer, prompts[s], config, shards[s], advance) for s in SPLITS}
+        return {s: complete_in_shards(model, tokenizer, p, config, shards[s], advance) for s, p in prompts.items()}
+
+
+def load_elsewhere(config: Samples, tokenizer: PreTrainedTokenizerBase, exclude: Collection[str] = ()) -> list[Prompt]:
+    """Prompts of kinds that no recipe trains on, always the same ones."""
+    if not config.elsewhere:
+        return []
+    encode = config.encode(tokenizer, _ELSEWHERE)
+    found = load_prompts(_ELSEWHERE.source, config.elsewhere, 0, exclude=exclude, encode=encode)
+    return [replace(prompt, source=ELSEWHERE) for prompt in found]
+
+
+class OwnPrompts:
+    """Prompts that a model writes itself; its draws are kept as shards.
+
+    Args:
+        shards: where; the seed is theirs.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Samples, shards: Shards) -> None:
+        self.model, self.tokenizer, self.config, self.shards = model, tokenizer, config, shards
+        self.sieve: Sieve | None = None
+
+    def __call__(self, count: int) -> Iterator[Prompt]:
+        """The same ones each time, as many as are asked for.
+
+        Raises:
+            CapreseError: the model writes too few that can be used, or the tokenizer has nothing to begin with.
+        """
+        head = head_of(self.tokenizer, self.config.chat_template)
+        self.sieve = sieve = Sieve(self.tokenizer, head, ends_of(self.model, self.tokenizer))
+        with bar("1/4 prompts", count, "prompts") as advance:
+            for draw in self._draws(head):
+                text = sieve.take(draw)
+                if text is not None:
+                    advance(1)
+                    yield Prompt(text)
+                sieve.check(count)
+
+    def _draws(self, head: Head) -> Iterator[Sequence[int]]:
+        """What it writes, without end, shard by shard; every process of a distributed run makes its share."""
+        update = {"temperature": self.config.self_temperature, "top_p": 1.0, "max_new_tokens": self.config.self_tokens}
+        config, world = self.config.model_copy(update=update), PartialState()
+        begin = [Prompt("", ids=head.ids)] * self.shards.size
+        for first in count(0, world.num_processes):
+            wave = range(first, first + world.num_processes)
+            path = self.shards.path(mine := wave[world.process_index])
+            if not path.exists():
+                _make_shard(self.model, self.tokenizer, begin, config, self.shards, mine, head.ends)
+            world.wait_for_everyone()
+            for number in wave:
+                made_with = self.shards.made_with(slice(0, self.shards.size))
+                yield from (sample.completion_ids for sample in read_shard(self.shards.path(number), made_with))
+
+
+def public_name(source: str) -> str:
+    """A source as it may be shown: of a local path only the last part."""
+    return Path(source).name if Path(source).exists() else source
 
 
 def trained_prompts(directory: Path) -> set[str]:
@@ -178,27 +265,42 @@ def complete_in_shards(
     world = PartialState()
     chunks = shards.chunks(len(prompts))
     for number, chunk in enumerate(chunks):
-        asked, path = prompts[chunk], shards.path(number)
-        if path.exists():
-            advance(len(asked))
+        if shards.path(number).exists():
+            advance(len(prompts[chunk]))
         elif number % world.num_processes == world.process_index:
-            encoded = [list(p.ids) for p in asked]
-            seed = (shards.settings["seed"], shards.name, number)
-            completions = complete(model, tokenizer, encoded, config, seed, advance)
-            rows = [
-                Sample(ids + new, len(ids), p.text, str(tokenizer.decode(new, skip_special_tokens=True)), p.answer)
-                for p, ids, new in zip(asked, encoded, completions, strict=True)
-            ]
-            write_shard(path, rows, shards.made_with(chunk))
+            _make_shard(model, tokenizer, prompts[chunk], config, shards, number, advance=advance)
     world.wait_for_everyone()
     return [s for number, chunk in enumerate(chunks) for s in read_shard(shards.path(number), shards.made_with(chunk))]
 
 
-def describe(samples: list[Sample]) -> dict[str, int]:
-    """How many samples and tokens."""
+def _make_shard(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    config: Samples,
+    shards: Shards,
+    number: int,
+    ends: Collection[int] = (),
+    advance: Callable[[int], None] | None = None,
+) -> None:
+    """Complete prompts into shard `number`."""
+    encoded = [list(p.ids) for p in prompts]
+    seed = (shards.settings["seed"], shards.name, number)
+    completions = complete(model, tokenizer, encoded, config, seed, advance, ends)
+    rows = [
+        Sample(ids + new, len(ids), p.text, str(tokenizer.decode(new, skip_special_tokens=True)), p.answer, p.source)
+        for p, ids, new in zip(prompts, encoded, completions, strict=True)
+    ]
+    write_shard(shards.path(number), rows, shards.made_with(slice(0, len(prompts))))
+
+
+def describe(samples: list[Sample]) -> dict[str, Any]:
+    """How many samples and tokens, and how many samples of each source where there are several."""
     prompt = sum(s.prompt_length for s in samples)
-    return {
+    facts: dict[str, Any] = {
         "samples": len(samples),
         "prompt_tokens": prompt,
         "completion_tokens": sum(len(s.input_ids) for s in samples) - prompt,
     }
+    sources = Counter(s.source for s in samples)
+    return {**facts, "sources": dict(sources)} if len(sources) > 1 else facts

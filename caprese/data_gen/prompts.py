@@ -7,7 +7,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ class Prompt:
     item: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
     #: its token ids, as the model is asked; empty if there was no tokenizer to ask
     ids: Sequence[int] = field(default=(), compare=False, repr=False)
+    #: the kind of prompts it is of
+    source: str = field(default="", compare=False)
 
 
 def load_prompts(
@@ -50,8 +52,6 @@ def load_prompts(
     encode: Encode | None = None,
 ) -> list[Prompt]:
     """Up to `count` distinct prompts, drawn and ordered by the seed; a smaller count gives the first of a larger one's.
-
-    Two prompts are one if they are the same tokens to the model, as those that differ in white space often are.
 
     Args:
         source: "gym:TASK", "chains:SPLIT", a .jsonl or .parquet file, or the name of a dataset ("openai/gsm8k:train").
@@ -77,27 +77,42 @@ def load_prompts(
     else:
         rows = enumerate(_dataset(source, seed))
 
+    prompts = (
+        Prompt(*_read(row, column, f"{source}, row {number + 1}"), row if source.startswith("gym:") else None)
+        for number, row in rows
+    )
+    found, excluded = distinct(prompts, count, exclude, encode)
+    if not found:
+        raise CapreseError(
+            f"{source} holds no prompts" + (" but those the adapter was trained on; give others" if excluded else "")
+        )
+    return found
+
+
+def distinct(
+    prompts: Iterable[Prompt], count: int, exclude: Collection[str] = (), encode: Encode | None = None
+) -> tuple[list[Prompt], bool]:
+    """The first `count` that differ, with their token ids, and whether any was left out for `exclude`.
+
+    Two prompts are one if they are the same tokens to the model, as those that differ in white space often are.
+    """
+
     def ids_of(text: str) -> tuple[int, ...]:
         return () if encode is None else tuple(encode(text))
 
     known = {ids_of(text) or text.strip() for text in exclude}
     seen: dict[Hashable, Prompt] = {}
     excluded = False
-    for number, row in rows:
-        text, answer = _read(row, column, f"{source}, row {number + 1}")
-        ids = ids_of(text)
-        key = ids or text.strip()
+    for prompt in prompts if count else ():
+        ids = ids_of(prompt.text)
+        key = ids or prompt.text.strip()
         if key in known:
             excluded = True
             continue
-        seen.setdefault(key, Prompt(text, answer, row if source.startswith("gym:") else None, ids))
+        seen.setdefault(key, replace(prompt, ids=ids))
         if len(seen) >= count:
             break
-    if not seen:
-        raise CapreseError(
-            f"{source} holds no prompts" + (" but those the adapter was trained on; give others" if excluded else "")
-        )
-    return list(seen.values())
+    return list(seen.values()), excluded
 
 
 def _read(row: Mapping[str, Any], column: str, place: str) -> tuple[str, str | None]:

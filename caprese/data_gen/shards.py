@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from caprese.errors import CapreseError
 from caprese.files import write_atomic
 
-# Raised whenever the same settings come to give other samples (2: the seed gives the order of prompts).
-VERSION = 2
+# Raised whenever the same settings come to give other samples (2: the seed gives the order of prompts; 3: samples say
+# what source they are of).
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Sample:
     prompt: str
     completion: str
     answer: str | None = None
+    source: str = ""
+    """The kind of prompts it is of."""
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -48,21 +51,23 @@ _SCHEMA = pa.schema(
         ("prompt", pa.string()),
         ("completion", pa.string()),
         ("answer", pa.string()),
+        ("source", pa.string()),
     ]
 )
 
 
-def _digest(samples: list[Sample]) -> str:
+def _digest(rows: list[dict[str, Any]]) -> str:
     digest = hashlib.sha256()
-    for s in samples:
-        digest.update(json.dumps([s.input_ids, s.prompt_length, s.prompt, s.completion, s.answer]).encode())
+    for row in rows:
+        digest.update(json.dumps(list(row.values())).encode())
     return digest.hexdigest()
 
 
 def write_shard(path: Path, samples: list[Sample], settings: dict[str, Any]) -> None:
     """Write atomically; `settings` and a digest of the rows go into the schema's metadata."""
-    facts = {"caprese": json.dumps({"settings": settings, "sha256": _digest(samples)})}
-    table = pa.Table.from_pylist([vars(s) for s in samples], schema=_SCHEMA.with_metadata(facts))
+    rows = [vars(s) for s in samples]
+    facts = {"caprese": json.dumps({"settings": settings, "sha256": _digest(rows)})}
+    table = pa.Table.from_pylist(rows, schema=_SCHEMA.with_metadata(facts))
     write_atomic(path, lambda tmp: pq.write_table(table, tmp))
 
 
@@ -96,8 +101,9 @@ def read_shard(path: Path, settings: dict[str, Any] | None = None) -> list[Sampl
     try:
         table = pq.read_table(path)
         facts = json.loads(table.schema.metadata[b"caprese"])
-        samples = [Sample(**row) for row in table.to_pylist()]
-        if _digest(samples) != facts["sha256"]:
+        rows = table.to_pylist()
+        samples = [Sample(**row) for row in rows]
+        if _digest(rows) != facts["sha256"]:
             raise ValueError("its rows were altered")
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, error) from error
@@ -132,12 +138,16 @@ class Shards:
         """What is written into the shard of `chunk`."""
         return {**self.settings, "rows": chunk.stop - chunk.start}
 
-    def foreign(self, count: int) -> list[Path]:
-        """Those that are not what would be made of `count` samples."""
+    def foreign(self, count: int | None = None) -> list[Path]:
+        """Those that are not what would be made of `count` samples; None: of any number."""
         found = []
+        paths = sorted(self.directory.glob(f"{self.name}-{'[0-9]' * 5}.parquet"))
+        numbers = [int(path.stem.rpartition("-")[2]) for path in paths]
+        if count is None:
+            count = self.size * (1 + max(numbers, default=0))
         chunks = dict(enumerate(self.chunks(count)))
-        for path in sorted(self.directory.glob(f"{self.name}-{'[0-9]' * 5}.parquet")):
-            chunk = chunks.get(int(path.stem.rpartition("-")[2]))
+        for path, number in zip(paths, numbers, strict=True):
+            chunk = chunks.get(number)
             if chunk is None or shard_settings(path) != self.made_with(chunk):
                 found.append(path)
         return found

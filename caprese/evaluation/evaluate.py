@@ -14,12 +14,24 @@ from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from caprese.data_gen import Prompt, Sample, Samples, Shards, complete_in_shards, load_prompts
+from caprese.data_gen import (
+    ELSEWHERE,
+    OWN,
+    OwnPrompts,
+    Prompt,
+    Sample,
+    Samples,
+    Shards,
+    complete_in_shards,
+    draw_prompts,
+    interleave,
+    load_elsewhere,
+)
 from caprese.distill import make_batches
 from caprese.efficient_methods import phases_of
 from caprese.evaluation.accuracy import accuracy, mean_new_tokens
 from caprese.evaluation.config import Evaluation
-from caprese.evaluation.fidelity import VARIANTS, fidelity, layer_errors, variant
+from caprese.evaluation.fidelity import VARIANTS, Tally, fidelity, layer_errors, variant
 from caprese.evaluation.latency import parameter_counts, time_to_next_token
 from caprese.models import check_context, device_of, unwrap
 from caprese.progress import bar
@@ -48,18 +60,29 @@ def evaluate(
     config: Evaluation,
     scratch: Path,
     settings: Mapping[str, Any],
+    elsewhere: Sequence[Sample] = (),
 ) -> dict[str, Any]:
-    """Everything measured on the test samples, for dense, efficient and recovered.
+    """Everything measured on the test samples, for dense, efficient and recovered, and fidelity by their sources.
 
     Args:
         test: prompts with the dense model's completions, which stand for "dense" in free generation.
+        elsewhere: samples of other kinds than those distilled on.
         scratch: where the other variants' completions are kept as shards until the run is over.
         settings: what those shards depend on, "seed" among it.
 
     Latency is measured by the main process alone while the others wait; theirs is None.
     """
-    batches = make_batches(test, config.batch_size, not phases_of(model).dense_prompts)
-    quality: dict[str, dict[str, float | None]] = {n: dict(q) for n, q in fidelity(model, batches).items()}
+    first = not phases_of(model).dense_prompts
+    by_source: dict[str, list[Sample]] = {}
+    for sample in (*test, *elsewhere):
+        by_source.setdefault(sample.source, []).append(sample)
+    batches = {source: make_batches(rows, config.batch_size, first) for source, rows in by_source.items()}
+    kinds = {source: fidelity(model, each) for source, each in batches.items()}
+    own = [batch for source, each in batches.items() if source != ELSEWHERE for batch in each]
+    quality: dict[str, dict[str, float | None]] = {
+        name: {**sum((kinds[source][name] for source in by_source if source != ELSEWHERE), Tally()).figures()}
+        for name in VARIANTS
+    }
     answers = {"dense": list(test)}
     if config.generate:
         prompts = [Prompt(s.prompt, s.answer, ids=s.prompt_ids) for s in test]
@@ -71,7 +94,7 @@ def evaluate(
     for name in VARIANTS:
         quality[name]["accuracy"] = accuracy(answers[name]) if name in answers else None
         quality[name]["mean_new_tokens"] = mean_new_tokens(answers[name]) if name in answers else None
-    layers = layer_errors(model, batches)
+    layers = layer_errors(model, own)
     latency: dict[str, Any] | None = None
     parameters = parameter_counts(model)
     if config.latency_tokens and PartialState().is_main_process:
@@ -90,6 +113,10 @@ def evaluate(
             key: recovered_fraction(*(quality[name][key] for name in VARIANTS)) if lost(quality, key) else None
             for key in ("kl", "accuracy")
         },
+        "sources": {
+            source: {"samples": len(by_source[source]), **_fidelity_of(kinds[source])}
+            for source in sorted(by_source, key=lambda source: source == ELSEWHERE)
+        },
         "latency": latency,
         "layers_error": layers,
         "completions": [
@@ -101,6 +128,13 @@ def evaluate(
             for i, sample in enumerate(test[: config.examples])
         ],
     }
+
+
+def _fidelity_of(tallies: Mapping[str, Tally]) -> dict[str, Any]:
+    """{"quality": by variant, "recovered_fraction": in KL} of one kind of prompts."""
+    quality = {name: tally.figures() for name, tally in tallies.items()}
+    fraction = recovered_fraction(*(quality[name]["kl"] for name in VARIANTS)) if lost(quality, "kl") else None
+    return {"quality": quality, "recovered_fraction": fraction}
 
 
 def measure(
@@ -115,18 +149,27 @@ def measure(
 
     Args:
         model: from `caprese.load`.
-        samples: `test` prompts are asked; the other splits are not made.
+        samples: `test` prompts are asked, and those of `elsewhere`; the other splits are not made.
         exclude: prompts not to ask, such as those it was trained on.
     """
     with tempfile.TemporaryDirectory(prefix="caprese-") as scratch:
-        encode = samples.encode(tokenizer)
-        prompts = load_prompts(samples.prompts, samples.test, seed, samples.column, exclude, encode)
-        check_context(model, [p.text for p in prompts], [p.ids for p in prompts], samples.max_new_tokens)
         settings = {"seed": seed}
-        shards = Shards(Path(scratch), "test", settings, samples.shard_size)
-        with bar("evaluation: dense", len(prompts), "samples") as advance, variant(model, "dense"):
-            test = complete_in_shards(model, tokenizer, prompts, samples, shards, advance)
-        measured = evaluate(model, tokenizer, test, samples, evaluation, Path(scratch), settings)
+        shards = {name: Shards(Path(scratch), name, settings, samples.shard_size) for name in ("test", ELSEWHERE, OWN)}
+        with variant(model, "dense"):
+            writer = OwnPrompts(model, tokenizer, samples, shards[OWN])
+            (drawn,) = draw_prompts(samples, [samples.test], seed, tokenizer, writer, exclude)
+            asked = {"test": interleave([each for each in drawn if each])}
+            asked[ELSEWHERE] = load_elsewhere(samples, tokenizer, exclude)
+            for prompts in asked.values():
+                check_context(model, [p.text for p in prompts], [p.ids for p in prompts], samples.max_new_tokens)
+            with bar("evaluation: dense", sum(map(len, asked.values())), "samples") as advance:
+                answered = {
+                    name: complete_in_shards(model, tokenizer, prompts, samples, shards[name], advance)
+                    for name, prompts in asked.items()
+                }
+        measured = evaluate(
+            model, tokenizer, answered["test"], samples, evaluation, Path(scratch), settings, answered[ELSEWHERE]
+        )
     return cast(dict[str, Any], finite(measured))
 
 

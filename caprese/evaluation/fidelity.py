@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,17 +34,40 @@ def variant(model: nn.Module, name: str) -> Iterator[None]:
         yield
 
 
+@dataclass
+class Tally:
+    """Sums over predicted tokens: KL(dense || x), top-1 agreements, and the loss of the teacher's completions."""
+
+    sums: torch.Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+    tokens: int = 0
+
+    def add(self, logits: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor) -> None:
+        """Logits of a variant and of the dense model [n, V], and the tokens that followed [n]."""
+        each = [
+            kl_divergence(logits, teacher).sum(dtype=torch.float64),
+            (logits.argmax(-1) == teacher.argmax(-1)).sum(dtype=torch.float64),
+            nn.functional.cross_entropy(logits, targets, reduction="sum").double(),
+        ]
+        self.sums += torch.stack(each).cpu()
+        self.tokens += len(targets)
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(self.sums + other.sums, self.tokens + other.tokens)
+
+    def figures(self) -> dict[str, float]:
+        """Means: {"kl", "top1_agreement", "perplexity"}."""
+        kl, top1, loss = (self.sums / max(1, self.tokens)).tolist()
+        return {"kl": max(kl, 0.0), "top1_agreement": top1, "perplexity": float(torch.tensor(loss).exp())}
+
+
 @torch.no_grad()
-def fidelity(
-    model: nn.Module, batches: Sequence[Batch], names: Sequence[str] = VARIANTS
-) -> dict[str, dict[str, float]]:
+def fidelity(model: nn.Module, batches: Sequence[Batch], names: Sequence[str] = VARIANTS) -> dict[str, Tally]:
     """KL(dense || x), top-1 agreement and perplexity of the teacher's completions, for each variant.
 
-    Means over the completion tokens that an efficient pass predicts (all but a completion's first where the prompt that
+    Over the completion tokens that an efficient pass predicts (all but a completion's first where the prompt that
     predicts it is dense).
     """
-    sums = {name: torch.zeros(3, dtype=torch.float64) for name in names}
-    tokens = 0
+    tallies = {name: Tally() for name in names}
     with bar("evaluation: fidelity", len(batches), "batches") as advance:
         for batch in batches:
             batch = batch.to(device_of(model))
@@ -58,20 +82,9 @@ def fidelity(
                 teacher = lm_logits(model, hidden["dense"][part])
                 for name in names:
                     logits = teacher if name == "dense" else lm_logits(model, hidden[name][part])
-                    sums[name] += torch.stack(
-                        [
-                            kl_divergence(logits, teacher).sum(dtype=torch.float64),
-                            (logits.argmax(-1) == teacher.argmax(-1)).sum(dtype=torch.float64),
-                            nn.functional.cross_entropy(logits, targets[part], reduction="sum").double(),
-                        ]
-                    ).cpu()
-            tokens += batch.tokens
+                    tallies[name].add(logits, teacher, targets[part])
             advance(1)
-    result = {}
-    for name in names:
-        kl, top1, loss = (sums[name] / max(1, tokens)).tolist()
-        result[name] = {"kl": max(kl, 0.0), "top1_agreement": top1, "perplexity": float(torch.tensor(loss).exp())}
-    return result
+    return tallies
 
 
 @torch.no_grad()

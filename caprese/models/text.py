@@ -25,7 +25,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, instruction: st
     if bad := broken(content):
         raise CapreseError(f"the prompt {content[:40]!a} holds {bad}; it is no valid text")
     if chat_template and tokenizer.chat_template:
-        ids: list[int] = tokenizer(_rendered(tokenizer, content), add_special_tokens=False).input_ids
+        ids: list[int] = tokenizer(rendered_prompt(tokenizer, content), add_special_tokens=False).input_ids
     else:
         ids = encode_text(tokenizer, content + "\n")
     if not ids:
@@ -54,8 +54,12 @@ def broken(text: str) -> str | None:
     return None if found is None else f"half of a character ({found[0]!a}, a lone surrogate)"
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
-    """One user message in the chat template, which may want its content as text or as a list of parts."""
+def rendered_prompt(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
+    """One user message in the chat template, which may want its content as text or as a list of parts.
+
+    Raises:
+        CapreseError: a chat template that does not take one.
+    """
     said = None
     form: Any  # transformers' type hints know text alone
     for form in (content, [{"type": "text", "text": content}]):

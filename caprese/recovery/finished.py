@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from transformers import PreTrainedTokenizerBase
 
 from caprese.adapters import Adapter
-from caprese.data_gen import Samples, load_prompts
+from caprese.data_gen import OWN, Prompt, Samples, draw_prompts, interleave, name_of
 from caprese.efficient_methods import facts_of, phases_of
 from caprese.errors import CapreseError
 from caprese.evaluation import Evaluation, environment, measure
@@ -144,6 +145,18 @@ def _over(opened: Adapter, sampling: Sampling) -> list[Contender]:
     return contenders(every or None, sampling.contenders)
 
 
+def _problems(
+    config: Samples, sampling: Sampling, trained: set[str], tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[Samples, list[Prompt]]:
+    """Problems of all sources but `self`, whose prompts have no answers, and the samples' settings with these alone."""
+    sources = tuple(one for one in config.prompts if one.source != OWN)
+    if not sources:
+        raise CapreseError("prompts `self` have no answers to be right about; give `prompts` that have")
+    config = config.model_copy(update={"prompts": sources})
+    (drawn,) = draw_prompts(config, [sampling.problems], sampling.seed + 1, tokenizer, exclude=trained)
+    return config, interleave([each for each in drawn if each])
+
+
 def plan_scaling(adapter: str, sampling: Sampling) -> dict[str, Any]:
     """What `scale_adapter` would draw, without a model.
 
@@ -156,7 +169,7 @@ def plan_scaling(adapter: str, sampling: Sampling) -> dict[str, Any]:
     over = _over(opened, sampling)
     samples, trained = beside(opened)
     config = _asked(samples, sampling.given, "scale")
-    rows = load_prompts(config.prompts, sampling.problems, sampling.seed + 1, config.column, trained)
+    config, rows = _problems(config, sampling, trained)
     drawn = len(rows) * sampling.samples * len(over)
     return {
         "contenders": [contender.name for contender in over],
@@ -197,9 +210,9 @@ def scale_adapter(
     check_writable(Path(output))
     base, tokenizer = opened.load_base(model, device=device, **how)
     seed = sampling.seed
-    rows = load_prompts(config.prompts, sampling.problems, seed + 1, config.column, trained, config.encode(tokenizer))
+    config, rows = _problems(config, sampling, trained, tokenizer)
     say(
-        f"{model}, {adapter}: {len(over)} contenders, {len(rows)} problems of {config.prompts}, "
+        f"{model}, {adapter}: {len(over)} contenders, {len(rows)} problems of {name_of(config.sources)}, "
         f"{sampling.samples} samples each"
     )
     # samples of one problem share its choice, so its rows are gathered once for all of them

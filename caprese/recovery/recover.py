@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from caprese.adapters import fingerprint, save
-from caprese.data_gen import VERSION, make_samples
+from caprese.data_gen import ELSEWHERE, VERSION, make_samples
 from caprese.distill import Distillation, fit
 from caprese.efficient_methods import Method, apply, facts_of, remove, stand_ins
 from caprese.evaluation import evaluate
@@ -84,7 +84,14 @@ def recover(
         with run.stage("evaluation") as stage:
             settings = {"seed": run.seed, "identity": run.identity}
             measured = evaluate(
-                adapted, tokenizer, samples["test"], recipe.samples, recipe.evaluation, run.state / "answers", settings
+                adapted,
+                tokenizer,
+                samples["test"],
+                recipe.samples,
+                recipe.evaluation,
+                run.state / "answers",
+                settings,
+                samples.get(ELSEWHERE, ()),
             )
             stage.update(note=f"{len(samples['test'])} test samples")
         if not run.main:
@@ -103,6 +110,7 @@ def _identity(recipe: Recipe, layers: Mapping[int, Sequence[Method]], prints: Ma
     """What a result depends on, as one digest, however it is spelled: the recipe without its places, what acts on each
     layer, the base's weights, how samples are made."""
     unused = set() if any(method.trains for method in recipe.methods) else {"alignment"}
-    facts = recipe.model_dump(mode="json", exclude={"output", "model", "revision", "device", "methods"} | unused)
+    places = {"output", "model", "revision", "device", "methods", "samples"}
+    facts = recipe.model_dump(mode="json", exclude=places | unused) | {"samples": recipe.samples.facts}
     acts = {i: [{**facts_of(method), "layers": [i]} for method in own] for i, own in layers.items()}
     return hashlib.sha256(json.dumps([facts, acts, dict(prints), VERSION], sort_keys=True).encode()).hexdigest()[:32]

@@ -20,7 +20,8 @@ from caprese.recovery.run import Run
 
 def portable(recipe: Recipe, revision: str | None) -> Recipe:
     """The recipe without this machine's directories, and with the base's commit."""
-    samples = recipe.samples.model_copy(update={"prompts": public_id(recipe.samples.prompts)})
+    prompts = tuple(one.model_copy(update={"source": public_id(one.source)}) for one in recipe.samples.prompts)
+    samples = recipe.samples.model_copy(update={"prompts": prompts})
     places = {
         "model": public_id(recipe.model) if recipe.model else None,
         "output": Path(recipe.output).expanduser().resolve().name,

@@ -1,0 +1,80 @@
+"""Stage 1's settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
+from transformers import PreTrainedTokenizerBase
+
+from caprese.data_gen.prompts import Encode, encoder
+from caprese.data_gen.sources import OWN, Source, read_sources
+
+
+def _facts(sources: Sequence[Source]) -> list[dict[str, Any]]:
+    return [one.model_dump(mode="json", exclude_none=True) for one in sources]
+
+
+class Samples(BaseModel):
+    """Stage 1: what the teacher is asked, and how it answers."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompts: Annotated[tuple[Source, ...], PlainValidator(read_sources), PlainSerializer(_facts)] = (
+        Source(source="gym:gsm_symbolic"),
+    )
+    """gym:TASK (reasoning-gym), a .jsonl or .parquet file, a `datasets` name, optionally with :SPLIT, self (prompts
+    that the model writes as its user would), or a mixture: gym:gsm_symbolic=0.5,self=0.5."""
+    column: str = "prompt"
+    """Column of a file or dataset that holds the prompt; "answer", if there, is the reference answer."""
+    instruction: str = "Please reason step by step."
+    """Put before every prompt but those of `self`."""
+    chat_template: bool = True
+    """Use the model's chat template if it has one."""
+    train: Annotated[int, Field(ge=1)] = 20_000
+    """Samples to distil from."""
+    validation: Annotated[int, Field(ge=1)] = 64
+    """Held-out samples that choose ridge and checkpoints."""
+    test: Annotated[int, Field(ge=1)] = 200
+    """Held-out samples that only the report sees."""
+    max_new_tokens: Annotated[int, Field(ge=2)] = 512
+    """Length limit of a completion, in tokens."""
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.7
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    elsewhere: Annotated[int, Field(ge=0)] = 60
+    """Held-out prompts of other kinds, which come with caprese (60 of them); only the report sees them."""
+    self_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """At which the model writes the prompts of `self`."""
+    self_tokens: Annotated[int, Field(ge=2)] = 128
+    """Length limit of a prompt of `self`, in tokens; longer ones are dropped."""
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Sequences generated together."""
+    shard_size: Annotated[int, Field(ge=1)] = 512
+    """Samples per file; an interrupted run loses at most one."""
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The sources of prompts with all that they leave open, and with shares that add up to 1."""
+        total = math.fsum(one.share for one in self.prompts)
+        instruction = {one: "" if one.source == OWN else self.instruction for one in self.prompts}
+        return tuple(
+            Source(
+                source=one.source,
+                share=one.share / total,
+                column=self.column if one.column is None else one.column,
+                instruction=instruction[one] if one.instruction is None else one.instruction,
+            )
+            for one in self.prompts
+        )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What samples depend on, however it is spelled."""
+        said = self.model_dump(mode="json", exclude={"prompts", "column", "instruction"})
+        return {**said, "sources": _facts(self.sources)}
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, source: Source | None = None) -> Encode:
+        """How prompts of a source, the first if none is given, are asked: text -> token ids."""
+        return encoder(tokenizer, (source or self.sources[0]).instruction or "", self.chat_template)
