@@ -92,7 +92,7 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     # each stand-in alone, beside the dense pass; then forward and backward of everything
     objectives = [each for method in methods for each in method.objectives(recipe.alignment)]
     alone, whole = (train * sum(o.epochs for o in objectives if o.alone is how) for how in (True, False))
-    dense_prompts = all(method.dense_prompts for method in methods)
+    dense_prompts = recipe.prefill == "dense" and all(method.dense_prompts for method in methods)
     flops = {
         "samples": forward * (prompt + 2.5 * completion),  # decoding in batches runs below a plain pass's rate
         "alignment": alone * (forward + 6 * stand_ins) + whole * 4 * forward,

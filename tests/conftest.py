@@ -131,6 +131,7 @@ def small_recipe(tmp_path: Path) -> caprese.Recipe:
             "validation": 6,
             "test": 6,
             "max_new_tokens": 16,
+            "elsewhere": 0,
             "batch_size": 8,
             "shard_size": 8,
         },

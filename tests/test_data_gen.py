@@ -181,14 +181,14 @@ def normalising_tokenizer():
     return tokenizer
 
 
-def test_prompts_that_are_the_same_tokens_are_one(tmp_path):
+def test_prompts_that_are_the_same_tokens_are_one(tmp_path, monkeypatch):
     tokenizer, path = normalising_tokenizer(), tmp_path / "p.jsonl"
     spellings = ("{}+1 =", "{}+1 =\n", "\t{}+1 =", "{}+1  =", "{}+\uff11 =")
     rows = [spelling.format(i) for i in range(20) for spelling in spellings]
     path.write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
     config = Samples(prompts=str(path), instruction="Go.", train=10, validation=4, test=6)
     encode = config.encode(tokenizer)
-    splits = split_prompts(config, 0, encode)
+    splits = split_prompts(config, 0, tokenizer)
     assert [len(splits[name]) for name in ("test", "validation", "train")] == [6, 4, 10]
     every = [p for group in splits.values() for p in group]
     assert len({tuple(encode_prompt(tokenizer, p.text, "Go.", True)) for p in every}) == 20
@@ -200,7 +200,8 @@ def test_prompts_that_are_the_same_tokens_are_one(tmp_path):
     assert len(load_prompts(str(path), 200, 0)) == 60
     # one to which all is the same ends too
     with pytest.raises(CapreseError, match="has 1 distinct prompts"):
-        split_prompts(config.model_copy(update={"prompts": "chains:train"}), 0, lambda text: [7])
+        monkeypatch.setattr(Samples, "encode", lambda *_: lambda text: [7])
+        split_prompts(Samples(prompts="chains:train", train=10, validation=4, test=6), 0, tokenizer)
 
 
 def test_neighbouring_seeds_share_no_gym_prompts():

@@ -57,6 +57,7 @@ def load(
     check_unadapted(base)
     adapter.check_base(base)
     every = check_reselect(adapter.sidecar.reselect_every if reselect_every == "saved" else reselect_every)
+    prefill = adapter.sidecar.prefill
     applied = applied_ffns(base)
     if applied and phases_of(base).methods != methods:
         raise CapreseError("another method is applied to this model; caprese.remove(model) first")
@@ -76,8 +77,9 @@ def load(
         )
     if applied:
         phases_of(base).reselect(every)
+        phases_of(base).run_prompts(prefill)
     else:
-        apply(base, methods, calibration=calibration, reselect_every=every)
+        apply(base, methods, calibration=calibration, reselect_every=every, prefill=prefill)
     try:
         _check_slots(base, adapter)
         _set_stand_ins(base, stand_ins, adapter)

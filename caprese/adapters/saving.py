@@ -79,6 +79,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
                 caprese_version=__version__,
                 methods=[facts_of(method) for method in phases.methods],
                 reselect_every=phases.reselect_every,
+                prefill=phases.prefill,
                 base=BaseFacts(
                     name=public_id(base.name), id=id_, revision=base.revision, fingerprint=fingerprint(model)
                 ),

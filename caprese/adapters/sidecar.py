@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from caprese.efficient_methods import Method, compose, known_methods, make_method
+from caprese.efficient_methods import Method, Prefill, compose, known_methods, make_method
 from caprese.errors import CapreseError
 
 SIDECAR = "caprese_config.json"
@@ -52,6 +52,7 @@ class Sidecar(BaseModel):
     caprese_version: str
     methods: list[dict[str, Any]]
     reselect_every: int | None = None
+    prefill: Prefill = "dense"
     base: BaseFacts
     config_sha256: str | None = None
     """Of what decides a result in PEFT's configuration; adapters of caprese 0.1.0 have neither this nor `digest`."""
@@ -68,6 +69,7 @@ class Sidecar(BaseModel):
         """Of all that decides a result: what was measured with one adapter is not another's."""
         files = [self.weights_sha256, self.calibration_sha256, self.mixers_sha256]
         files += [] if self.config_sha256 is None else [self.config_sha256]
+        files += [] if self.prefill == "dense" else [self.prefill]
         facts = [self.base.fingerprint, self.methods, self.reselect_every, *files]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -9,7 +9,7 @@ import typer
 
 from caprese.commands.options import Device, Json
 from caprese.errors import CapreseError
-from caprese.progress import say, show
+from caprese.progress import show
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,9 @@ class Flags:
     format: Annotated[str, typer.Option(help="hf, or gguf for llama.cpp.")] = "hf"
     outtype: Annotated[str, typer.Option(help="Of a GGUF: f32, f16, bf16, q8_0.")] = "f16"
     dtype: Annotated[str, typer.Option(help="Of the weights: auto (the checkpoint's), float32, bfloat16.")] = "auto"
+    prompts: Annotated[
+        int, typer.Option(help="Prompts of each kind that the checkpoint is measured on; 0 skips it.", min=0)
+    ] = 24
     device: Device = "auto"
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --to.")] = False
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would be; write nothing.")] = False
@@ -32,34 +35,33 @@ class Flags:
 
 def export(flags: Flags) -> None:
     """Write a recovered model as an ordinary checkpoint that needs no caprese: for transformers, vLLM, llama.cpp."""
-    from caprese.adapters import Adapter
-    from caprese.exports import export as write
-    from caprese.exports import plan_export
-    from caprese.inference import load
-    from caprese.models import load_config
-    from caprese.models.loading import pick_dtype
     from caprese.report.tables import figures_table
 
     if flags.format not in ("hf", "gguf"):
         raise CapreseError(f"--format {flags.format}: hf or gguf")
-    opened = Adapter.open(flags.adapter)
     if flags.dry_run:
+        from caprese.adapters import Adapter
+        from caprese.exports import plan_export
+        from caprese.models import load_config
+
+        opened = Adapter.open(flags.adapter)
         name = flags.model or opened.sidecar.base.name
         ranks = opened.ranks if opened.has_branches() else {}
         config = load_config(name, opened.base_revision(name))
         figures = plan_export(config, opened.methods, lambda layer: ranks.get(layer, 0))
     else:
-        kind = None if flags.dtype == "auto" else pick_dtype(flags.dtype, "cpu")
-        base, tokenizer = opened.load_base(flags.model, device=flags.device)
-        lm = load(base, opened)
-        figures = write(
-            lm,
-            tokenizer,
+        from caprese.models.loading import pick_dtype
+        from caprese.recovery.finished import export_adapter
+
+        figures = export_adapter(
+            flags.adapter,
             flags.to,
+            flags.model,
+            prompts=flags.prompts,
+            device=flags.device,
             format=cast(Any, flags.format),
-            dtype=kind,
+            dtype=None if flags.dtype == "auto" else pick_dtype(flags.dtype, "cpu"),
             outtype=flags.outtype,
             overwrite=flags.overwrite,
-            say=say,
         )
     show(figures, flags.as_json, lambda found: [figures_table("would write" if flags.dry_run else "written", found)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -72,6 +72,14 @@ class Flags:
     reselect_every: Annotated[
         int | None, typer.Option(help="Generated tokens after which the choice is made anew.", rich_help_panel=METHOD)
     ] = None
+    made_for: Annotated[
+        Literal["caprese", "export"] | None,
+        typer.Option(
+            "--for",
+            help="Where it will run: caprese (prompts dense), or export: any engine, prompts through what is left.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None
     layers: Annotated[
         str | None, typer.Option(help="all, first-half, or numbers like 0,1,4-7.", rich_help_panel=METHOD)
     ] = None
@@ -82,7 +90,11 @@ class Flags:
     ] = None
     prompts: Annotated[
         str | None,
-        typer.Option(help="gym:TASK, chains:SPLIT, a .jsonl or .parquet file, or a dataset.", rich_help_panel=SAMPLES),
+        typer.Option(
+            help="gym:TASK, chains:SPLIT, a .jsonl or .parquet file, a dataset, self (the model writes them), or "
+            "several with shares: gym:gsm_symbolic=0.5,self=0.5.",
+            rich_help_panel=SAMPLES,
+        ),
     ] = None
     column: Annotated[str | None, typer.Option(help="Column that holds the prompt.", rich_help_panel=SAMPLES)] = None
     samples: Annotated[int | None, typer.Option(help="Training samples.", rich_help_panel=SAMPLES)] = None
@@ -145,6 +157,7 @@ def recover(flags: Flags) -> None:
         "shared_choice": flags.shared_choice,
         "keep_attention": parse_keep_attention(flags.keep_attention),
         "reselect_every": flags.reselect_every,
+        "prefill": {"caprese": "dense", "export": "efficient", None: None}[flags.made_for],
         "layers": parse_layers(flags.layers),
         "rank": parse_rank(flags.rank),
         "bias": flags.bias,

@@ -14,7 +14,7 @@ from transformers import get_linear_schedule_with_warmup
 from caprese.adapters import branch_parameters
 from caprese.distill.batches import Batch, completion_hidden, prefill
 from caprese.distill.layerwise import Layerwise
-from caprese.efficient_methods import EfficientFFN
+from caprese.efficient_methods import EfficientFFN, phases_of
 from caprese.models import device_of
 
 Activations = dict[EfficientFFN, tuple[torch.Tensor, torch.Tensor]]
@@ -49,7 +49,9 @@ def fit_adam(
     parameters = branch_parameters(model)
     for parameter in parameters:
         parameter.requires_grad_(True)
-    per_batch = [-(-batch.tokens // config.token_batch) for batch in batches]
+    prompts = phases_of(model).prefill == "efficient"
+    tokens = [int(batch.mask.sum()) + prompts * int(batch.prompt_mask.sum()) for batch in batches]
+    per_batch = [-(-count // config.token_batch) for count in tokens]
     total = sum(per_batch) * config.epochs
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
     schedule = get_linear_schedule_with_warmup(optimizer, round(0.02 * total), total)
@@ -60,7 +62,7 @@ def fit_adam(
             seen = known.get(index) or collect_activations(model, batches[index])
             if config.cache_activations:
                 known[index] = seen
-            order = torch.randperm(batches[index].tokens, generator=generator)
+            order = torch.randperm(tokens[index], generator=generator)
             for part in order.split(config.token_batch):
                 loss = torch.zeros(())
                 for wrapper, (x, e) in seen.items():

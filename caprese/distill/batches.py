@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Cache
 
 from caprese.data_gen import Sample
-from caprese.efficient_methods import Observer, Tokens, phases, phases_of
+from caprese.efficient_methods import Observer, Prefill, Tokens, phases, phases_of
 from caprese.efficient_methods.memory import keep_memory, memory_of
 from caprese.models import unwrap
 
@@ -57,10 +57,11 @@ class Batch:
     def tokens(self) -> int:
         return int(self.scored.sum())
 
-    def whole(self) -> Tokens:
-        """Prompt and completion inputs in one, for calibration."""
+    def whole(self, prefill: Prefill = "dense") -> Tokens:
+        """Prompt and completion inputs in one, for calibration: on the tokens that will run efficient."""
         ids, mask = torch.cat([self.prompt, self.inputs], 1), torch.cat([self.prompt_mask, self.mask], 1)
-        return Tokens(ids, self.prompt_lengths, mask)
+        lengths = self.prompt_lengths
+        return Tokens(ids, lengths if prefill == "dense" else torch.zeros_like(lengths), mask)
 
     def to(self, device: torch.device) -> Batch:
         return replace(self, **{name: t.to(device) for name, t in vars(self).items() if t is not None})
@@ -184,15 +185,8 @@ def completion_hidden(
     """
     lengths = batch.prompt_lengths
     if not context.blocks:
-        mask = torch.cat([batch.prompt_mask, batch.mask], 1)
         with phases(model, lengths, observer):
-            whole = unwrap(model).get_decoder()(
-                input_ids=torch.cat([batch.prompt, batch.inputs], 1),
-                attention_mask=mask.long(),
-                position_ids=positions_of(mask),
-                use_cache=False,
-            )
-        return whole.last_hidden_state[:, batch.prompt.shape[1] - 1 :][batch.scored]
+            return whole_hidden(model, batch)
     assert batch.first is None  # no block predicts it
     blocks = context.blocks
     if phases_of(model).dense:
@@ -209,6 +203,19 @@ def completion_hidden(
             )
         hidden.append(out.last_hidden_state)
     return torch.cat(hidden, 1)[batch.mask]
+
+
+def whole_hidden(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Final hidden states of what counts, [n, D], with prompt and completion in one pass."""
+    mask = torch.cat([batch.prompt_mask, batch.mask], 1)
+    whole = unwrap(model).get_decoder()(
+        input_ids=torch.cat([batch.prompt, batch.inputs], 1),
+        attention_mask=mask.long(),
+        position_ids=positions_of(mask),
+        use_cache=False,
+    )
+    hidden: torch.Tensor = whole.last_hidden_state[:, batch.prompt.shape[1] - 1 :][batch.scored]
+    return hidden
 
 
 def lm_logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

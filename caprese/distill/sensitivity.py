@@ -19,7 +19,17 @@ from caprese.distill.align import Alignment, align, prepare
 from caprese.distill.batches import Batch
 from caprese.distill.checkpoints import Checkpoints
 from caprese.distill.end_to_end import HeldOut
-from caprese.efficient_methods import Method, Sparse, apply, calibrate, needs_calibration, only, remove, weights_saved
+from caprese.efficient_methods import (
+    Method,
+    Prefill,
+    Sparse,
+    apply,
+    calibrate,
+    needs_calibration,
+    only,
+    remove,
+    weights_saved,
+)
 from caprese.errors import CapreseError
 from caprese.models import active_parameters, find_ffns
 
@@ -45,21 +55,28 @@ class Sensitivity:
     Args:
         rows: samples for methods that learn from samples.
         held_out: samples that KL is measured on.
+        prefill: how prompts will run.
     """
 
     def __init__(
-        self, model: nn.Module, method: Sparse, rows: Sequence[Batch], held_out: Sequence[Batch], cache_gigabytes: float
+        self,
+        model: nn.Module,
+        method: Sparse,
+        rows: Sequence[Batch],
+        held_out: Sequence[Batch],
+        cache_gigabytes: float,
+        prefill: Prefill = "dense",
     ) -> None:
-        self.model, self.method = model, method
+        self.model, self.method, self.prefill = model, method, prefill
         self.rows, self.held_out, self.limit = rows, held_out, cache_gigabytes
         sites = find_ffns(model)
         self.sites = [sites[i] for i in method.layer_indices(len(sites))]
 
     def _with(self, method: Sparse) -> HeldOut:
         """Apply `method`, calibrated if it must be; the caller removes it."""
-        tokens = [batch.whole() for batch in self.rows]
+        tokens = [batch.whole(self.prefill) for batch in self.rows]
         calibration = calibrate(self.model, method, tokens) if needs_calibration(method) else None
-        apply(self.model, method, calibration=calibration)
+        apply(self.model, method, calibration=calibration, prefill=self.prefill)
         return HeldOut(self.model, self.held_out, self.limit)
 
     def kl(self, method: Sparse) -> float:

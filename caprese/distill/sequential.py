@@ -30,8 +30,9 @@ class _Stop(Exception):
 class _Stream:
     """One batch between layers: its dense and recovered hidden states and what a layer needs beside them."""
 
-    def __init__(self, batch: Batch, hidden: torch.Tensor, kwargs: dict[str, Any], current: Pass) -> None:
-        self.completion = torch.cat([torch.zeros_like(batch.prompt_mask), batch.mask], 1)
+    def __init__(self, hidden: torch.Tensor, kwargs: dict[str, Any], current: Pass) -> None:
+        assert current.completion is not None  # batches hold samples of two tokens and more
+        self.completion = current.completion
         self.dense = self.recovered = hidden
         self.kwargs, self.current = kwargs, current
         self.ffn_input: torch.Tensor | None = None
@@ -58,7 +59,7 @@ def _enter(model: nn.Module, layers: nn.ModuleList, batch: Batch) -> _Stream:
         pass
     finally:
         handle.remove()
-    return _Stream(batch, caught["hidden"], caught["kwargs"], caught["current"])
+    return _Stream(caught["hidden"], caught["kwargs"], caught["current"])
 
 
 def check_sequential(model: nn.Module) -> None:

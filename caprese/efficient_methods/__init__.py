@@ -23,10 +23,10 @@ from caprese.efficient_methods.cost import Cost, cost, cost_of, lora_rank, weigh
 from caprese.efficient_methods.griffin import Griffin
 from caprese.efficient_methods.mamba import Mamba
 from caprese.efficient_methods.none import Nothing
-from caprese.efficient_methods.passes import Observer, dense, only, phases, phases_of, reselection
+from caprese.efficient_methods.passes import Observer, check_prefill, dense, only, phases, phases_of, reselection
 from caprese.efficient_methods.quantized import Int8, Nf4
 from caprese.efficient_methods.reads import Reads
-from caprese.efficient_methods.settings import Layers, Sparsity, check_reselect, check_sparsity
+from caprese.efficient_methods.settings import Layers, Prefill, Sparsity, check_reselect, check_sparsity
 from caprese.efficient_methods.stand_in import (
     Objective,
     StandIn,
@@ -63,10 +63,12 @@ __all__ = [
     "StandIn",
     "Static",
     "Teal",
+    "Prefill",
     "Tokens",
     "applied_ffns",
     "apply",
     "calibrate",
+    "check_prefill",
     "check_reselect",
     "check_sparsity",
     "compose",

@@ -15,6 +15,7 @@ from caprese.efficient_methods.bases import check_layers
 from caprese.efficient_methods.compose import compose
 from caprese.efficient_methods.hooks import attach
 from caprese.efficient_methods.passes import Phases
+from caprese.efficient_methods.settings import Prefill
 from caprese.efficient_methods.wrapper import EfficientFFN, RecoverySlot
 from caprese.errors import CapreseError
 from caprese.models import Site, find_ffns, unwrap
@@ -38,6 +39,7 @@ def apply(
     *,
     calibration: Calibration | None = None,
     reselect_every: int | None = None,
+    prefill: Prefill = "dense",
 ) -> M:
     """Put efficient methods on a model, in place; returns the model.
 
@@ -50,11 +52,12 @@ def apply(
         calibration: what `calibrate` returned, for methods that learn from samples.
         reselect_every: generated tokens after which they go through the dense model once, in parallel, and the choice
             is made anew; None never.
+        prefill: whether prompts run dense, or "efficient": through what is left, as an exported checkpoint runs them.
 
     Raises:
         CapreseError: an unsupported model, linear layers that a method cannot act on (see `bases.check_layers`),
-            layers out of range, methods that do not compose, calibration missing or made for another model, or a method
-            already applied.
+            layers out of range, methods that do not compose or need dense prompts, calibration missing or made for
+            another model, or a method already applied.
     """
     if applied_ffns(model):
         raise CapreseError("a method is already applied to this model; caprese.remove(model) first")
@@ -66,6 +69,7 @@ def apply(
     learners = {i: [m for m in own if "prompt" in m.learns] for i, own in layers.items()}
     phases = Phases(chosen, learners)
     phases.reselect(reselect_every)
+    phases.run_prompts(prefill)
     record_parameters(model)
     try:
         for i, own in layers.items():

@@ -18,7 +18,7 @@ from torch import nn
 from caprese.efficient_methods.base import Method
 from caprese.efficient_methods.hooks import Call, proposed
 from caprese.efficient_methods.memory import TAIL, PromptMemory, keep_memory, memory_of
-from caprese.efficient_methods.settings import check_reselect
+from caprese.efficient_methods.settings import Prefill, check_reselect
 from caprese.errors import CapreseError
 
 #: called with (applied FFN, x [n, D], residual [n, D], y [n, D]) for the completion tokens of each FFN
@@ -42,12 +42,30 @@ class Pass:
     """How many of the last tokens may be cropped away again."""
 
 
+def check_prefill(prefill: Prefill, methods: Sequence[Method], reselect_every: int | None) -> None:
+    """Refuse prompts that are not to run dense where something needs them to.
+
+    Raises:
+        CapreseError: methods that choose from a dense prompt, or generated tokens that are to run dense again.
+    """
+    if prefill == "dense":
+        return
+    if choosers := [method.name for method in methods if "prompt" in method.learns]:
+        raise CapreseError(
+            f"{choosers[0]} chooses from each prompt, which has to run dense; `prefill='efficient'` is for methods "
+            "that do not"
+        )
+    if reselect_every is not None:
+        raise CapreseError('reselection runs tokens dense; with `prefill="efficient"` leave out `reselect_every`')
+
+
 class Phases:
     """What the transformed layers of one model share. They read it; its fields are set in this file alone.
 
     Attributes:
         methods: all that are applied.
         reselect_every: generated tokens after which they go through the dense model once; None never.
+        prefill: how prompts run.
         current: the pass that runs; None where all is dense and nothing is learned.
         dense: whether the teacher runs.
         only: layers that act, the others staying dense; None is all.
@@ -59,6 +77,7 @@ class Phases:
     def __init__(self, methods: tuple[Method, ...], learners: dict[int, list[Method]]) -> None:
         self.methods = methods
         self.reselect_every: int | None = None
+        self.prefill: Prefill = "dense"
         self.current: Pass | None = None
         self.dense = False
         self.only: frozenset[int] | None = None
@@ -72,7 +91,7 @@ class Phases:
     @property
     def dense_prompts(self) -> bool:
         """Whether prompts run as in the dense model."""
-        return all(method.dense_prompts for method in self.methods)
+        return self.prefill == "dense" and all(method.dense_prompts for method in self.methods)
 
     def acts_on(self, layer: int) -> bool:
         """Whether generated tokens run efficient in this layer now."""
@@ -86,7 +105,17 @@ class Phases:
         """
         if every is not None and (refused := [m.no_reselection for m in self.methods if m.no_reselection]):
             raise CapreseError(refused[0])
+        check_prefill(self.prefill, self.methods, every)
         self.reselect_every = check_reselect(every)
+
+    def run_prompts(self, prefill: Prefill) -> None:
+        """Run prompts dense, or through what is left.
+
+        Raises:
+            CapreseError: methods that choose from a dense prompt, or generated tokens that are to run dense again.
+        """
+        check_prefill(prefill, self.methods, self.reselect_every)
+        self.prefill = prefill
 
     @contextmanager
     def within(self, current: Pass) -> Iterator[None]:
@@ -170,7 +199,9 @@ class Phases:
         prompt: torch.Tensor | None
         completion: torch.Tensor | None = None
         candidates = proposed(cache)
-        if self._prompt_lengths is not None:
+        if self.prefill == "efficient":
+            prompt, completion = None, _real(call, past)
+        elif self._prompt_lengths is not None:
             prompt, completion = _split(call, past, self._prompt_lengths)
             if prompt is not None:
                 memory.saw(prompt if completion is None else prompt | completion, past)

@@ -8,6 +8,9 @@ from pydantic import PlainValidator
 
 from caprese.errors import CapreseError
 
+Prefill = Literal["dense", "efficient"]
+"""How prompts run: dense, as in the paper, or through what is left, as every exported checkpoint runs them."""
+
 
 def check_reselect(every: int | None) -> int | None:
     """`every` itself, if generated tokens can be counted by it.

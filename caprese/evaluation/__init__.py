@@ -1,8 +1,17 @@
 """What a cheaper model costs and what comes back: fidelity, accuracy, latency, side by side."""
 
 from caprese.evaluation.accuracy import accuracy, is_correct, mean_new_tokens
+from caprese.evaluation.checkpoint import checkpoint_fidelity
 from caprese.evaluation.config import Evaluation
-from caprese.evaluation.evaluate import environment, evaluate, finite, lost, measure, recovered_fraction
+from caprese.evaluation.evaluate import (
+    environment,
+    evaluate,
+    finite,
+    held_out_prompts,
+    lost,
+    measure,
+    recovered_fraction,
+)
 from caprese.evaluation.fidelity import VARIANTS, fidelity, layer_errors, variant
 from caprese.evaluation.latency import parameter_counts, time_to_next_token
 
@@ -10,10 +19,12 @@ __all__ = [
     "VARIANTS",
     "Evaluation",
     "accuracy",
+    "checkpoint_fidelity",
     "environment",
     "evaluate",
     "fidelity",
     "finite",
+    "held_out_prompts",
     "is_correct",
     "layer_errors",
     "lost",

@@ -31,7 +31,7 @@ from caprese.distill import make_batches
 from caprese.efficient_methods import phases_of
 from caprese.evaluation.accuracy import accuracy, mean_new_tokens
 from caprese.evaluation.config import Evaluation
-from caprese.evaluation.fidelity import VARIANTS, Tally, fidelity, layer_errors, variant
+from caprese.evaluation.fidelity import VARIANTS, Tally, layer_errors, tally_fidelity, variant
 from caprese.evaluation.latency import parameter_counts, time_to_next_token
 from caprese.models import check_context, device_of, unwrap
 from caprese.progress import bar
@@ -77,7 +77,7 @@ def evaluate(
     for sample in (*test, *elsewhere):
         by_source.setdefault(sample.source, []).append(sample)
     batches = {source: make_batches(rows, config.batch_size, first) for source, rows in by_source.items()}
-    kinds = {source: fidelity(model, each) for source, each in batches.items()}
+    kinds = {source: tally_fidelity(model, each) for source, each in batches.items()}
     own = [batch for source, each in batches.items() if source != ELSEWHERE for batch in each]
     quality: dict[str, dict[str, float | None]] = {
         name: {**sum((kinds[source][name] for source in by_source if source != ELSEWHERE), Tally()).figures()}
@@ -154,14 +154,9 @@ def measure(
     """
     with tempfile.TemporaryDirectory(prefix="caprese-") as scratch:
         settings = {"seed": seed}
-        shards = {name: Shards(Path(scratch), name, settings, samples.shard_size) for name in ("test", ELSEWHERE, OWN)}
+        shards = {name: Shards(Path(scratch), name, settings, samples.shard_size) for name in ("test", ELSEWHERE)}
         with variant(model, "dense"):
-            writer = OwnPrompts(model, tokenizer, samples, shards[OWN])
-            (drawn,) = draw_prompts(samples, [samples.test], seed, tokenizer, writer, exclude)
-            asked = {"test": interleave([each for each in drawn if each])}
-            asked[ELSEWHERE] = load_elsewhere(samples, tokenizer, exclude)
-            for prompts in asked.values():
-                check_context(model, [p.text for p in prompts], [p.ids for p in prompts], samples.max_new_tokens)
+            asked = held_out_prompts(model, tokenizer, samples, seed, exclude)
             with bar("evaluation: dense", sum(map(len, asked.values())), "samples") as advance:
                 answered = {
                     name: complete_in_shards(model, tokenizer, prompts, samples, shards[name], advance)
@@ -171,6 +166,31 @@ def measure(
             model, tokenizer, answered["test"], samples, evaluation, Path(scratch), settings, answered[ELSEWHERE]
         )
     return cast(dict[str, Any], finite(measured))
+
+
+def held_out_prompts(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, samples: Samples, seed: int, exclude: Collection[str] = ()
+) -> dict[str, list[Prompt]]:
+    """{"test": prompts as an adapter was trained on, "elsewhere": of other kinds}, with their token ids.
+
+    Args:
+        model: dense; it writes the prompts of `self`.
+        samples: `test` and `elsewhere` say how many.
+        exclude: prompts not to give, such as those it was trained on.
+
+    Raises:
+        CapreseError: bad prompts, or prompts that do not fit the context.
+    """
+    with tempfile.TemporaryDirectory(prefix="caprese-") as scratch:
+        writer = OwnPrompts(model, tokenizer, samples, Shards(Path(scratch), OWN, {"seed": seed}, samples.shard_size))
+        (drawn,) = draw_prompts(samples, [samples.test], seed, tokenizer, writer, exclude)
+    asked = {
+        "test": interleave([each for each in drawn if each]),
+        ELSEWHERE: load_elsewhere(samples, tokenizer, exclude),
+    }
+    for prompts in asked.values():
+        check_context(model, [p.text for p in prompts], [p.ids for p in prompts], samples.max_new_tokens)
+    return asked
 
 
 def environment(model: nn.Module) -> dict[str, Any]:

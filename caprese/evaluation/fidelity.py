@@ -60,13 +60,20 @@ class Tally:
         return {"kl": max(kl, 0.0), "top1_agreement": top1, "perplexity": float(torch.tensor(loss).exp())}
 
 
-@torch.no_grad()
-def fidelity(model: nn.Module, batches: Sequence[Batch], names: Sequence[str] = VARIANTS) -> dict[str, Tally]:
+def fidelity(
+    model: nn.Module, batches: Sequence[Batch], names: Sequence[str] = VARIANTS
+) -> dict[str, dict[str, float]]:
     """KL(dense || x), top-1 agreement and perplexity of the teacher's completions, for each variant.
 
-    Over the completion tokens that an efficient pass predicts (all but a completion's first where the prompt that
+    Means over the completion tokens that an efficient pass predicts (all but a completion's first where the prompt that
     predicts it is dense).
     """
+    return {name: tally.figures() for name, tally in tally_fidelity(model, batches, names).items()}
+
+
+@torch.no_grad()
+def tally_fidelity(model: nn.Module, batches: Sequence[Batch], names: Sequence[str] = VARIANTS) -> dict[str, Tally]:
+    """The sums that `fidelity` gives the means of."""
     tallies = {name: Tally() for name in names}
     with bar("evaluation: fidelity", len(batches), "batches") as advance:
         for batch in batches:

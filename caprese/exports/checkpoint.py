@@ -55,6 +55,7 @@ from caprese.models import (
     find_ffns,
     unwrap,
 )
+from caprese.progress import say
 
 Format = Literal["hf", "gguf"]
 #: gated families whose class in transformers may have FFN biases, by `mlp_bias` in the config
@@ -199,7 +200,7 @@ def export(
     dtype: torch.dtype | None = None,
     outtype: str = "f16",
     overwrite: bool = False,
-    say: Callable[[str], None] = lambda line: None,
+    measure: Callable[[Path], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Write static pruning and recovery adapter as an ordinary checkpoint, and read it back without caprese.
 
@@ -209,10 +210,12 @@ def export(
         format: "hf", or "gguf" for llama.cpp, by its own converter.
         dtype: of the weights written; None as in the base's checkpoint.
         outtype: of the GGUF: f32, f16, bf16, q8_0.
+        measure: what of the written checkpoint is to stand on its card, by kind of prompts: asked before it takes its
+            place, with its directory.
 
     Returns: {"to", "architecture", "ffn_width", "base_ffn_width", "parameters", "base_parameters", "bytes", "dtype",
-        "note", "largest_logit_difference", "largest_logit", "gguf"}; the difference is to this model, all tokens
-        generated.
+        "note", "largest_logit_difference", "largest_logit", "fidelity", "gguf"}; the difference is to this model, all
+        tokens generated.
 
     Raises:
         CapreseError: a method or family that no checkpoint can carry, a target in use, a full disk, or no converter.
@@ -236,6 +239,7 @@ def export(
             say("reading it back with transformers alone")
             facts["largest_logit_difference"] = float((_read_back(made, ids, base) - expected).abs().max())
             facts["largest_logit"] = float(expected.abs().max())
+            facts["fidelity"] = None if measure is None else measure(made)
             facts["gguf"] = None
             if format == "gguf":
                 say("converting it to GGUF")
@@ -374,5 +378,21 @@ def _card(model: nn.Module, facts: Mapping[str, Any]) -> str:
         f"{changed}; {facts['parameters']:,} instead of {facts['base_parameters']:,} parameters. Exported by "
         f"caprese as an ordinary {facts['architecture']}: it needs caprese no more. Read back by transformers alone, "
         f"its logits differ from the caprese model's by {facts['largest_logit_difference']:.1e} at most (the largest "
-        f"is {facts['largest_logit']:.1f}).\n"
+        f"is {facts['largest_logit']:.1f}).\n" + _fidelity(model, facts["fidelity"])
+    )
+
+
+def _fidelity(model: nn.Module, by_kind: Mapping[str, Any] | None) -> str:
+    """What was measured of the checkpoint, as part of its card."""
+    if not by_kind:
+        return ""
+    head = "| Prompts | Samples | KL | Top-1 | Perplexity |\n| --- | ---: | ---: | ---: | ---: |\n"
+    rows = "".join(
+        f"| {kind} | {f['samples']} | {f['kl']:.4f} | {f['top1_agreement']:.1%} | {f['perplexity']:.2f} |\n"
+        for kind, f in by_kind.items()
+    )
+    how = {"dense": "with dense prompts", "efficient": "as it runs here"}[phases_of(model).prefill]
+    return (
+        "\n## Fidelity\n\nAgainst the dense model's greedy answers, measured on this checkpoint in plain transformers, "
+        f"which runs prompts through what is left, too; the adapter was distilled {how}.\n\n{head}{rows}"
     )

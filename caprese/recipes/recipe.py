@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidat
 
 from caprese.data_gen import Samples
 from caprese.distill import Alignment, Branches, EndToEnd, Layerwise
-from caprese.efficient_methods import Griffin, Method, Sparse, describe_methods, facts_of
+from caprese.efficient_methods import Griffin, Method, Prefill, Sparse, check_prefill, describe_methods, facts_of
 from caprese.errors import CapreseError
 from caprese.evaluation.config import Evaluation
 from caprese.recipes.spelling import fold, override, read_methods
@@ -48,6 +48,9 @@ class Recipe(BaseModel):
     reselect_every: Annotated[int, Field(ge=1)] | None = None
     """Generated tokens after which they pass through the dense model once and the choice is made anew; null: never.
     Distillation and evaluation see the same."""
+    prefill: Prefill = "dense"
+    """How prompts run: dense, as in the paper and in caprese; or efficient, through what is left, as an exported
+    checkpoint runs them in any engine. Calibration, distillation and evaluation see the same."""
     calibration_samples: Annotated[int, Field(ge=1)] = 64
     """Training samples from which methods such as static and teal choose, and auto measures."""
     rank: Annotated[int, Field(ge=1)] | Literal["auto"] = 256
@@ -76,6 +79,11 @@ class Recipe(BaseModel):
             raise CapreseError("give one of `target_kl` and `target_active`, not both")
         if self.allocates and (len(self.methods) != 1 or not isinstance(self.methods[0], Sparse)):
             raise CapreseError(f"a target takes one method that has a sparsity, not {describe_methods(self.methods)}")
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_run(self) -> Self:
+        check_prefill(self.prefill, self.methods, self.reselect_every)
         return self
 
     @property

@@ -14,11 +14,12 @@ from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from caprese.adapters import Adapter
-from caprese.data_gen import OWN, Prompt, Samples, draw_prompts, interleave, name_of
+from caprese.data_gen import ELSEWHERE, OWN, Prompt, Samples, draw_prompts, interleave, name_of
 from caprese.efficient_methods import facts_of, phases_of
 from caprese.errors import CapreseError
-from caprese.evaluation import Evaluation, environment, measure
+from caprese.evaluation import Evaluation, checkpoint_fidelity, environment, held_out_prompts, measure, variant
 from caprese.evaluation.rewards import reward_scorer
+from caprese.exports import export
 from caprese.files import check_writable, write_json
 from caprese.inference import load
 from caprese.progress import say
@@ -115,6 +116,54 @@ def evaluate_tasks(
     lm = load(base, opened, fused=True, reselect_every=reselect_every)
     identity = [opened.digest, phases_of(lm).reselect_every, str(base.dtype)]
     return run_tasks(lm, tokenizer, tasks, Path(output), identity=identity, overwrite=overwrite)
+
+
+def export_adapter(
+    adapter: str,
+    to: str,
+    model: str | None = None,
+    *,
+    prompts: int = 24,
+    device: str = "auto",
+    **how: Any,
+) -> dict[str, Any]:
+    """Write an adapter by name with its base as an ordinary checkpoint, and measure that as engines run it.
+
+    Args:
+        model: the base, where it was a local directory.
+        prompts: of each kind it is measured on: those that the adapter was made with, and elsewhere; 0 skips it.
+        how: see `export`.
+
+    Returns: what `export` does, and "report_kl": KL(dense || recovered) as the adapter's report has it.
+
+    Raises:
+        CapreseError: the adapter, the base or the target cannot be used, and what `export` refuses.
+    """
+    opened = Adapter.open(adapter)
+    base, tokenizer = opened.load_base(model, device=device)
+    lm = load(base, opened)
+    measure = None
+    if prompts:
+        samples, trained = beside(opened)
+
+        def measure(checkpoint: Path) -> dict[str, Any]:
+            size = {"test": prompts * len(samples.prompts), "elsewhere": min(prompts, samples.elsewhere)}
+            with variant(lm, "dense"):
+                asked = held_out_prompts(lm, tokenizer, samples.model_copy(update=size), 1, trained)
+            by_kind: dict[str, list[Prompt]] = {}
+            for prompt in (*asked["test"], *asked[ELSEWHERE]):
+                by_kind.setdefault(prompt.source, []).append(prompt)
+            return checkpoint_fidelity(lm, tokenizer, checkpoint, by_kind)
+
+    report = opened.report() or {}
+    facts = export(lm, tokenizer, to, measure=measure, **how)
+    known = ((report.get("quality") or {}).get("recovered") or {}).get("kl")
+    if phases_of(lm).prefill == "dense":
+        say(
+            "this adapter was distilled with dense prompts, which no exported checkpoint has: recover with --for export"
+            + ("" if known is None else f" (KL {known:.4f} with dense prompts; as exported, see fidelity)")
+        )
+    return {**facts, "report_kl": known}
 
 
 @dataclass(frozen=True)

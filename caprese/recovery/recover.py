@@ -72,9 +72,13 @@ def recover(
         stage.update(note=", ".join(f"{len(samples[split])} {split}" for split in ("train", "validation", "test")))
     check_samples(samples)
     limit, size = recipe.end_to_end.cache_gigabytes, recipe.layerwise.batch_size
-    calibrating = Calibrating(recipe.calibration_samples, size, limit, recipe.target_kl, recipe.target_active)
+    calibrating = Calibrating(
+        recipe.calibration_samples, size, limit, recipe.target_kl, recipe.target_active, recipe.prefill
+    )
     methods, calibration = choose(model, recipe.methods, samples, calibrating, recipe.alignment, run)
-    adapted: nn.Module = apply(model, methods, calibration=calibration, reselect_every=recipe.reselect_every)
+    adapted: nn.Module = apply(
+        model, methods, calibration=calibration, reselect_every=recipe.reselect_every, prefill=recipe.prefill
+    )
     if lost := sorted({what for at in stand_ins(model) for what in at.lost}):
         say(f"stand-ins start without the {', '.join(lost)} of what they replace")
     try:

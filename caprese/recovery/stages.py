@@ -15,6 +15,7 @@ from caprese.distill.sensitivity import LEVELS, Sensitivity, allocate_sparsity, 
 from caprese.distill.sequential import check_sequential
 from caprese.efficient_methods import (
     Method,
+    Prefill,
     Sparse,
     calibrate,
     compose,
@@ -80,6 +81,8 @@ class Calibrating:
     """Allocate sparsity to layers until KL(dense || efficient) reaches this."""
     target_active: float | None = None
     """Allocate sparsity to layers until this fraction of the active parameters is left."""
+    prefill: Prefill = "dense"
+    """How prompts will run."""
 
     @property
     def allocates(self) -> bool:
@@ -112,8 +115,8 @@ def choose(
         if config.allocates:
             (one,) = chosen
             assert isinstance(one, Sparse)
-            held_out = make_batches(validation, config.batch_size)
-            sensitivity = Sensitivity(model, one, rows, held_out, config.cache_gigabytes)
+            held_out = make_batches(validation, config.batch_size, first=config.prefill == "efficient")
+            sensitivity = Sensitivity(model, one, rows, held_out, config.cache_gigabytes, config.prefill)
             with run.bar("sensitivity", len(LEVELS) * len(sensitivity.sites), "layers") as advance:
                 target = {"target_kl": config.target_kl, "target_active": config.target_active}
                 chosen = (allocate_sparsity(sensitivity, advance=advance, **target),)
@@ -123,7 +126,7 @@ def choose(
         if needs_calibration(chosen):
             learners = sum("samples" in m.learns for m in chosen)
             with run.bar("calibration", learners * len(rows), "batches") as advance:
-                calibration = calibrate(model, chosen, [batch.whole() for batch in rows], advance)
+                calibration = calibrate(model, chosen, [batch.whole(config.prefill) for batch in rows], advance)
         return calibration, {"methods": [facts_of(method) for method in chosen]}
 
     with run.stage("calibration") as stage:

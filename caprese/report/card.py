@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from caprese.models import TERMS
-from caprese.report import summary
+from caprese.report import sources, summary
 from caprese.report.plots import CAPTIONS, plot_names
 
 LOAD_SNIPPET = """\
@@ -32,7 +32,7 @@ _CARD = """\
 
 {legend}
 
-{plots}
+{sources}{plots}
 
 ## Use
 
@@ -77,6 +77,7 @@ def render_card(report: dict[str, Any], repo: str | None = None) -> str:
         else "An ordinary PEFT LoRA adapter",
         table=_table(report),
         legend=summary.LEGEND,
+        sources=_sources(report),
         plots="\n\n".join(f"![{CAPTIONS[name]}](plots/{name}.png)" for name in plot_names(report)),
         snippet=LOAD_SNIPPET.format(base=load_arguments(base, revision), adapter=repo or "<this directory or repo>"),
         facts="\n".join(f"- {label}: {text}" for label, text in summary.facts(report)),
@@ -110,6 +111,17 @@ def front_matter(base: str, revision: str | None, methods: list[str], terms: Map
 
 
 def _table(report: dict[str, Any]) -> str:
-    lines = [["", *summary.COLUMNS], ["---", *("---:" for _ in summary.COLUMNS)]]
-    lines += [[variant, *cells] for variant, cells in summary.rows(report)]
+    return _markdown(["", *summary.COLUMNS], [[variant, *cells] for variant, cells in summary.rows(report)])
+
+
+def _sources(report: dict[str, Any]) -> str:
+    rows = sources.source_rows(report)
+    if not rows:
+        return ""
+    parts = [_markdown(list(sources.COLUMNS), rows), sources.LEGEND, sources.source_warning(report)]
+    return "".join(f"{part}\n\n" for part in parts if part)
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

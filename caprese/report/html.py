@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from caprese.report import summary
+from caprese.report import sources, summary
 from caprese.report.plots import CAPTIONS, plot_uris
 
 # Completions are whatever a model wrote: autoescape quotes them, and the policy below lets nothing run or load.
@@ -86,7 +86,21 @@ pre.whole { max-height: none; border: 1px solid var(--line); }
 </table>
 </div>
 <p class="note">{{ legend }}</p>
-
+{% if sources %}
+<h2>By kind of prompts</h2>
+<div class="card scroll" tabindex="0" role="region" aria-label="By kind of prompts">
+<table>
+<thead><tr>{% for column in source_columns %}<th scope="col">{{ column }}</th>{% endfor %}</tr></thead>
+<tbody>
+{%- for cells in sources %}
+<tr><th scope="row">{{ cells[0] }}</th>{% for cell in cells[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
+{%- endfor %}
+</tbody>
+</table>
+</div>
+{% if source_warning %}<p class="note efficient">{{ source_warning }}</p>{% endif %}
+<p class="note">{{ source_legend }}</p>
+{% endif %}
 <h2>Key facts</h2>
 <dl class="card">
 {%- for label, text in facts %}
@@ -155,6 +169,10 @@ def render_html(report: dict[str, Any]) -> str:
         columns=summary.COLUMNS,
         rows=summary.rows(report),
         legend=summary.LEGEND,
+        sources=sources.source_rows(report),
+        source_columns=sources.COLUMNS,
+        source_warning=sources.source_warning(report),
+        source_legend=sources.LEGEND,
         facts=summary.facts(report),
         plots=plot_uris(report),
         dark_plots=plot_uris(report, dark=True),

@@ -117,7 +117,9 @@ def recovered(report: dict[str, Any]) -> str | None:
     names = {"kl": "KL divergence", "accuracy": "accuracy"}
     fractions = report.get("recovered_fraction") or {}
     known = {name: fractions[key] for key, name in names.items() if fractions.get(key) is not None}
-    return " and ".join(f"{number(fraction, '.0%')} in {name}" for name, fraction in known.items()) or None
+    text = " and ".join(f"{number(fraction, '.0%')} in {name}" for name, fraction in known.items()) or None
+    elsewhere = ((report.get("sources") or {}).get("elsewhere") or {}).get("recovered_fraction")
+    return text if text is None or elsewhere is None else f"{text} ({number(elsewhere, '.0%')} in KL elsewhere)"
 
 
 def headline(report: dict[str, Any]) -> str:

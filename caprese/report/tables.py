@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rich import box
 from rich.console import RenderableType
 from rich.table import Table
+from rich.text import Text
 
+from caprese.report.sources import COLUMNS, source_rows, source_warning
 from caprese.report.summary import duration, recovered, summary_lines, summary_table
 
 
@@ -33,13 +36,27 @@ def _shown(key: str, value: Any) -> str:
 def describe_recovery(report: dict[str, Any]) -> Iterator[RenderableType]:
     """What `recover` reports."""
     yield summary_table(report)
+    yield from _by_source(report)
     yield from summary_lines(report)
 
 
 def describe_evaluation(report: dict[str, Any]) -> Iterator[RenderableType]:
     """What `eval` measures."""
     yield summary_table(report)
+    yield from _by_source(report)
     yield f"Recovered: {recovered(report) or 'not measured'}"
+
+
+def _by_source(report: dict[str, Any]) -> Iterator[RenderableType]:
+    if rows := source_rows(report):
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for i, column in enumerate(COLUMNS):
+            table.add_column(column, justify="left" if i == 0 else "right")
+        for cells in rows:
+            table.add_row(*cells)
+        yield table
+    if (warning := source_warning(report)) is not None:
+        yield Text(warning, "yellow")
 
 
 def describe_overview(facts: dict[str, Any]) -> Iterator[RenderableType]:

@@ -1,0 +1,203 @@
+"""Mixtures of prompts, and those that a model writes itself."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_llama
+from hypothesis import given
+from hypothesis import strategies as st
+
+import caprese
+from caprese.data_gen import OWN, OwnPrompts, Samples, Shards, describe, interleave, make_samples, read_shard
+from caprese.data_gen.generate import ELSEWHERE, split_prompts
+from caprese.data_gen.own import Sieve, head_of
+from caprese.data_gen.sources import name_of, read_sources, share_out
+from caprese.errors import CapreseError
+from caprese.recovery.recover import _identity
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}<assistant>"
+
+
+def write(path, texts, column="prompt"):
+    path.write_text("".join(json.dumps({column: text}) + "\n" for text in texts))
+    return str(path)
+
+
+@given(st.integers(0, 60), st.lists(st.floats(0.05, 1), min_size=1, max_size=4))
+def test_shares_add_up_and_never_fall(count, shares):
+    now, before = share_out(count, shares), share_out(max(0, count - 1), shares)
+    assert sum(now) == count and all(a >= b for a, b in zip(now, before, strict=True))
+    for taken, share in zip(now, shares, strict=True):
+        assert abs(taken - count * share / sum(shares)) < len(shares)
+
+
+def test_any_beginning_is_a_mixture():
+    mixed = interleave([["a"] * 30, ["b"] * 10])
+    for n in range(4, 41, 4):
+        assert mixed[:n].count("b") == n // 4
+    assert interleave([]) == []
+
+
+def test_a_mixture_is_spelled_in_several_ways(tmp_path):
+    line = Samples(prompts="gym:gsm_symbolic=3,self=1")
+    listed = Samples(prompts=[{"source": "gym:gsm_symbolic", "share": 0.75}, {"source": "self", "share": 0.25}])
+    assert line.facts == listed.facts and name_of(line.sources) == "gym:gsm_symbolic=0.75,self=0.25"
+    assert [one.instruction for one in line.sources] == [line.instruction, ""]
+    said = Samples(prompts=[{"source": "self", "instruction": "Be brief.", "column": "q"}]).sources[0]
+    assert (said.instruction, said.column) == ("Be brief.", "q")
+    odd = tmp_path / "a=1,b.jsonl"
+    write(odd, ["x"])
+    assert [one.source for one in read_sources(str(odd))] == [str(odd)]
+    one, other = (
+        caprese.Recipe(samples={"prompts": p}) for p in ("self=2,gym:leg_counting=2", "self,gym:leg_counting")
+    )
+    assert _identity(one, {}, {}) == _identity(other, {}, {})
+    assert caprese.Recipe.model_validate(one.model_dump(mode="json")) == one
+
+
+@pytest.mark.parametrize(
+    ("prompts", "match"),
+    [
+        ("", "without a name"),
+        ([], "give a source"),
+        ("self=0.5,self=0.5", "self is there twice"),
+        ("self=0", "greater than 0"),
+        ("self=nan", "finite"),
+        ([{"source": "self", "weight": 2}], "weight"),
+        ([7], "source"),
+    ],
+)
+def test_what_is_no_mixture_is_refused(prompts, match):
+    with pytest.raises((CapreseError, ValueError), match=match):
+        Samples(prompts=prompts)
+
+
+def test_splits_are_disjoint_across_sources(tmp_path):
+    one = write(tmp_path / "one.jsonl", [f"question {i}" for i in range(30)])
+    two = write(tmp_path / "two.jsonl", [f"question {i} " for i in range(20, 60)], column="q")
+    prompts = [{"source": one, "instruction": "Think."}, {"source": two, "column": "q", "share": 2}]
+    config = Samples(prompts=prompts, train=24, validation=6, test=9, instruction="")
+    splits = split_prompts(config, 0, byte_tokenizer())
+    texts = [p.text.strip() for group in splits.values() for p in group]
+    assert len(texts) == len(set(texts)) == 39
+    assert [sum(p.source == "one.jsonl" for p in splits[s]) for s in ("test", "validation", "train")] == [3, 2, 8]
+    larger = split_prompts(config.model_copy(update={"train": 40}), 0, byte_tokenizer())
+    assert larger["test"] == splits["test"] and larger["validation"] == splits["validation"]
+    with pytest.raises(CapreseError, match=r"one\.jsonl has 30 distinct prompts"):
+        split_prompts(config.model_copy(update={"test": 90}), 0)
+
+
+def test_self_needs_a_model():
+    with pytest.raises(CapreseError, match="written by the model"):
+        split_prompts(Samples(prompts="self"), 0)
+
+
+def chat_tokenizer():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def test_the_head_is_what_comes_before_a_users_text():
+    tokenizer = chat_tokenizer()
+    head = head_of(tokenizer, True)
+    assert tokenizer.decode(head.ids) == "<user>" and head.tail == "<end><assistant>" and head.ends == {1}
+    assert head_of(tokenizer, False).ids == [1]  # its only start token
+    assert head_of(byte_tokenizer(), True).tail == ""
+
+
+def test_what_cannot_be_asked_is_dropped_and_counted():
+    tokenizer = chat_tokenizer()
+    sieve = Sieve(tokenizer, head_of(tokenizer, True), frozenset({1}))
+
+    def draw(text, end=True):
+        return tokenizer(text, add_special_tokens=False).input_ids + [1] * end
+
+    long = "What is the best way to cook rice for a party of twenty people?"
+    assert sieve.take(draw(long)) == long
+    assert sieve.take(draw(long.replace("?", "!").upper())) is None
+    assert sieve.take(draw(" \n")) is None and sieve.take([]) is None
+    assert sieve.take(draw("How do", end=False)) is None
+    assert sieve.take(draw("no no no no no no no no no no no no no no no")) is None
+    assert sieve.take(draw("What is the capital of Peru?")) and sieve.take(draw("What is the capital of Chad?"))
+    assert sieve.counts == {"usable": 3, "like another": 1, "empty": 1, "cut off": 2, "repeats itself": 1}
+    assert str(sieve).startswith("3 of 8 prompts that the model wrote can be used (2 cut off, ")
+
+
+def test_own_prompts_follow_from_the_seed_and_go_on(tmp_path, monkeypatch):
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    config = Samples(prompts="self", self_tokens=24, batch_size=4)
+
+    def first(n, directory, seed=0):
+        writer = OwnPrompts(model, tokenizer, config, Shards(directory, OWN, {"seed": seed}, 4))
+        return [p.text for p in islice(writer(n), n)]
+
+    ten = first(10, tmp_path / "a")
+    assert first(4, tmp_path / "b") == ten[:4] and first(10, tmp_path / "c", seed=1) != ten
+    assert first(10, tmp_path / "b") == ten
+    monkeypatch.setattr("caprese.data_gen.generate.complete", None)  # all is there
+    assert first(10, tmp_path / "a") == ten
+
+
+def test_a_model_that_writes_too_little_is_named(tmp_path):
+    model, tokenizer = tiny_llama(), chat_tokenizer()
+    model.lm_head.weight.data.zero_()
+    model.lm_head.weight.data[1] = 0  # uniform: draws hardly ever end in time
+    writer = OwnPrompts(
+        model, tokenizer, Samples(prompts="self", self_tokens=2), Shards(tmp_path, OWN, {"seed": 0}, 64)
+    )
+    with pytest.raises(CapreseError, match=r"prompts `self`: \d+ of 1\d\d prompts that the model wrote can be used"):
+        list(writer(2))
+
+
+def test_samples_say_what_source_they_are_of(tmp_path):
+    file = write(tmp_path / "p.jsonl", [f"say {i}" for i in range(40)])
+    config = Samples(
+        prompts=f"{file}=0.5,self=0.5", train=8, validation=2, test=4, elsewhere=3, max_new_tokens=6, self_tokens=16,
+        shard_size=8,
+    )  # fmt: skip
+    made = make_samples(tiny_llama(), byte_tokenizer(), config, tmp_path / "samples", 0, {"a": "b"})
+    assert describe(made["train"])["sources"] == {"p.jsonl": 4, "self": 4}
+    assert {s.source for s in made[ELSEWHERE]} == {ELSEWHERE} and len(made[ELSEWHERE]) == 3
+    assert made == make_samples(tiny_llama(), byte_tokenizer(), config, tmp_path / "samples", 0, {"a": "b"})
+    assert {p.name for p in (tmp_path / "samples").iterdir()} >= {"self-00000.parquet", "elsewhere-00000.parquet"}
+    # others in their place, only where that is wanted
+    other = config.model_copy(update={"self_tokens": 12})
+    with pytest.raises(CapreseError, match="made with another self_tokens"):
+        make_samples(tiny_llama(), byte_tokenizer(), other, tmp_path / "samples", 0, {"a": "b"})
+    replaced = []
+    make_samples(tiny_llama(), byte_tokenizer(), other, tmp_path / "samples", 0, {"a": "b"}, lambda: replaced.append(1))
+    assert replaced
+
+
+def test_shards_without_sources_are_read(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from caprese.data_gen.shards import _digest
+
+    row = {"input_ids": [1, 2, 3], "prompt_length": 1, "prompt": "a", "completion": "b", "answer": None}
+    facts = {"caprese": json.dumps({"settings": {}, "sha256": _digest([row])})}
+    table = pa.Table.from_pylist([row])
+    pq.write_table(table.replace_schema_metadata(facts), tmp_path / "x.parquet")
+    assert read_shard(tmp_path / "x.parquet")[0].source == ""
+
+
+def test_prompts_of_elsewhere_are_never_trained_on(tmp_path):
+    from pathlib import Path
+
+    import caprese.data_gen as room
+
+    path = Path(room.__file__).with_name("elsewhere.jsonl")
+    texts = [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
+    assert len(texts) == len(set(texts)) == 60
+    file = write(tmp_path / "p.jsonl", [*texts[:5], *(f"say {i}" for i in range(20))])
+    config = Samples(prompts=file, train=12, validation=2, test=2, elsewhere=60, max_new_tokens=2, shard_size=64)
+    torch.manual_seed(0)
+    made = make_samples(tiny_llama(), byte_tokenizer(), config, tmp_path / "samples", 0, {"a": "b"})
+    trained = {s.prompt for split in ("train", "validation", "test") for s in made[split]}
+    assert not trained & set(texts) and len(made[ELSEWHERE]) == 60
