@@ -17,6 +17,7 @@ from caprese.distill.batches import Batch, Context, completion_hidden, lm_logits
 from caprese.distill.checkpoints import Checkpoints
 from caprese.distill.descend import Course, Descent, descend
 from caprese.distill.losses import CHUNK, hidden_kl, hidden_mse, kl_divergence
+from caprese.distill.precision import exact_products
 from caprese.efficient_methods import dense
 from caprese.models import device_of
 
@@ -68,14 +69,15 @@ class HeldOut:
     def kl(self) -> float:
         """KL(dense || student) per completion token."""
         total, tokens = 0.0, 0
-        for index in range(len(self.teacher.batches)):
-            batch, cache, target = self.teacher[index]
-            hidden = completion_hidden(self.model, batch, cache)
-            for start in range(0, len(hidden), CHUNK):
-                part = slice(start, start + CHUNK)
-                student, teacher = lm_logits(self.model, hidden[part]), lm_logits(self.model, target[part])
-                total += float(kl_divergence(student, teacher).sum(dtype=torch.float64))
-            tokens += batch.tokens
+        with exact_products(device_of(self.model)):
+            for index in range(len(self.teacher.batches)):
+                batch, cache, target = self.teacher[index]
+                hidden = completion_hidden(self.model, batch, cache)
+                for start in range(0, len(hidden), CHUNK):
+                    part = slice(start, start + CHUNK)
+                    student, teacher = lm_logits(self.model, hidden[part]), lm_logits(self.model, target[part])
+                    total += float(kl_divergence(student, teacher).sum(dtype=torch.float64))
+                tokens += batch.tokens
         return total / max(1, tokens)
 
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from caprese.distill.batches import Batch, completion_hidden, prefill
+from caprese.distill.precision import exact_products
 from caprese.efficient_methods import EfficientFFN, applied_ffns
 from caprese.models import device_of
 
@@ -72,8 +73,9 @@ class Moments:
         self.n += len(x)
         self.x += x.sum(0, dtype=torch.float64)
         self.e += e.sum(0, dtype=torch.float64)
-        self.xx += (x.T @ x).double()
-        self.xe += (x.T @ e).double()
+        with exact_products(x.device):
+            self.xx += (x.T @ x).double()
+            self.xe += (x.T @ e).double()
         self.ee += e.square().sum(dtype=torch.float64)
         self.yy += y.float().square().sum(dtype=torch.float64)
 

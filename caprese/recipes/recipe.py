@@ -59,6 +59,9 @@ class Recipe(BaseModel):
     """rank auto: adapter parameters as a fraction of the base."""
     bias: bool = False
     """Also learn a bias on each branch; it costs nothing at inference."""
+    autocast: bool = False
+    """Sampling and training multiply in bfloat16 where this machine is faster at it, which is measured when a run
+    begins, and the model is in float32; what is measured of the result is not."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     output: str = "out"
     """Directory for the result; a rerun goes on there."""

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from caprese.adapters import fingerprint, save
 from caprese.data_gen import ELSEWHERE, VERSION, make_samples
 from caprese.distill import Distillation, fit
+from caprese.distill.precision import is_quicker, kept_casts, quick_products
 from caprese.efficient_methods import Method, apply, facts_of, remove, stand_ins
 from caprese.evaluation import evaluate
 from caprese.files import check_writable
@@ -66,7 +67,8 @@ def recover(
         return finished
     run.claim(overwrite)
 
-    with run.stage("samples") as stage:
+    quick = recipe.autocast and run.once("precision", lambda: ({}, {"quick": is_quicker(model)}))[1]["quick"]
+    with run.stage("samples") as stage, quick_products(model, quick), kept_casts(model, quick):
         replacing = run.unmark if overwrite else None
         samples = make_samples(model, tokenizer, recipe.samples, out / "samples", run.seed, prints, replacing)
         stage.update(note=", ".join(f"{len(samples[split])} {split}" for split in ("train", "validation", "test")))
@@ -83,7 +85,8 @@ def recover(
         say(f"stand-ins start without the {', '.join(lost)} of what they replace")
     try:
         distillation = Distillation(recipe.branches, recipe.alignment, recipe.layerwise, recipe.end_to_end)
-        fitted = fit(model, samples["train"], samples["validation"], distillation, run)
+        with quick_products(model, quick):
+            fitted = fit(model, samples["train"], samples["validation"], distillation, run)
         adapted = fitted.model
         with run.stage("evaluation") as stage:
             settings = {"seed": run.seed, "identity": run.identity}
