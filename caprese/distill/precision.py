@@ -37,10 +37,8 @@ def is_quicker(model: nn.Module, tries: int = 5) -> bool:
 @contextmanager
 def quick_products(model: nn.Module, on: bool) -> Iterator[None]:
     """Inside, linear layers of a float32 model multiply in bfloat16, and sums and what is trained stay in float32."""
-    if not on:
-        yield
-        return
-    with torch.autocast(device_of(model).type, torch.bfloat16):
+    # no cast is kept: after an optimiser step it would be that of the weights before
+    with torch.autocast(device_of(model).type, torch.bfloat16, enabled=on, cache_enabled=False):
         yield
 
 
@@ -53,7 +51,8 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def kept_casts(model: nn.Module, on: bool) -> Iterator[None]:
-    """Inside, and without gradients, weights are cast once and not at every step: half as much memory again.
+    """As `quick_products`, without gradients: weights are cast once and not at every step, for half as much memory
+    again.
 
     Autocast keeps the casts of parameters that could be trained, and of no others.
     """
@@ -61,7 +60,8 @@ def kept_casts(model: nn.Module, on: bool) -> Iterator[None]:
     for parameter in frozen:
         parameter.requires_grad_(True)
     try:
-        yield
+        with torch.autocast(device_of(model).type, torch.bfloat16, enabled=on):
+            yield
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)

@@ -68,7 +68,7 @@ def recover(
     run.claim(overwrite)
 
     quick = recipe.autocast and run.once("precision", lambda: ({}, {"quick": is_quicker(model)}))[1]["quick"]
-    with run.stage("samples") as stage, quick_products(model, quick), kept_casts(model, quick):
+    with run.stage("samples") as stage, kept_casts(model, quick):
         replacing = run.unmark if overwrite else None
         samples = make_samples(model, tokenizer, recipe.samples, out / "samples", run.seed, prints, replacing)
         stage.update(note=", ".join(f"{len(samples[split])} {split}" for split in ("train", "validation", "test")))
