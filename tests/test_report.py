@@ -17,7 +17,9 @@ from caprese.progress import show
 from caprese.report.card import render_card
 from caprese.report.html import render_html
 from caprese.report.plots import plot_names, plot_uris, write_plots
+from caprese.report.sources import source_warning
 from caprese.report.summary import portable, summary_lines, summary_table
+from caprese.report.tables import describe_recovery
 
 LAYERS = list(range(30))
 VOID = {"meta", "img", "source", "br", "hr", "link", "input"}
@@ -342,3 +344,43 @@ def test_terminal_lines(report: dict[str, Any]) -> None:
     assert "1,935,360 parameters (1.44% of the base)" in text
     assert "0.76 (byte floor 0.72)" in text
     assert "end_to_end 1 h 10 min (not kept)" in text
+
+
+def by_source(**fractions: float) -> dict[str, Any]:
+    """A report's `sources` with these parts recovered."""
+    return {
+        name.replace("_", ":", 1): {
+            "samples": 24,
+            "quality": {"dense": {"kl": 0.0}, "efficient": {"kl": 2.0}, "recovered": {"kl": 2.0 * (1 - fraction)}},
+            "recovered_fraction": fraction,
+        }
+        for name, fraction in fractions.items()
+    }
+
+
+def test_every_kind_of_prompts_is_said(report: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    report["sources"] = by_source(gym_gsm_symbolic=0.7, self=0.5, elsewhere=0.45)
+    page, card = render_html(report), render_card(report)
+    assert "| gym:gsm_symbolic | 24 | 2.0000 | 0.6000 | 70% |" in card and "| elsewhere | 24 | 2.0000 | 1.1000 | 45% |" in card
+    assert "By kind of prompts" in page and "<td>45%</td>" in page
+    assert "(45% in KL elsewhere)" in card
+    show(report, False, describe_recovery)
+    shown = capsys.readouterr().out
+    assert "elsewhere" in shown and "45%" in shown
+    assert source_warning(report) is None
+
+
+@pytest.mark.parametrize(
+    ("elsewhere", "says"),
+    [(0.3, "on its own kinds 75%"), (-0.1, "makes it worse"), (0.38, None)],
+)
+def test_too_little_elsewhere_is_warned_of(report: dict[str, Any], elsewhere: float, says: str | None) -> None:
+    report["sources"] = by_source(self=0.75, elsewhere=elsewhere)
+    warning = source_warning(report)
+    assert (warning is None) == (says is None) and (says is None or says in str(warning))
+    for text in (render_html(report), render_card(report)):
+        assert (says or "distil on more kinds") in text or says is None
+
+
+def test_a_report_without_kinds_has_no_such_table(report: dict[str, Any]) -> None:
+    assert "By kind of prompts" not in render_html(report) and "elsewhere" not in render_card(report)

@@ -218,7 +218,7 @@ class OwnPrompts:
 
     def _draws(self, head: Head) -> Iterator[Sequence[int]]:
         """What it writes, without end, shard by shard; every process of a distributed run makes its share."""
-        update = {"temperature": self.config.self_temperature, "top_p": 1.0, "max_new_tokens": self.config.self_tokens}
+        update = {"temperature": self.config.self_temperature, "max_new_tokens": self.config.self_tokens}
         config, world = self.config.model_copy(update=update), PartialState()
         begin = [Prompt("", ids=head.ids)] * self.shards.size
         for first in count(0, world.num_processes):

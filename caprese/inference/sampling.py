@@ -23,6 +23,8 @@ def in_nucleus(logits: torch.Tensor, temperature: float, top_p: float) -> tuple[
     of the mass; what is outside it has probability 0."""
     scores = logits.float() / temperature
     total = scores.logsumexp(-1, keepdim=True)
+    if top_p >= 1:  # nothing is outside it, and nothing need be sorted
+        return (scores - total).exp(), torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
     top, index = scores.topk(min(_HEAD, scores.shape[-1]))
     probabilities = (top - total).exp()
     if top.shape[-1] < scores.shape[-1] and (probabilities.sum(-1) < top_p).any():  # flat: sort it all
