@@ -361,7 +361,10 @@ def by_source(**fractions: float) -> dict[str, Any]:
 def test_every_kind_of_prompts_is_said(report: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     report["sources"] = by_source(gym_gsm_symbolic=0.7, self=0.5, elsewhere=0.45)
     page, card = render_html(report), render_card(report)
-    assert "| gym:gsm_symbolic | 24 | 2.0000 | 0.6000 | 70% |" in card and "| elsewhere | 24 | 2.0000 | 1.1000 | 45% |" in card
+    assert (
+        "| gym:gsm_symbolic | 24 | 2.0000 | 0.6000 | 70% |" in card
+        and "| elsewhere | 24 | 2.0000 | 1.1000 | 45% |" in card
+    )
     assert "By kind of prompts" in page and "<td>45%</td>" in page
     assert "(45% in KL elsewhere)" in card
     show(report, False, describe_recovery)

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from itertools import islice
 
 import pytest
 import torch
 
 import caprese
+from caprese.data_gen import OWN, OwnPrompts, Samples, Shards
 from caprese.recipes import resolve_recipe
 
 
@@ -42,6 +44,16 @@ def test_unequal_prompts_in_a_batch_get_the_tokens_they_get_alone(smollm2):
         caprese.remove(model)
 
 
+def test_it_writes_prompts_of_its_own(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    config = Samples(prompts="self", self_tokens=48, batch_size=16)
+    writer = OwnPrompts(model, tokenizer, config, Shards(tmp_path, OWN, {"seed": 0}, 16))
+    texts = [prompt.text for prompt in islice(writer(8), 8)]
+    assert len(set(texts)) == 8 and all("<|im_" not in text for text in texts)
+    assert sum(len(text.split()) > 4 for text in texts) >= 7
+    assert writer.sieve.counts["usable"] >= 0.4 * writer.sieve.counts.total()
+
+
 @pytest.mark.parametrize(("method", "sparsity"), [("griffin", 0.5), ("cats", 0.7)])
 def test_recover(smollm2, hub, tmp_path, method, sparsity):
     model, tokenizer = smollm2
@@ -50,15 +62,24 @@ def test_recover(smollm2, hub, tmp_path, method, sparsity):
         method=method,
         sparsity=sparsity,
         output=str(tmp_path / "out"),
-        samples={"train": 12, "validation": 4, "test": 4, "max_new_tokens": 40, "shard_size": 16},
+        samples={
+            "prompts": "gym:gsm_symbolic",
+            "train": 12,
+            "validation": 4,
+            "test": 4,
+            "max_new_tokens": 40,
+            "elsewhere": 3,
+            "shard_size": 16,
+        },
         end_to_end={"epochs": 1, "learning_rate": 1e-3, "batch_size": 4, "micro_batch": 4},
         evaluation={"generate": False, "latency_tokens": 8},
     )
     report = caprese.recover(model, tokenizer, recipe)
     quality = report["quality"]
     assert report["parameters"]["fraction"] < 0.01
-    # a twelfth of the demo's samples already gives a good part back
+    # a few samples already give a good part back
     assert report["recovered_fraction"]["kl"] > 0.25
+    assert report["sources"].keys() == {"gym:gsm_symbolic", "elsewhere"}
     assert quality["recovered"]["top1_agreement"] > quality["efficient"]["top1_agreement"]
     better = sum(row["recovered"] < row["efficient"] for row in report["layers_error"])
     assert better >= 28
