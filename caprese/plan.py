@@ -76,7 +76,7 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
         reads = replace(reads, spared=reads.dense - int(recipe.target_active * reads.dense))
     base, dense, stand_ins, adapter = reads.base, reads.dense, reads.stand_ins, reads.adapter
     s = recipe.samples
-    rows = s.train + s.validation + s.test
+    rows = s.train + s.validation + s.test + s.elsewhere
     completion, prompt = rows * s.max_new_tokens, rows * _PROMPT_TOKENS
     rate = 0.5 * _flops_per_second(torch.device(device), dtype)
     forward = 2 * dense  # FLOPs of a token

@@ -113,6 +113,7 @@ def info(
         "base_revision": sidecar.base.revision,
         "method": method,
         "reselect_every": sidecar.reselect_every,
+        "prefill": sidecar.prefill,
         "rank": ranks[0] if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
         "caprese_version": sidecar.caprese_version,
         "needs": needs,

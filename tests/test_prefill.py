@@ -135,3 +135,20 @@ def test_an_exported_checkpoint_is_measured_as_it_runs(tmp_path):
     assert found["one"]["kl"] == pytest.approx(own["kl"], rel=1e-3) and own["kl"] > 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "## Fidelity" in card and f"| one | 5 | {own['kl']:.4f} |" in card
+
+
+def test_what_is_applied_otherwise_is_refused(tmp_path):
+    caprese.save(applied("efficient"), tmp_path / "efficient")
+    caprese.save(applied("dense"), tmp_path / "dense")
+    loaded = caprese.load(tiny_llama(), tmp_path / "efficient")
+    caprese.remove(loaded)
+    model = applied("dense", adapter=False)
+    known = Adapter.open(tmp_path / "dense").calibration()
+    caprese.remove(model)
+    model = caprese.apply(tiny_llama(), STATIC, calibration=known, prefill="efficient")
+    with pytest.raises(caprese.CapreseError, match="prompts run efficient on this model, and dense for"):
+        caprese.load(model, tmp_path / "dense")
+
+
+def test_reselection_of_a_recipe_goes_where_nothing_runs_dense_again():
+    assert caprese.resolve_recipe("reasoner-tiny", method="static:0.3", prefill="efficient").reselect_every is None

@@ -105,7 +105,7 @@ def chat_tokenizer():
 def test_the_head_is_what_comes_before_a_users_text():
     tokenizer = chat_tokenizer()
     head = head_of(tokenizer, True)
-    assert tokenizer.decode(head.ids) == "<user>" and head.tail == "<end><assistant>" and head.ends == {1}
+    assert tokenizer.decode(head.ids) == "<user>" and head.tail == "<end>" and head.ends == {1}
     assert head_of(tokenizer, False).ids == [1]  # its only start token
     assert head_of(byte_tokenizer(), True).tail == ""
 
@@ -201,3 +201,39 @@ def test_prompts_of_elsewhere_are_never_trained_on(tmp_path):
     made = make_samples(tiny_llama(), byte_tokenizer(), config, tmp_path / "samples", 0, {"a": "b"})
     trained = {s.prompt for split in ("train", "validation", "test") for s in made[split]}
     assert not trained & set(texts) and len(made[ELSEWHERE]) == 60
+
+
+def test_a_source_whose_share_is_too_small_for_a_prompt(tmp_path):
+    from caprese.data_gen import draw_prompts
+
+    (drawn,) = draw_prompts(Samples(prompts="chains:distil=0.35,gym:leg_counting=0.65"), [1], 0)
+    assert [len(each) for each in drawn] == [0, 1]
+    assert len(read_sources(",".join(f"gym:{'x' * 20}{i}=0.05" for i in range(20)))) == 20  # longer than a file's name
+
+
+def test_samples_of_other_prompts_are_not_taken_for_these(tmp_path):
+    """Sizes of the splits are no setting, but they change which prompts a shard has."""
+    file = write(tmp_path / "p.jsonl", [f"say {i}" for i in range(60)])
+    config = Samples(prompts=file, train=16, validation=2, test=4, elsewhere=0, max_new_tokens=4, shard_size=8)
+    made = make_samples(tiny_llama(), byte_tokenizer(), config, tmp_path / "samples", 0, {"a": "b"})
+    shifted = config.model_copy(update={"test": 6})
+    with pytest.raises(CapreseError, match="made with another"):
+        make_samples(tiny_llama(), byte_tokenizer(), shifted, tmp_path / "samples", 0, {"a": "b"})
+    anew = make_samples(tiny_llama(), byte_tokenizer(), shifted, tmp_path / "samples", 0, {"a": "b"}, lambda: None)
+    asked = {split: {s.prompt for s in rows} for split, rows in anew.items()}
+    assert not asked["test"] & asked["train"] and len(asked["train"]) == 16
+    assert made["train"][0].prompt in asked["validation"]
+
+
+def test_a_mark_that_is_not_said_to_be_special_ends_a_prompt():
+    from tokenizers import AddedToken
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<assistant>", special=False)])
+    tokenizer.chat_template = "<user>{{ messages[0].content }}<assistant><think>"
+    head = head_of(tokenizer, True)
+    (mark,) = tokenizer("<assistant>", add_special_tokens=False).input_ids
+    assert head.ends == {mark} and head.tail == "<assistant>"
+    sieve = Sieve(tokenizer, head, frozenset({1}))
+    ids = tokenizer("How old is the moon?", add_special_tokens=False).input_ids
+    assert sieve.take([*ids, mark]) == "How old is the moon?"

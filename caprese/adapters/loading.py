@@ -76,8 +76,12 @@ def load(
             "this model has what another adapter trained in place of its parts; caprese.remove(model) first"
         )
     if applied:
+        if phases_of(base).prefill != prefill:
+            raise CapreseError(
+                f"prompts run {phases_of(base).prefill} on this model, and {prefill} for {adapter}; "
+                "caprese.remove(model) first"
+            )
         phases_of(base).reselect(every)
-        phases_of(base).run_prompts(prefill)
     else:
         apply(base, methods, calibration=calibration, reselect_every=every, prefill=prefill)
     try:

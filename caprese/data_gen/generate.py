@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from caprese.data_gen.sources import OWN, Source, interleave, share_out
 from caprese.errors import CapreseError
 from caprese.inference.generate import completions, ends_of, generate
 from caprese.inference.sampling import nucleus
-from caprese.models import check_context, device_of
+from caprese.models import check_context, device_of, unwrap
 from caprese.progress import bar, say
 
 SPLITS = ("test", "validation", "train")
@@ -93,7 +95,10 @@ def draw_prompts(
     for number, one in enumerate(sources):
         wanted = [size[number] for size in sizes]
         encode = None if tokenizer is None else config.encode(tokenizer, one)
-        if one.source == OWN:
+        found: list[Prompt] = []
+        if not sum(wanted):  # a small share of few
+            pass
+        elif one.source == OWN:
             if own is None:
                 raise CapreseError("prompts `self` are written by the model, which is not there; give others")
             found, _ = distinct(own(sum(wanted)), sum(wanted), known, encode)
@@ -165,9 +170,9 @@ def make_samples(
                     path.unlink()
             PartialState().wait_for_everyone()
 
-    make_room(shards[OWN].foreign())
-    other = load_elsewhere(config, tokenizer)
     writer = OwnPrompts(model, tokenizer, config, shards[OWN])
+    make_room(writer.foreign())
+    other = load_elsewhere(config, tokenizer, model)
     prompts = split_prompts(config, seed, tokenizer, writer, [prompt.text for prompt in other])
     if writer.sieve is not None:
         say(f"self: {writer.sieve}")
@@ -175,18 +180,27 @@ def make_samples(
         prompts[ELSEWHERE] = other
     for asked in prompts.values():
         check_context(model, [p.text for p in asked], [p.ids for p in asked], config.max_new_tokens)
-    make_room(path for split in (*SPLITS, ELSEWHERE) for path in shards[split].foreign(len(prompts.get(split, ()))))
+    make_room(
+        path
+        for split in (*SPLITS, ELSEWHERE)
+        for path in shards[split].foreign([p.ids for p in prompts.get(split, ())])
+    )
     with bar("1/4 samples", sum(len(p) for p in prompts.values()), "samples") as advance:
         return {s: complete_in_shards(model, tokenizer, p, config, shards[s], advance) for s, p in prompts.items()}
 
 
-def load_elsewhere(config: Samples, tokenizer: PreTrainedTokenizerBase, exclude: Collection[str] = ()) -> list[Prompt]:
-    """Prompts of kinds that no recipe trains on, always the same ones."""
+def load_elsewhere(
+    config: Samples, tokenizer: PreTrainedTokenizerBase, model: nn.Module, exclude: Collection[str] = ()
+) -> list[Prompt]:
+    """Prompts of kinds that no recipe trains on, always the same ones, as far as the model's context takes them."""
     if not config.elsewhere:
         return []
     encode = config.encode(tokenizer, _ELSEWHERE)
-    found = load_prompts(_ELSEWHERE.source, config.elsewhere, 0, exclude=exclude, encode=encode)
-    return [replace(prompt, source=ELSEWHERE) for prompt in found]
+    rows = load_prompts(_ELSEWHERE.source, config.elsewhere, 0)
+    found, _ = distinct(rows, config.elsewhere, exclude, encode)
+    context = getattr(unwrap(model).config, "max_position_embeddings", None)
+    fitting = [p for p in found if not context or len(p.ids) + config.max_new_tokens <= context]
+    return [replace(prompt, source=ELSEWHERE) for prompt in fitting]
 
 
 class OwnPrompts:
@@ -206,35 +220,46 @@ class OwnPrompts:
         Raises:
             CapreseError: the model writes too few that can be used, or the tokenizer has nothing to begin with.
         """
-        head = head_of(self.tokenizer, self.config.chat_template)
-        self.sieve = sieve = Sieve(self.tokenizer, head, ends_of(self.model, self.tokenizer))
+        self.sieve = sieve = Sieve(self.tokenizer, self.head, ends_of(self.model, self.tokenizer))
         with bar("1/4 prompts", count, "prompts") as advance:
-            for draw in self._draws(head):
+            for draw in self._draws():
                 text = sieve.take(draw)
                 if text is not None:
                     advance(1)
                     yield Prompt(text)
                 sieve.check(count)
 
-    def _draws(self, head: Head) -> Iterator[Sequence[int]]:
+    @cached_property
+    def head(self) -> Head:
+        return head_of(self.tokenizer, self.config.chat_template)
+
+    def foreign(self) -> list[Path]:
+        """Draws that are kept and were made with other settings."""
+        kept = [
+            int(path.stem.rpartition("-")[2]) for path in self.shards.directory.glob(f"{OWN}-{'[0-9]' * 5}.parquet")
+        ]
+        return self.shards.foreign([self.head.ids] * self.shards.size * (max(kept) + 1)) if kept else []
+
+    def _draws(self) -> Iterator[Sequence[int]]:
         """What it writes, without end, shard by shard; every process of a distributed run makes its share."""
         update = {"temperature": self.config.self_temperature, "max_new_tokens": self.config.self_tokens}
         config, world = self.config.model_copy(update=update), PartialState()
-        begin = [Prompt("", ids=head.ids)] * self.shards.size
+        begin = [Prompt("", ids=self.head.ids)] * self.shards.size
+        made_with = self.shards.made_with([self.head.ids] * self.shards.size)
         for first in count(0, world.num_processes):
             wave = range(first, first + world.num_processes)
             path = self.shards.path(mine := wave[world.process_index])
             if not path.exists():
-                _make_shard(self.model, self.tokenizer, begin, config, self.shards, mine, head.ends)
+                _make_shard(self.model, self.tokenizer, begin, config, self.shards, mine, self.head.ends)
             world.wait_for_everyone()
             for number in wave:
-                made_with = self.shards.made_with(slice(0, self.shards.size))
                 yield from (sample.completion_ids for sample in read_shard(self.shards.path(number), made_with))
 
 
 def public_name(source: str) -> str:
-    """A source as it may be shown: of a local path only the last part."""
-    return Path(source).name if Path(source).exists() else source
+    """A source as it may be shown: of a local path only the last part, which is not `elsewhere`."""
+    name = os.path.basename(source) if os.path.exists(source) else source
+    return f"./{name}" if name == ELSEWHERE else name
 
 
 def trained_prompts(directory: Path) -> set[str]:
@@ -270,7 +295,8 @@ def complete_in_shards(
         elif number % world.num_processes == world.process_index:
             _make_shard(model, tokenizer, prompts[chunk], config, shards, number, advance=advance)
     world.wait_for_everyone()
-    return [s for number, chunk in enumerate(chunks) for s in read_shard(shards.path(number), shards.made_with(chunk))]
+    made_with = [shards.made_with([p.ids for p in prompts[chunk]]) for chunk in chunks]
+    return [s for number, facts in enumerate(made_with) for s in read_shard(shards.path(number), facts)]
 
 
 def _make_shard(
@@ -291,7 +317,7 @@ def _make_shard(
         Sample(ids + new, len(ids), p.text, str(tokenizer.decode(new, skip_special_tokens=True)), p.answer, p.source)
         for p, ids, new in zip(prompts, encoded, completions, strict=True)
     ]
-    write_shard(shards.path(number), rows, shards.made_with(slice(0, len(prompts))))
+    write_shard(shards.path(number), rows, shards.made_with(encoded))
 
 
 def describe(samples: list[Sample]) -> dict[str, Any]:

@@ -49,11 +49,10 @@ def head_of(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> Head:
         ids = list(tokenizer(before, add_special_tokens=False).input_ids)
         after = after.strip()
         following = tokenizer(after, add_special_tokens=False).input_ids[:1] if after else []
-        special = set(tokenizer.all_special_ids) | {
-            i for i, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
+        marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}  # not all of them are said to be special
         if ids:
-            return Head(ids, frozenset(following) & special, re.split(r"\s", after)[0])
+            mark = frozenset(following) & marks
+            return Head(ids, mark, str(tokenizer.decode(following)) if mark else re.split(r"\s", after)[0])
     ids = encode_text(tokenizer, "")
     start = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]
     if not ids and not start:
@@ -118,7 +117,8 @@ class Sieve:
             words = text.split()
             return " ".join(words[: 4 + self.counts.total() % 29]), None
         inside, found, _ = text.partition(self.head.tail)
-        special = [token for token in self.tokenizer.all_special_tokens if token and token in inside]
+        known = {*self.tokenizer.all_special_tokens, *map(str, self.tokenizer.added_tokens_decoder.values())}
+        special = [token for token in known if token.strip() and token in inside]
         if not (ended or found):
             return inside, "cut off"
         return inside.strip(), "broken" if special or broken(inside) or "\N{REPLACEMENT CHARACTER}" in inside else None

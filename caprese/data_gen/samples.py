@@ -62,7 +62,7 @@ class Samples(BaseModel):
         return tuple(
             Source(
                 source=one.source,
-                share=one.share / total,
+                share=round(one.share / total, 9),
                 column=self.column if one.column is None else one.column,
                 instruction=instruction[one] if one.instruction is None else one.instruction,
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,20 +134,19 @@ class Shards:
         """Which of `count` samples each shard holds."""
         return [slice(at, min(at + self.size, count)) for at in range(0, count, self.size)]
 
-    def made_with(self, chunk: slice) -> dict[str, Any]:
-        """What is written into the shard of `chunk`."""
-        return {**self.settings, "rows": chunk.stop - chunk.start}
+    def made_with(self, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """What is written into the shard that completes these prompts, as token ids."""
+        asked = hashlib.sha256(json.dumps([list(ids) for ids in prompts]).encode()).hexdigest()[:32]
+        return {**self.settings, "rows": len(prompts), "prompts": asked}
 
-    def foreign(self, count: int | None = None) -> list[Path]:
-        """Those that are not what would be made of `count` samples; None: of any number."""
+    def foreign(self, prompts: Sequence[Sequence[int]]) -> list[Path]:
+        """Those that are not what would be made of these prompts."""
         found = []
         paths = sorted(self.directory.glob(f"{self.name}-{'[0-9]' * 5}.parquet"))
         numbers = [int(path.stem.rpartition("-")[2]) for path in paths]
-        if count is None:
-            count = self.size * (1 + max(numbers, default=0))
-        chunks = dict(enumerate(self.chunks(count)))
+        chunks = dict(enumerate(self.chunks(len(prompts))))
         for path, number in zip(paths, numbers, strict=True):
             chunk = chunks.get(number)
-            if chunk is None or shard_settings(path) != self.made_with(chunk):
+            if chunk is None or shard_settings(path) != self.made_with(prompts[chunk]):
                 found.append(path)
         return found

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -71,7 +71,7 @@ def _named(one: Any) -> Any:
 
 def _split(line: str) -> list[dict[str, Any]]:
     """The sources of a line; a file whose name holds a comma or an equals sign is one source."""
-    if Path(line).exists():
+    if os.path.exists(line):  # unlike pathlib's, it takes any string
         return [{"source": line}]
     found = []
     for part in line.split(","):

@@ -1,7 +1,7 @@
 """Stage 3: all branches together, against the dense model's own output.
 
-Prompt tokens dense, completion tokens efficient; base weights frozen. The teacher is the same model with transforms
-off.
+Prompt tokens dense (unless they run efficient, too), completion tokens efficient; base weights frozen. The teacher is
+the same model with transforms off.
 """
 
 from __future__ import annotations

@@ -289,8 +289,8 @@ def phases(
 ) -> Iterator[None]:
     """Say which tokens are prompt (dense) and which completion (efficient), for passes that hold both.
 
-    Inside, token i of sequence b (pads not counted) is prompt if i < prompt_lengths[b]. With a KV cache, tokens
-    already in it count, so prompt and completion may also come in two passes.
+    Inside, token i of sequence b (pads not counted) is prompt if i < prompt_lengths[b], unless prompts run efficient.
+    With a KV cache, tokens already in it count, so prompt and completion may also come in two passes.
 
     Args:
         prompt_lengths: one length per sequence, in tokens; 0 where the method needs no prompt.

@@ -34,7 +34,7 @@ def checkpoint_fidelity(
         checkpoint: loaded by transformers alone, in the dense model's type.
         prompts: by kind, with their token ids.
 
-    Returns: by kind, {"samples", "kl", "top1_agreement", "perplexity"}.
+    Returns: by kind that has answers of more than one token, {"samples", "kl", "top1_agreement", "perplexity"}.
     """
     base: Any = unwrap(model)
     written: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=base.dtype)
@@ -57,7 +57,8 @@ def checkpoint_fidelity(
                     tally.add(_logits(written, at), _logits(model, at), at.predicted)
                 samples += len(answered)
                 advance(len(rows))
-            found[kind] = {"samples": samples, **tally.figures()}
+            if samples:
+                found[kind] = {"samples": samples, **tally.figures()}
     return found
 
 

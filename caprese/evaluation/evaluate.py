@@ -182,11 +182,13 @@ def held_out_prompts(
         CapreseError: bad prompts, or prompts that do not fit the context.
     """
     with tempfile.TemporaryDirectory(prefix="caprese-") as scratch:
-        writer = OwnPrompts(model, tokenizer, samples, Shards(Path(scratch), OWN, {"seed": seed}, samples.shard_size))
+        # no more at once than are wanted, and none that the job drew
+        size = min(samples.shard_size, max(samples.batch_size, samples.test))
+        writer = OwnPrompts(model, tokenizer, samples, Shards(Path(scratch), OWN, {"seed": [seed, "held out"]}, size))
         (drawn,) = draw_prompts(samples, [samples.test], seed, tokenizer, writer, exclude)
     asked = {
         "test": interleave([each for each in drawn if each]),
-        ELSEWHERE: load_elsewhere(samples, tokenizer, exclude),
+        ELSEWHERE: load_elsewhere(samples, tokenizer, model, exclude),
     }
     for prompts in asked.values():
         check_context(model, [p.text for p in prompts], [p.ids for p in prompts], samples.max_new_tokens)

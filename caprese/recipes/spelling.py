@@ -72,6 +72,8 @@ def override(raw: Mapping[str, Any], over: Mapping[str, Any]) -> tuple[dict[str,
         said += [facts.get("sparsity") for facts in parse_methods(line)]
     if any(each not in (None, "auto") for each in said):  # a number in place of what was to be measured
         raw = {key: value for key, value in raw.items() if key not in TARGETS}
+    if over.get("prefill") == "efficient":  # where nothing runs dense again
+        raw = {key: value for key, value in raw.items() if key != "reselect_every"}
     if "methods" in over:
         raw = {key: value for key, value in raw.items() if key not in (*SPELLED, "methods")}
     elif line is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from caprese.adapters import Adapter
-from caprese.data_gen import ELSEWHERE, OWN, Prompt, Samples, draw_prompts, interleave, name_of
+from caprese.data_gen import OWN, Prompt, Samples, draw_prompts, interleave, name_of
 from caprese.efficient_methods import facts_of, phases_of
 from caprese.errors import CapreseError
 from caprese.evaluation import Evaluation, checkpoint_fidelity, environment, held_out_prompts, measure, variant
@@ -42,6 +43,8 @@ def _asked(samples: Samples, given: Mapping[str, Any], source: str) -> Samples:
     new = {key: value for key, value in given.items() if value is not None}
     if "prompts" in new:  # another file has columns of its own
         new.setdefault("column", Samples.model_fields["column"].default)
+    elif "column" in new:
+        new["prompts"] = [one.model_copy(update={"column": None}) for one in samples.prompts]
     try:
         return samples.model_validate(samples.model_dump() | new)
     except ValidationError as error:
@@ -142,21 +145,24 @@ def export_adapter(
     opened = Adapter.open(adapter)
     base, tokenizer = opened.load_base(model, device=device)
     lm = load(base, opened)
-    measure = None
+    by_kind: dict[str, list[Prompt]] = {}
     if prompts:
         samples, trained = beside(opened)
-
-        def measure(checkpoint: Path) -> dict[str, Any]:
-            size = {"test": prompts * len(samples.prompts), "elsewhere": min(prompts, samples.elsewhere)}
+        size = {"test": prompts * len(samples.prompts), "elsewhere": min(prompts, samples.elsewhere)}
+        try:
             with variant(lm, "dense"):
                 asked = held_out_prompts(lm, tokenizer, samples.model_copy(update=size), 1, trained)
-            by_kind: dict[str, list[Prompt]] = {}
-            for prompt in (*asked["test"], *asked[ELSEWHERE]):
-                by_kind.setdefault(prompt.source, []).append(prompt)
-            return checkpoint_fidelity(lm, tokenizer, checkpoint, by_kind)
+        except CapreseError as error:  # a file or dataset of whoever made it
+            say((f"what is exported is not measured: {error}", "yellow"))
+            asked = {}
+        for prompt in chain.from_iterable(asked.values()):
+            by_kind.setdefault(prompt.source, []).append(prompt)
+
+    def measure(checkpoint: Path) -> dict[str, Any]:
+        return checkpoint_fidelity(lm, tokenizer, checkpoint, by_kind)
 
     report = opened.report() or {}
-    facts = export(lm, tokenizer, to, measure=measure, **how)
+    facts = export(lm, tokenizer, to, measure=measure if by_kind else None, **how)
     known = ((report.get("quality") or {}).get("recovered") or {}).get("kl")
     if phases_of(lm).prefill == "dense":
         say(
@@ -186,6 +192,8 @@ class Sampling:
 
 def _over(opened: Adapter, sampling: Sampling) -> list[Contender]:
     refused = next((why for method in opened.methods if (why := method.no_reselection)), None)
+    if opened.sidecar.prefill == "efficient":
+        refused = "the prompts of this adapter run through what is left, and reselection runs tokens dense"
     if refused and sampling.reselect_every:
         raise CapreseError(f"{refused}; leave out `reselect_every`")
     every = sampling.reselect_every

@@ -70,7 +70,8 @@ def recover(
     quick = recipe.autocast and run.once("precision", lambda: ({}, {"quick": is_quicker(model)}))[1]["quick"]
     with run.stage("samples") as stage, kept_casts(model, quick):
         replacing = run.unmark if overwrite else None
-        samples = make_samples(model, tokenizer, recipe.samples, out / "samples", run.seed, prints, replacing)
+        made_by = {**prints, **({"products": "bfloat16"} if quick else {})}
+        samples = make_samples(model, tokenizer, recipe.samples, out / "samples", run.seed, made_by, replacing)
         stage.update(note=", ".join(f"{len(samples[split])} {split}" for split in ("train", "validation", "test")))
     check_samples(samples)
     limit, size = recipe.end_to_end.cache_gigabytes, recipe.layerwise.batch_size

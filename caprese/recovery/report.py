@@ -62,6 +62,7 @@ def report_of(
         "sparsity": getattr(methods[0], "sparsity", None) if len(methods) == 1 else None,
         "methods": [facts_of(method) for method in methods],
         "reselect_every": recipe.reselect_every,
+        "prefill": recipe.prefill,
         "rank": fitted.ranks[0] if len(set(fitted.ranks)) == 1 else fitted.ranks,
         "layers": [wrapper.layer for wrapper in applied_ffns(model).values()],
         "lost": sorted({what for at in stand_ins(model) for what in at.lost}),

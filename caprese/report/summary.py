@@ -138,7 +138,8 @@ def method_text(report: dict[str, Any]) -> str:
     """The methods with their sparsity: "griffin 50%", "static 30% + cats 50%", and when it reselects."""
     methods = report.get("methods") or [{"name": report["method"], "sparsity": report.get("sparsity")}]
     every = report.get("reselect_every")
-    return " + ".join(map(_in_words, methods)) + (f", reselected every {every} tokens" if every else "")
+    prompts = ", on prompts too" if report.get("prefill") == "efficient" else ""
+    return " + ".join(map(_in_words, methods)) + prompts + (f", reselected every {every} tokens" if every else "")
 
 
 def _in_words(facts: Mapping[str, Any]) -> str:
