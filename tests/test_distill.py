@@ -18,6 +18,7 @@ from caprese.distill import (
     EndToEnd,
     HeldOut,
     Layerwise,
+    Teacher,
     accumulate,
     allocate_ranks,
     fit,
@@ -234,7 +235,9 @@ def test_end_to_end_learns_and_resumes_bit_for_bit(tmp_path, objective):
 
             torch.optim.AdamW.step = step
         try:
-            best, curve, checks = train(adapted, make_batches(SAMPLES, 4), held, config, start, Run(path, "id"))
+            best, curve, checks = train(
+                adapted, Teacher(adapted, make_batches(SAMPLES, 4), 1), held, config, start, Run(path, "id")
+            )
         finally:
             if stop_at is not None:
                 torch.optim.AdamW.step = plain
@@ -249,13 +252,30 @@ def test_end_to_end_learns_and_resumes_bit_for_bit(tmp_path, objective):
     assert all(torch.equal(whole[4][n], resumed[4][n]) for n in whole[4])
 
 
+@pytest.mark.parametrize("every", [None, 3])
+def test_a_teacher_that_was_watched_is_the_teacher(every, monkeypatch):
+    """What the layers are fitted to is what end to end learns from: bit for bit, and computed once."""
+    model = caprese.apply(tiny_llama(), caprese.Griffin(sparsity=0.5), reselect_every=every)
+    batches = make_batches(SAMPLES, 4)
+    asked, watched, forgetful = (Teacher(model, batches, gigabytes) for gigabytes in (1, 1, 0))
+    seen: list[int] = []
+    watched.observe(0, lambda wrapper, *_: seen.append(wrapper.layer))
+    forgetful.observe(0, lambda *_: None)
+    assert set(seen) == {0, 1, 2} and not forgetful.known
+    for teacher in (watched, forgetful):
+        assert torch.equal(teacher[0][2], asked[0][2])
+    assert bool(watched.known) and (watched.left == asked.left)
+    monkeypatch.setattr("caprese.distill.teacher.prefill", None)
+    assert torch.equal(watched[0][2], asked[0][2])
+
+
 def test_end_to_end_that_does_not_help_is_not_kept():
     model = caprese.apply(tiny_llama(), caprese.Griffin(sparsity=0.5))
     adapted = attach_adapter(model, 4)
     before = get_branches(adapted)
     held = HeldOut(adapted, make_batches(HELD, 4), 1)
     config = EndToEnd(epochs=1, learning_rate=30.0, batch_size=8, clip=1e6)
-    best, _, _ = train(adapted, make_batches(SAMPLES, 8), held, config, held.kl())
+    best, _, _ = train(adapted, Teacher(adapted, make_batches(SAMPLES, 8), 1), held, config, held.kl())
     assert all(torch.equal(before[n], v) for n, v in get_branches(adapted).items()) and best == held.kl()
 
 

@@ -25,7 +25,7 @@ import caprese
 from caprese.adapters import Adapter, attach_adapter, branch_parameters, fingerprint, get_branches
 from caprese.cli import app
 from caprese.data_gen import Sample
-from caprese.distill import Alignment, EndToEnd, HeldOut, make_batches
+from caprese.distill import Alignment, EndToEnd, HeldOut, Teacher, make_batches
 from caprese.distill.batches import completion_hidden, lm_logits, prefill
 from caprese.distill.fit import fit_end_to_end, joined
 from caprese.distill.sensitivity import select_layers
@@ -597,7 +597,7 @@ def test_rounds_bring_mixers_in_and_leave_sparse_ffns_in_place(tmp_path):
     run, rows, before = Run(tmp_path, "id"), texts(4), get_branches(adapted)
     held_out = HeldOut(adapted, rows, 1.0)
     start = held_out.kl()
-    course = fit_end_to_end(adapted, rows, held_out, config, start, run)
+    course = fit_end_to_end(adapted, Teacher(adapted, rows, 1.0), held_out, config, start, run)
     assert course.best < start and course.best == pytest.approx(held_out.kl())
     found = []
     for name in ("round-1", "round-2", "end_to_end"):

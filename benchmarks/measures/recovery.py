@@ -18,7 +18,7 @@ from torch import nn
 import caprese
 from caprese.adapters import branch_parameters
 from caprese.data_gen import Sample, Samples, complete, load_prompts, read_shard
-from caprese.distill import Branches, Checkpoints, EndToEnd, HeldOut, Layerwise, make_batches
+from caprese.distill import Branches, Checkpoints, EndToEnd, HeldOut, Layerwise, Teacher, make_batches
 from caprese.distill.fit import fit_end_to_end, fit_layers
 from caprese.efficient_methods import applied_ffns, calibrate, needs_calibration, reselection
 from caprese.efficient_methods.cost import lora_rank
@@ -126,8 +126,8 @@ class Measure:
                 wrapper.transformed = LoraFFN(wrapper.transformed, lora_rank(wrapper.view, cell["rank"]))
         else:
             how = Layerwise(how=cell["layerwise"], batch_size=batch)
-            batches = {"train": make_batches(train, batch), "validation": make_batches(validation, batch)}
-            model, facts = fit_layers(model, batches, held_out, Branches(cell["rank"]), how)
+            teacher = Teacher(model, make_batches(train, batch), 1.0)
+            model, facts = fit_layers(model, teacher, held_out, Branches(cell["rank"]), how)
             row["kl"] |= {"layerwise": facts["kl"]["layerwise"]}
             row["layerwise"] = figures(model) | {"kept": facts["kl"]["layerwise"] < facts["kl"]["efficient"]}
         best = min(row["kl"].values())
@@ -143,7 +143,9 @@ class Measure:
                 rounds=cell["rounds"],
             )
             run = Checkpoints(passed)
-            best = fit_end_to_end(model, make_batches(train, batch), held_out, config, best, run).best
+            best = fit_end_to_end(
+                model, Teacher(model, make_batches(train, batch), 1.0), held_out, config, best, run
+            ).best
         row["end_to_end"] = figures(model) | {"kept": best < min(row["kl"].values())}
         row["kl"]["end_to_end"] = best
         return model

@@ -6,9 +6,10 @@
 from caprese.distill.align import Alignment, align, prepare
 from caprese.distill.batches import Batch, make_batches
 from caprese.distill.checkpoints import Checkpoints
-from caprese.distill.end_to_end import EndToEnd, HeldOut
+from caprese.distill.end_to_end import EndToEnd
 from caprese.distill.fit import Branches, Distillation, Fitted, fit
 from caprese.distill.layerwise import Layerwise, accumulate, allocate_ranks, fit_layer, new_moments
+from caprese.distill.teacher import HeldOut, Teacher
 
 __all__ = [
     "Alignment",
@@ -20,6 +21,7 @@ __all__ = [
     "Fitted",
     "HeldOut",
     "Layerwise",
+    "Teacher",
     "accumulate",
     "align",
     "allocate_ranks",

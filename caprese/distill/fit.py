@@ -20,12 +20,13 @@ from caprese.adapters import attach_adapter, empty_slots, get_branches, set_bran
 from caprese.data_gen import Sample
 from caprese.distill.adam import fit_adam
 from caprese.distill.align import Alignment, align, prepare
-from caprese.distill.batches import Batch, make_batches
+from caprese.distill.batches import make_batches
 from caprese.distill.checkpoints import Checkpoints, Kept, shared
 from caprese.distill.descend import Course
-from caprese.distill.end_to_end import EndToEnd, HeldOut, train
-from caprese.distill.layerwise import Fit, Layerwise, Moments, accumulate, allocate_ranks, fit_layer, new_moments
+from caprese.distill.end_to_end import EndToEnd, train
+from caprese.distill.layerwise import Fit, Layerwise, Moments, adding_to, allocate_ranks, fit_layer, new_moments
 from caprese.distill.sequential import fit_sequential
+from caprese.distill.teacher import HeldOut, Teacher
 from caprese.efficient_methods import applied_ffns, idle_branches, only, phases_of, settle, stand_ins
 from caprese.errors import CapreseError
 from caprese.models import count_parameters
@@ -102,15 +103,11 @@ def fit(
     first = not phases_of(model).dense_prompts
     try:
         aligned = _align(model, train, validation, config.alignment, run)
-        held_out = HeldOut(
-            model, make_batches(validation, config.layerwise.batch_size, first), config.end_to_end.cache_gigabytes
-        )
+        size, room = config.layerwise.batch_size, config.end_to_end.cache_gigabytes
+        held_out = HeldOut(model, make_batches(validation, size, first), room)
+        teacher = Teacher(model, make_batches(train, size, first), room)
         with run.stage("layerwise") as stage:
-            batches = {
-                "train": make_batches(train, config.layerwise.batch_size),
-                "validation": make_batches(validation, config.layerwise.batch_size),
-            }
-            adapted, facts = fit_layers(model, batches, held_out, config.branches, config.layerwise, run)
+            adapted, facts = fit_layers(model, teacher, held_out, config.branches, config.layerwise, run)
             kl = facts["kl"]
             stage.update(
                 kept=kl["layerwise"] < kl["efficient"],
@@ -118,8 +115,9 @@ def fit(
             )
         start = min(kl.values())
         with run.stage("end_to_end") as stage:
-            whole = make_batches(train, config.end_to_end.micro_batch, first)
-            course = fit_end_to_end(adapted, whole, held_out, config.end_to_end, start, run)
+            if config.end_to_end.micro_batch != size:  # else it remembers what the layers were fitted to
+                teacher = Teacher(model, make_batches(train, config.end_to_end.micro_batch, first), room)
+            course = fit_end_to_end(adapted, teacher, held_out, config.end_to_end, start, run)
             stage.update(kept=course.best < start, note=f"held-out KL {start:.4f} -> {course.best:.4f}")
         settle(adapted)  # what is evaluated is what is saved
     except BaseException:
@@ -155,16 +153,13 @@ def _align(
 
 def fit_layers(
     model: nn.Module,
-    batches: Mapping[str, Sequence[Batch]],
+    train: Teacher,
     held_out: HeldOut,
     branches: Branches,
     config: Layerwise,
     run: Checkpoints | None = None,
 ) -> tuple[PeftModel, dict[str, Any]]:
     """Attach the adapter and fit each branch to its own layer; they end at zero if that does not lessen held-out KL.
-
-    Args:
-        batches: "train" and "validation".
 
     Returns: the model with its adapter, and {"ranks" by layer, "kl": {"efficient", "layerwise"}, "rank_error": mean
         relative FFN error on validation samples by rank}.
@@ -182,7 +177,12 @@ def fit_layers(
         ranks, fits = [rank] * count, list[Fit]()
         rank_error: dict[str, list[float]] = {"ranks": [], "error": []}
         if config.how == "closed" or branches.rank == "auto":
-            sums = _moments(model, batches, max(1, config.checkpoint_every // config.batch_size), run)
+            sums = _moments(
+                model,
+                {"train": train, "validation": held_out},
+                max(1, config.checkpoint_every // config.batch_size),
+                run,
+            )
             with run.bar("layerwise: solve", count, "layers") as advance:
                 for fitted_on, held in zip(sums["train"], sums["validation"], strict=True):
                     fits.append(fit_layer(fitted_on, held, rank, config.ridge, branches.bias))
@@ -198,11 +198,11 @@ def fit_layers(
                 set_branch(wrapper.recovery, *each.at(rank))
         elif config.how == "sequential":
             with run.bar("layerwise: sequential", count, "layers") as advance:
-                pair = batches["train"], batches["validation"]
+                pair = train.batches, held_out.batches
                 fit_sequential(adapted, *pair, ranks, config.ridge, branches.bias, advance)
         elif config.how == "adam":
             with run.bar("layerwise: Adam", config.epochs, "epochs") as advance:
-                fit_adam(adapted, batches["train"], config, run.seed, advance)
+                fit_adam(adapted, train.batches, config, run.seed, advance)
         kl["layerwise"] = held_out.kl() if config.how != "none" else kl["efficient"]
         tensors = get_branches(adapted) if kl["layerwise"] < kl["efficient"] else zero
         return tensors, {"ranks": ranks, "kl": kl, "rank_error": rank_error}
@@ -222,12 +222,12 @@ def _attach(model: nn.Module, ranks: list[int], bias: bool, seed: int) -> PeftMo
 
 
 def _moments(
-    model: nn.Module, batches: Mapping[str, Sequence[Batch]], every: int, run: Checkpoints
+    model: nn.Module, teachers: Mapping[str, Teacher], every: int, run: Checkpoints
 ) -> dict[str, list[Moments]]:
     """One pass over train and validation samples, kept every few batches."""
     world = PartialState()
-    sums = {split: new_moments(model) for split in batches}
-    work = [(split, batch) for split, group in batches.items() for batch in group]
+    sums = {split: new_moments(model) for split in teachers}
+    work = [(split, index) for split, teacher in teachers.items() for index in range(len(teacher.batches))]
     done = 0
     if (found := run.load("moments")) is not None:
         tensors, facts = found
@@ -237,9 +237,9 @@ def _moments(
     with run.bar("layerwise", len(work), "batches", done) as advance:
         while done < len(work):
             part = work[done : done + every]
-            fresh = {split: new_moments(model) for split in batches} if world.num_processes > 1 else sums
-            for split, batch in part[world.process_index :: world.num_processes]:
-                accumulate(model, [batch], fresh[split])
+            fresh = {split: new_moments(model) for split in teachers} if world.num_processes > 1 else sums
+            for split, index in part[world.process_index :: world.num_processes]:
+                teachers[split].observe(index, adding_to(model, fresh[split]))
                 advance(world.num_processes)
             if world.num_processes > 1:
                 totals = _named(sums)
@@ -271,7 +271,7 @@ def _rank_error(curves: list[torch.Tensor]) -> dict[str, list[float]]:
 
 def fit_end_to_end(
     adapted: nn.Module,
-    batches: Sequence[Batch],
+    teacher: Teacher,
     held_out: HeldOut,
     config: EndToEnd,
     start: float,
@@ -296,10 +296,10 @@ def fit_end_to_end(
     for number, name in enumerate(names[done:-1], done + 1):
         with only(adapted, every - set(joining) | joined(joining, number / config.rounds)):
             now = shared(held_out.kl())
-            after = train(adapted, batches, held_out, config, now, run, name).best
+            after = train(adapted, teacher, held_out, config, now, run, name).best
         say(f"round {number} of {config.rounds}: held-out KL of the layers so far {now:.4f} -> {after:.4f}")
     last = start if config.rounds == 1 else shared(held_out.kl())
-    course = train(adapted, batches, held_out, config, last, run, names[-1])
+    course = train(adapted, teacher, held_out, config, last, run, names[-1])
     if not course.best < start:
         set_branches(adapted, before)
     return course._replace(best=min(course.best, start))

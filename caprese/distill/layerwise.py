@@ -17,7 +17,7 @@ from torch import nn
 
 from caprese.distill.batches import Batch, completion_hidden, prefill
 from caprese.distill.precision import exact_products
-from caprese.efficient_methods import EfficientFFN, applied_ffns
+from caprese.efficient_methods import EfficientFFN, Observer, applied_ffns
 from caprese.models import device_of
 
 RIDGES = (0.0, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -193,14 +193,20 @@ def new_moments(model: nn.Module) -> list[Moments]:
     return [Moments.zeros(w.view.hidden_size, w.view.device) for w in applied_ffns(model).values()]
 
 
-@torch.no_grad()
-def accumulate(model: nn.Module, batches: Iterable[Batch], moments: Sequence[Moments]) -> None:
-    """One dense pass over the samples; adds the completion tokens of every layer to its moments."""
+def adding_to(model: nn.Module, moments: Sequence[Moments]) -> Observer:
+    """Adds the tokens that every layer is shown to its moments."""
     slot = {wrapper: m for wrapper, m in zip(applied_ffns(model).values(), moments, strict=True)}
 
     def observe(wrapper: EfficientFFN, x: torch.Tensor, e: torch.Tensor, y: torch.Tensor) -> None:
         slot[wrapper].add(x, e, y)
 
+    return observe
+
+
+@torch.no_grad()
+def accumulate(model: nn.Module, batches: Iterable[Batch], moments: Sequence[Moments]) -> None:
+    """One dense pass over the samples; adds the completion tokens of every layer to its moments."""
+    observe = adding_to(model, moments)
     for batch in batches:
         batch = batch.to(device_of(model))
         completion_hidden(model, batch, prefill(model, batch), observe)

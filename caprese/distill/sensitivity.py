@@ -18,7 +18,7 @@ from torch import nn
 from caprese.distill.align import Alignment, align, prepare
 from caprese.distill.batches import Batch
 from caprese.distill.checkpoints import Checkpoints
-from caprese.distill.end_to_end import HeldOut
+from caprese.distill.teacher import HeldOut
 from caprese.efficient_methods import (
     Method,
     Prefill,
