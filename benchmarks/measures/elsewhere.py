@@ -1,11 +1,11 @@
 """What comes back on prompts like those distilled on, and on others: KL by kind of prompts.
 
-Settings of a cell: model; method, as `--method` takes it; prefill, dense or efficient; gsm and own, training samples of
-gym:gsm_symbolic and of prompts that the model writes itself; tokens, of each completion at most; rank; bias; layerwise,
-closed or none; epochs; rate; batch; decay, of weights; calibration, samples that methods choose from; validation, mixed
-or gsm.
+Settings of a cell: model; drawn, the limit of tokens that its samples were drawn with; method, as `--method` takes it;
+prefill, dense or efficient; gsm and own, training samples of gym:gsm_symbolic and of prompts that the model writes
+itself; tokens, of each completion at most; rank; bias; layerwise, closed or none; epochs; rate; batch; decay, of
+weights; calibration, samples that methods choose from; validation, mixed or gsm.
 
-Samples are drawn once, into out-benchmarks/elsewhere: the first cell takes a while.
+Samples are drawn once, into out-benchmarks/elsewhere: the first cell of a limit takes a while.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from caprese.efficient_methods import calibrate, needs_calibration
 from caprese.evaluation import environment, fidelity
 
 DIRECTORY = Path("out-benchmarks/elsewhere")
-SOURCES = {"gsm": ("gym:gsm_symbolic", 228), "own": ("self", 256)}
+SOURCES = {"gsm": "gym:gsm_symbolic", "own": "self"}
+COUNTS = {56: {"gsm": 700, "own": 1300}, 128: {"gsm": 228, "own": 256}}
 
 
 def shorter(rows: list[Sample], tokens: int) -> list[Sample]:
@@ -42,38 +43,48 @@ class Measure:
         return environment(self.known["model"])
 
     def _prepare(self, name: str) -> None:
-        if self.known:
-            return
-        model, tokenizer = caprese.load_base(name)
-        self.known |= {"model": model, "quick": is_quicker(model)}
-        for kind, (source, count) in SOURCES.items():
+        if not self.known:
+            model, tokenizer = caprese.load_base(name)
+            self.known |= {"model": model, "tokenizer": tokenizer, "quick": is_quicker(model)}
+
+    def _draw(self, limit: int) -> dict[str, dict[str, list[Sample]]]:
+        """Samples of each kind, and of `elsewhere`, by split."""
+        if limit in self.known:
+            return self.known[limit]
+        model, made = self.known["model"], {}
+        for kind, source in SOURCES.items():
             config = Samples(
                 prompts=source,
-                train=count,
+                train=COUNTS[limit][kind],
                 validation=12,
                 test=24,
-                max_new_tokens=128,
+                max_new_tokens=limit,
+                self_tokens=96,
                 elsewhere=60 if kind == "own" else 0,
                 batch_size=64,
                 shard_size=64,
             )
             with kept_casts(model, self.known["quick"]):
-                made = make_samples(model, tokenizer, config, DIRECTORY / kind, 0, fingerprint(model))
-            self.known[kind] = made
-        self.known[ELSEWHERE] = self.known["own"].pop(ELSEWHERE)
+                made[kind] = make_samples(
+                    model, self.known["tokenizer"], config, DIRECTORY / str(limit) / kind, 0, fingerprint(model)
+                )
+        made[ELSEWHERE] = {"test": made["own"].pop(ELSEWHERE)}
+        self.known[limit] = made
+        return made
 
     def __call__(self, cell: dict[str, Any]) -> dict[str, Any]:
         self._prepare(cell["model"])
         model, quick = self.known["model"], self.known["quick"]
+        drawn = self._draw(cell["drawn"])
         begin = time.perf_counter()
-        each = [self.known[kind]["train"][: cell[kind]] for kind in SOURCES]
+        each = [drawn[kind]["train"][: cell[kind]] for kind in SOURCES]
         train = shorter(interleave([rows for rows in each if rows]), cell["tokens"])
         validation = shorter(
             [
                 sample
                 for kind in SOURCES
                 if cell["validation"] in ("mixed", kind)
-                for sample in self.known[kind]["validation"][: 6 if cell["validation"] == "mixed" else 12]
+                for sample in drawn[kind]["validation"][: 6 if cell["validation"] == "mixed" else 12]
             ],
             cell["tokens"],
         )
@@ -99,9 +110,8 @@ class Measure:
                 fitted = fit(applied, train, validation, config)
             applied = fitted.model
             row: dict[str, Any] = {"distilled_in": round(time.perf_counter() - begin), "held_out": fitted.kl}
-            kinds = {kind: self.known[kind]["test"] for kind in SOURCES} | {ELSEWHERE: self.known[ELSEWHERE]}
-            for kind, samples in kinds.items():
-                batches = make_batches(samples, 8, first=cell["prefill"] == "efficient")
+            for kind, splits in drawn.items():
+                batches = make_batches(splits["test"], 8, first=cell["prefill"] == "efficient")
                 figures = fidelity(applied, batches, ("efficient", "recovered"))
                 kl = {name: found["kl"] for name, found in figures.items()}
                 row[kind] = {**kl, "recovered_fraction": 1 - kl["recovered"] / kl["efficient"]}

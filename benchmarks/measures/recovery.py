@@ -2,8 +2,9 @@
 
 Settings of a cell: model; samples, a directory with a run's shards; method, as `--method` takes it; count, training
 samples; test, test samples; problems, of chains:test, whose answers are marked (0: none); rank (0: no adapter);
-adapter, branch or lora; batch; rate; epochs; objective, kl, hidden or on_policy; layerwise, closed or
-none; rounds; reselect_every, in training and answers; then_reselect, in one more measurement.
+adapter, branch, lora, lora:PART,... or branch+lora (of rank 1, the branch so much smaller); bias, of the branch; batch;
+rate; epochs; objective, kl, hidden or on_policy; layerwise, closed or none; rounds; reselect_every, in training and
+answers; then_reselect, in one more measurement.
 """
 
 from __future__ import annotations
@@ -21,12 +22,11 @@ from caprese.data_gen import Sample, Samples, complete, load_prompts, read_shard
 from caprese.distill import Branches, Checkpoints, EndToEnd, HeldOut, Layerwise, Teacher, make_batches
 from caprese.distill.fit import fit_end_to_end, fit_layers
 from caprese.efficient_methods import applied_ffns, calibrate, needs_calibration, reselection
-from caprese.efficient_methods.cost import lora_rank
 from caprese.evaluation import environment, fidelity
 from caprese.evaluation.accuracy import Marker
 from caprese.evaluation.estimators import interval
 from caprese.models import count_parameters, encode_prompt
-from measures.lora import LoraFFN
+from measures.lora import PARTS, LoraFFN, lora_size
 
 
 def read_samples(directory: str, split: str) -> list[Sample]:
@@ -120,16 +120,24 @@ class Measure:
         batch = cell["batch"]
         held_out = HeldOut(model, make_batches(validation, batch), 1.0)
         row["kl"] = {"efficient": held_out.kl()}
-        if cell["adapter"] == "lora":
-            torch.manual_seed(0)
-            for wrapper in applied_ffns(model).values():
-                wrapper.transformed = LoraFFN(wrapper.transformed, lora_rank(wrapper.view, cell["rank"]))
-        else:
+        adapters = {word.partition(":")[0]: word.partition(":")[2] for word in cell["adapter"].split("+")}
+        parts = tuple(adapters["lora"].split(",")) if adapters.get("lora") else PARTS
+        view, rank = next(iter(applied_ffns(model).values())).view, cell["rank"]
+        size = 2 * rank * view.hidden_size
+        if len(adapters) == 2:
+            size = lora_size(view, 1, parts)
+            rank -= round(size / (2 * view.hidden_size))
+        if "branch" in adapters:
             how = Layerwise(how=cell["layerwise"], batch_size=batch)
             teacher = Teacher(model, make_batches(train, batch), 1.0)
-            model, facts = fit_layers(model, teacher, held_out, Branches(cell["rank"]), how)
+            model, facts = fit_layers(model, teacher, held_out, Branches(rank, bias=cell["bias"]), how)
             row["kl"] |= {"layerwise": facts["kl"]["layerwise"]}
             row["layerwise"] = figures(model) | {"kept": facts["kl"]["layerwise"] < facts["kl"]["efficient"]}
+        if "lora" in adapters:
+            torch.manual_seed(0)
+            fits = max(1, round(size / lora_size(view, 1, parts)))
+            for wrapper in applied_ffns(model).values():
+                wrapper.transformed = LoraFFN(wrapper.transformed, fits, parts)
         best = min(row["kl"].values())
         for passed in range(cell["epochs"] if cell["objective"] == "on_policy" else 1):
             if passed:
@@ -143,9 +151,8 @@ class Measure:
                 rounds=cell["rounds"],
             )
             run = Checkpoints(passed)
-            best = fit_end_to_end(
-                model, Teacher(model, make_batches(train, batch), 1.0), held_out, config, best, run
-            ).best
+            teacher = Teacher(model, make_batches(train, batch), 1.0)
+            best = fit_end_to_end(model, teacher, held_out, config, best, run).best
         row["end_to_end"] = figures(model) | {"kept": best < min(row["kl"].values())}
         row["kl"]["end_to_end"] = best
         return model

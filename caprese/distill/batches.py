@@ -27,7 +27,8 @@ class Batch:
     """Prompts padded left, completions padded right, so that they meet.
 
     `inputs` are the completion tokens that are read, all but the last; `targets` the tokens they predict. `first` is
-    what the prompt predicts: None where the prompt is dense, whose prediction cannot differ.
+    what the prompt predicts: None where the prompt is dense, whose prediction cannot differ. `throughout`: what comes
+    before it in the prompt counts as well.
     Shapes: prompt [B, P], inputs, targets and mask [B, C], first [B].
     """
 
@@ -37,6 +38,7 @@ class Batch:
     targets: torch.Tensor
     mask: torch.Tensor
     first: torch.Tensor | None = None
+    throughout: bool = False
 
     @property
     def prompt_lengths(self) -> torch.Tensor:
@@ -44,14 +46,17 @@ class Batch:
 
     @property
     def scored(self) -> torch.Tensor:
-        """From the prompt's last position on, those whose prediction counts, [B, 1 + C]."""
-        return torch.cat([self.mask.new_full((len(self.mask), 1), self.first is not None), self.mask], 1)
+        """Those positions whose prediction counts, [B, P + C]."""
+        asked = self.prompt_mask.clone()
+        asked[:, :-1] &= self.throughout
+        asked[:, -1] = self.first is not None
+        return torch.cat([asked, self.mask], 1)
 
     @property
     def predicted(self) -> torch.Tensor:
         """The tokens that the scored positions predict, [n]."""
-        before = self.prompt[:, -1] if self.first is None else self.first
-        return torch.cat([before[:, None], self.targets], 1)[self.scored]
+        first = self.prompt[:, -1] if self.first is None else self.first
+        return torch.cat([self.prompt[:, 1:], first[:, None], self.targets], 1)[self.scored]
 
     @property
     def tokens(self) -> int:
@@ -64,20 +69,22 @@ class Batch:
         return Tokens(ids, lengths if prefill == "dense" else torch.zeros_like(lengths), mask)
 
     def to(self, device: torch.device) -> Batch:
-        return replace(self, **{name: t.to(device) for name, t in vars(self).items() if t is not None})
+        return replace(self, **{n: t.to(device) for n, t in vars(self).items() if isinstance(t, torch.Tensor)})
 
 
-def make_batches(samples: Sequence[Sample], size: int, first: bool = False) -> list[Batch]:
+def make_batches(samples: Sequence[Sample], size: int, first: bool = False, throughout: bool = False) -> list[Batch]:
     """Batches of samples of like length; always the same ones for the same samples.
 
     Samples whose completion is a single token are left out: after a dense prompt they have nothing to learn from.
 
     Args:
         first: a completion's first token counts as well: for models whose prompts do not run dense.
+        throughout: and the prompt's own tokens.
     """
     useful = [s for s in samples if len(s.completion_ids) > 1]
     useful.sort(key=lambda s: (len(s.input_ids), s.input_ids))
-    return [_batch(useful[i : i + size], first) for i in range(0, len(useful), size)]
+    batches = [_batch(useful[i : i + size], first) for i in range(0, len(useful), size)]
+    return [replace(batch, throughout=throughout) for batch in batches]
 
 
 def _batch(samples: Sequence[Sample], first: bool) -> Batch:
@@ -214,7 +221,7 @@ def whole_hidden(model: nn.Module, batch: Batch) -> torch.Tensor:
         position_ids=positions_of(mask),
         use_cache=False,
     )
-    hidden: torch.Tensor = whole.last_hidden_state[:, batch.prompt.shape[1] - 1 :][batch.scored]
+    hidden: torch.Tensor = whole.last_hidden_state[batch.scored]
     return hidden
 
 
