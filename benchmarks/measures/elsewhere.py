@@ -2,8 +2,9 @@
 
 Settings of a cell: model; drawn, the limit of tokens that its samples were drawn with; method, as `--method` takes it;
 prefill, dense or efficient; gsm and own, training samples of gym:gsm_symbolic and of prompts that the model writes
-itself; tokens, of each completion at most; rank; bias; layerwise, closed or none; epochs; rate; batch; decay, of
-weights; calibration, samples that methods choose from; validation, mixed or gsm.
+itself; tokens, of each completion at most; rank; bias; layerwise, closed or none; ridge; epochs; rate; batch; decay, of
+weights; calibration, samples that methods choose from; validation, mixed or gsm; on_policy, tokens that the student
+says itself from each prompt for one more epoch at half the rate (0: none; null: that epoch on the same samples).
 
 Samples are drawn once, into out-benchmarks/elsewhere: the first cell of a limit takes a while.
 """
@@ -14,17 +15,30 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import caprese
 from caprese.adapters import fingerprint
-from caprese.data_gen import ELSEWHERE, Sample, Samples, interleave, make_samples
-from caprese.distill import Branches, Distillation, EndToEnd, Layerwise, fit, make_batches
+from caprese.data_gen import ELSEWHERE, Sample, Samples, complete, interleave, make_samples
+from caprese.distill import (
+    Branches,
+    Checkpoints,
+    Distillation,
+    EndToEnd,
+    HeldOut,
+    Layerwise,
+    Teacher,
+    fit,
+    make_batches,
+)
+from caprese.distill.fit import fit_end_to_end
 from caprese.distill.precision import is_quicker, kept_casts, quick_products
 from caprese.efficient_methods import calibrate, needs_calibration
 from caprese.evaluation import environment, fidelity
 
 DIRECTORY = Path("out-benchmarks/elsewhere")
 SOURCES = {"gsm": "gym:gsm_symbolic", "own": "self"}
-COUNTS = {56: {"gsm": 700, "own": 1300}, 128: {"gsm": 228, "own": 256}}
+COUNTS = {56: {"gsm": 700, "own": 1300}, 128: {"gsm": 61, "own": 114}}
 
 
 def shorter(rows: list[Sample], tokens: int) -> list[Sample]:
@@ -47,7 +61,7 @@ class Measure:
             model, tokenizer = caprese.load_base(name)
             self.known |= {"model": model, "tokenizer": tokenizer, "quick": is_quicker(model)}
 
-    def _draw(self, limit: int) -> dict[str, dict[str, list[Sample]]]:
+    def _draw(self, limit: int) -> Any:
         """Samples of each kind, and of `elsewhere`, by split."""
         if limit in self.known:
             return self.known[limit]
@@ -79,37 +93,37 @@ class Measure:
         begin = time.perf_counter()
         each = [drawn[kind]["train"][: cell[kind]] for kind in SOURCES]
         train = shorter(interleave([rows for rows in each if rows]), cell["tokens"])
-        validation = shorter(
-            [
-                sample
-                for kind in SOURCES
-                if cell["validation"] in ("mixed", kind)
-                for sample in drawn[kind]["validation"][: 6 if cell["validation"] == "mixed" else 12]
-            ],
-            cell["tokens"],
-        )
+        validation = [
+            sample
+            for kind in SOURCES
+            if cell["validation"] in ("mixed", kind)
+            for sample in drawn[kind]["validation"][: 6 if cell["validation"] == "mixed" else 12]
+        ]
         methods = caprese.resolve_recipe(method=cell["method"]).methods
         calibration = None
         if needs_calibration(methods):
             rows = make_batches(train[: cell["calibration"]], 8)
             calibration = calibrate(model, methods, [batch.whole(cell["prefill"]) for batch in rows])
         applied: Any = caprese.apply(model, methods, calibration=calibration, prefill=cell["prefill"])
+        config = Distillation(
+            Branches(cell["rank"], bias=cell["bias"]),
+            layerwise=Layerwise(how=cell["layerwise"], batch_size=cell["batch"], ridge=cell["ridge"]),
+            end_to_end=EndToEnd(
+                epochs=cell["epochs"],
+                learning_rate=cell["rate"],
+                batch_size=cell["batch"],
+                micro_batch=cell["batch"],
+                weight_decay=cell["decay"],
+            ),
+        )
         try:
-            config = Distillation(
-                Branches(cell["rank"], bias=cell["bias"]),
-                layerwise=Layerwise(how=cell["layerwise"], batch_size=8),
-                end_to_end=EndToEnd(
-                    epochs=cell["epochs"],
-                    learning_rate=cell["rate"],
-                    batch_size=cell["batch"],
-                    micro_batch=cell["batch"],
-                    weight_decay=cell["decay"],
-                ),
-            )
             with quick_products(model, quick):
-                fitted = fit(applied, train, validation, config)
+                fitted = fit(applied, train, shorter(validation, cell["tokens"]), config)
             applied = fitted.model
+            if cell["on_policy"] != 0:
+                self._go_on(applied, train, validation, config, fitted.kl["end_to_end"], cell)
             row: dict[str, Any] = {"distilled_in": round(time.perf_counter() - begin), "held_out": fitted.kl}
+            row["ranks"] = fitted.ranks
             for kind, splits in drawn.items():
                 batches = make_batches(splits["test"], 8, first=cell["prefill"] == "efficient")
                 figures = fidelity(applied, batches, ("efficient", "recovered"))
@@ -118,3 +132,26 @@ class Measure:
         finally:
             caprese.remove(applied)
         return row
+
+    def _go_on(
+        self,
+        applied: Any,
+        train: list[Sample],
+        validation: list[Sample],
+        config: Distillation,
+        start: float,
+        cell: dict[str, Any],
+    ) -> None:
+        """One more epoch at half the rate, on what the student says to the same prompts, or on the same samples."""
+        if cell["on_policy"]:
+            sampling = Samples(max_new_tokens=cell["on_policy"], batch_size=64)
+            with torch.no_grad():
+                said = complete(applied, self.known["tokenizer"], [s.prompt_ids for s in train], sampling, 1)
+            train = [
+                Sample(s.prompt_ids + new, s.prompt_length, s.prompt, "") for s, new in zip(train, said, strict=True)
+            ]
+        more = config.end_to_end.model_copy(update={"epochs": 1, "learning_rate": cell["rate"] / 2})
+        with quick_products(applied, self.known["quick"]):
+            teacher = Teacher(applied, make_batches(train, cell["batch"]), more.cache_gigabytes)
+            held_out = HeldOut(applied, make_batches(validation, cell["batch"]), more.cache_gigabytes)
+            fit_end_to_end(applied, teacher, held_out, more, start, Checkpoints(1))
