@@ -36,10 +36,12 @@ def test_shares_add_up_and_never_fall(count, shares):
 
 
 def test_any_beginning_is_a_mixture():
-    mixed = interleave([["a"] * 30, ["b"] * 10])
+    mixed = interleave([["a"] * 30, ["b"] * 10], [0.75, 0.25])
     for n in range(4, 41, 4):
         assert mixed[:n].count("b") == n // 4
-    assert interleave([]) == []
+    assert interleave([], []) == interleave([[]], [1]) == []
+    for few in (7, 10):  # also where one of them ends before its share
+        assert interleave([["a"] * 15, ["b"] * few], [0.75, 0.25])[:20] == mixed[:20]
 
 
 def test_a_mixture_is_spelled_in_several_ways(tmp_path):

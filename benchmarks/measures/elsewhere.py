@@ -92,7 +92,7 @@ class Measure:
         drawn = self._draw(cell["drawn"])
         begin = time.perf_counter()
         each = [drawn[kind]["train"][: cell[kind]] for kind in SOURCES]
-        train = shorter(interleave([rows for rows in each if rows]), cell["tokens"])
+        train = shorter(interleave(each, [cell[kind] for kind in SOURCES]), cell["tokens"])
         validation = [
             sample
             for kind in SOURCES

@@ -135,7 +135,8 @@ def split_prompts(
                 f"{held_out[1][at]} for validation none are left to train on: give more, or lower samples.test and "
                 "samples.validation"
             )
-    return {name: interleave([each for each in group if each]) for name, group in zip(SPLITS, groups, strict=True)}
+    shares = [one.share for one in config.sources]
+    return {name: interleave(group, shares) for name, group in zip(SPLITS, groups, strict=True)}
 
 
 def make_samples(

@@ -97,9 +97,10 @@ def share_out(count: int, shares: Sequence[float]) -> list[int]:
     return taken
 
 
-def interleave(groups: Sequence[Sequence[Any]]) -> list[Any]:
-    """All that is in `groups`, evenly mixed: any beginning holds them in about their proportions."""
-    placed = [((i + 0.5) / len(group), g, one) for g, group in enumerate(groups) for i, one in enumerate(group)]
+def interleave(groups: Sequence[Sequence[Any]], shares: Sequence[float]) -> list[Any]:
+    """All that is in `groups`, evenly mixed: any beginning holds them in about their shares, and is the same whatever
+    follows."""
+    placed = [((i + 0.5) / shares[g], g, one) for g, group in enumerate(groups) for i, one in enumerate(group)]
     return [one for _, _, one in sorted(placed, key=lambda each: each[:2])]
 
 

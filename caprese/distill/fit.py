@@ -100,12 +100,12 @@ def fit(
             `apply` left it, but for stand-ins.
     """
     config, run = config or Distillation(), run or Checkpoints()
-    first = not phases_of(model).dense_prompts
+    first, throughout = not phases_of(model).dense_prompts, phases_of(model).prefill == "efficient"
     try:
         aligned = _align(model, train, validation, config.alignment, run)
         size, room = config.layerwise.batch_size, config.end_to_end.cache_gigabytes
         held_out = HeldOut(model, make_batches(validation, size, first), room)
-        teacher = Teacher(model, make_batches(train, size, first), room)
+        teacher = Teacher(model, make_batches(train, size, first, throughout), room)
         with run.stage("layerwise") as stage:
             adapted, facts = fit_layers(model, teacher, held_out, config.branches, config.layerwise, run)
             kl = facts["kl"]
@@ -116,7 +116,8 @@ def fit(
         start = min(kl.values())
         with run.stage("end_to_end") as stage:
             if config.end_to_end.micro_batch != size:  # else it remembers what the layers were fitted to
-                teacher = Teacher(model, make_batches(train, config.end_to_end.micro_batch, first), room)
+                batches = make_batches(train, config.end_to_end.micro_batch, first, throughout)
+                teacher = Teacher(model, batches, room)
             course = fit_end_to_end(adapted, teacher, held_out, config.end_to_end, start, run)
             stage.update(kept=course.best < start, note=f"held-out KL {start:.4f} -> {course.best:.4f}")
         settle(adapted)  # what is evaluated is what is saved

@@ -187,7 +187,7 @@ def held_out_prompts(
         writer = OwnPrompts(model, tokenizer, samples, Shards(Path(scratch), OWN, {"seed": [seed, "held out"]}, size))
         (drawn,) = draw_prompts(samples, [samples.test], seed, tokenizer, writer, exclude)
     asked = {
-        "test": interleave([each for each in drawn if each]),
+        "test": interleave(drawn, [one.share for one in samples.sources]),
         ELSEWHERE: load_elsewhere(samples, tokenizer, model, exclude),
     }
     for prompts in asked.values():

@@ -211,7 +211,7 @@ def _problems(
         raise CapreseError("prompts `self` have no answers to be right about; give `prompts` that have")
     config = config.model_copy(update={"prompts": sources})
     (drawn,) = draw_prompts(config, [sampling.problems], sampling.seed + 1, tokenizer, exclude=trained)
-    return config, interleave([each for each in drawn if each])
+    return config, interleave(drawn, [one.share for one in config.sources])
 
 
 def plan_scaling(adapter: str, sampling: Sampling) -> dict[str, Any]:
