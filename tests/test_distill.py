@@ -132,7 +132,7 @@ def test_layerwise_lowers_error_and_kl(method, how):
         fit_sequential(adapted, train_batches, held, [6] * 3)
     else:
         fit_adam(adapted, train_batches, Layerwise(how="adam", epochs=20, learning_rate=1e-2), seed=0)
-    rows = layer_errors(adapted, make_batches(SAMPLES, 4))
+    rows = layer_errors(adapted, Teacher(adapted, make_batches(SAMPLES, 4), 0))
     assert all(row["recovered"] < row["efficient"] for row in rows[:1])
     if how != "sequential":  # which repairs the layers below it too, so its own residual is not its target
         assert all(row["recovered"] < row["efficient"] for row in rows)

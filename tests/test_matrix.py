@@ -24,7 +24,7 @@ from transformers import (
 import caprese
 from caprese.adapters import attach_adapter, set_branch
 from caprese.data_gen import Sample
-from caprese.distill import accumulate, fit_layer, make_batches, new_moments
+from caprese.distill import Teacher, accumulate, fit_layer, make_batches, new_moments
 from caprese.efficient_methods import (
     Cats,
     Griffin,
@@ -195,7 +195,7 @@ def test_the_closed_form_lowers_every_layers_error(kind, text):
         adapted = attach_adapter(model, 6)
     for wrapper, m in zip(applied_ffns(model).values(), moments, strict=True):
         set_branch(wrapper.recovery, *fit_layer(m, m, 6).at(6))
-    errors = layer_errors(adapted, batches)
+    errors = layer_errors(adapted, Teacher(adapted, batches, 0))
     caprese.remove(adapted)
     assert len(errors) == 2
     assert all(0 < row["recovered"] < row["efficient"] for row in errors)

@@ -11,7 +11,7 @@ from conftest import byte_tokenizer, recovered, tiny_llama
 import caprese
 from caprese.adapters import Adapter
 from caprese.data_gen import Prompt, Sample
-from caprese.distill import Branches, Distillation, EndToEnd, Layerwise, fit, make_batches
+from caprese.distill import Branches, Distillation, EndToEnd, Layerwise, Teacher, fit, make_batches
 from caprese.distill.batches import completion_hidden, prefill
 from caprese.distill.layerwise import accumulate, new_moments
 from caprese.efficient_methods import phases_of
@@ -131,7 +131,7 @@ def test_an_exported_checkpoint_is_measured_as_it_runs(tmp_path):
     with caprese.dense(model):
         answers = completions(generate(model, [p.ids for p in prompts["one"]], 64, ends={1}), 5)
     rows = [Sample(list(p.ids) + new, len(p.ids), "", "") for p, new in zip(prompts["one"], answers, strict=True)]
-    own = tally_fidelity(model, make_batches(rows, 8, first=True))["recovered"].figures()
+    own = tally_fidelity(Teacher(model, make_batches(rows, 8, first=True), 0))["recovered"].figures()
     assert found["one"]["kl"] == pytest.approx(own["kl"], rel=1e-3) and own["kl"] > 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "## Fidelity" in card and f"| one | 5 | {own['kl']:.4f} |" in card

@@ -14,7 +14,7 @@ import torch
 
 import caprese
 from caprese.adapters import attach_adapter, set_branch
-from caprese.distill import Layerwise, accumulate, fit_layer, make_batches, new_moments
+from caprese.distill import Layerwise, Teacher, accumulate, fit_layer, make_batches, new_moments
 from caprese.distill.adam import collect_activations, fit_adam
 from caprese.efficient_methods import applied_ffns
 from caprese.evaluation import environment, layer_errors
@@ -55,6 +55,6 @@ class Measure:
             for wrapper, fit in zip(wrappers, fits, strict=True):
                 set_branch(wrapper.recovery, *fit.at(cell["rank"]))
         taken = time.perf_counter() - begin
-        errors = [row["recovered"] for row in layer_errors(adapted, batches["test"])]
+        errors = [row["recovered"] for row in layer_errors(adapted, Teacher(adapted, batches["test"], 0))]
         tokens = sum(batch.tokens for batch in batches["train"])
         return {"fit_seconds": taken, "tokens": tokens, "error": sum(errors) / len(errors), "errors": errors}

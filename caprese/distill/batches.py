@@ -69,7 +69,8 @@ class Batch:
         return Tokens(ids, lengths if prefill == "dense" else torch.zeros_like(lengths), mask)
 
     def to(self, device: torch.device) -> Batch:
-        return replace(self, **{n: t.to(device) for n, t in vars(self).items() if isinstance(t, torch.Tensor)})
+        moved: dict[str, Any] = {n: t.to(device) for n, t in vars(self).items() if isinstance(t, torch.Tensor)}
+        return replace(self, **moved)
 
 
 def make_batches(samples: Sequence[Sample], size: int, first: bool = False, throughout: bool = False) -> list[Batch]:

@@ -27,7 +27,7 @@ from caprese.data_gen import (
     interleave,
     load_elsewhere,
 )
-from caprese.distill import make_batches
+from caprese.distill import Teacher, make_batches
 from caprese.efficient_methods import phases_of
 from caprese.evaluation.accuracy import accuracy, mean_new_tokens
 from caprese.evaluation.config import Evaluation
@@ -35,6 +35,9 @@ from caprese.evaluation.fidelity import VARIANTS, Tally, layer_errors, tally_fid
 from caprese.evaluation.latency import parameter_counts, time_to_next_token
 from caprese.models import check_context, device_of, unwrap
 from caprese.progress import bar
+
+# Gigabytes for what two measurements of the same samples share.
+_REMEMBERED = 2.0
 
 
 def recovered_fraction(dense: float | None, efficient: float | None, recovered: float | None) -> float | None:
@@ -76,9 +79,13 @@ def evaluate(
     by_source: dict[str, list[Sample]] = {}
     for sample in (*test, *elsewhere):
         by_source.setdefault(sample.source, []).append(sample)
-    batches = {source: make_batches(rows, config.batch_size, first) for source, rows in by_source.items()}
-    kinds = {source: tally_fidelity(model, each) for source, each in batches.items()}
-    own = [batch for source, each in batches.items() if source != ELSEWHERE for batch in each]
+    teachers = {
+        source: Teacher(model, make_batches(rows, config.batch_size, first), _REMEMBERED)
+        for source, rows in by_source.items()
+    }
+    layers = layer_errors(model, *(teacher for source, teacher in teachers.items() if source != ELSEWHERE))
+    kinds = {source: tally_fidelity(teacher) for source, teacher in teachers.items()}
+    del teachers
     quality: dict[str, dict[str, float | None]] = {
         name: {**sum((kinds[source][name] for source in by_source if source != ELSEWHERE), Tally()).figures()}
         for name in VARIANTS
@@ -94,7 +101,6 @@ def evaluate(
     for name in VARIANTS:
         quality[name]["accuracy"] = accuracy(answers[name]) if name in answers else None
         quality[name]["mean_new_tokens"] = mean_new_tokens(answers[name]) if name in answers else None
-    layers = layer_errors(model, own)
     latency: dict[str, Any] | None = None
     parameters = parameter_counts(model)
     if config.latency_tokens and PartialState().is_main_process:

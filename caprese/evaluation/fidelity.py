@@ -12,11 +12,11 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from caprese.adapters import without_branches
-from caprese.distill.batches import Batch, completion_hidden, lm_logits, prefill
-from caprese.distill.layerwise import Moments, accumulate, new_moments
+from caprese.distill.batches import Batch, completion_hidden, lm_logits
+from caprese.distill.layerwise import Moments, adding_to, new_moments
 from caprese.distill.losses import CHUNK, kl_divergence
+from caprese.distill.teacher import Teacher
 from caprese.efficient_methods import applied_ffns, dense, untrained
-from caprese.models import device_of
 from caprese.progress import bar
 
 VARIANTS = ("dense", "efficient", "recovered")
@@ -68,37 +68,43 @@ def fidelity(
     Means over the completion tokens that an efficient pass predicts (all but a completion's first where the prompt that
     predicts it is dense).
     """
-    return {name: tally.figures() for name, tally in tally_fidelity(model, batches, names).items()}
+    return {name: tally.figures() for name, tally in tally_fidelity(Teacher(model, batches, 0), names).items()}
 
 
 @torch.no_grad()
-def tally_fidelity(model: nn.Module, batches: Sequence[Batch], names: Sequence[str] = VARIANTS) -> dict[str, Tally]:
+def tally_fidelity(teacher: Teacher, names: Sequence[str] = VARIANTS) -> dict[str, Tally]:
     """The sums that `fidelity` gives the means of."""
+    model = teacher.model
     tallies = {name: Tally() for name in names}
-    with bar("evaluation: fidelity", len(batches), "batches") as advance:
-        for batch in batches:
-            batch = batch.to(device_of(model))
-            cache = prefill(model, batch)
-            hidden = {}
-            for name in ("dense", *(n for n in names if n != "dense")):
-                with variant(model, name):
-                    hidden[name] = completion_hidden(model, batch, cache)
+    with bar("evaluation: fidelity", len(teacher.batches), "batches") as advance:
+        for index in range(len(teacher.batches)):
+            batch, context, dense_hidden = teacher[index]
+            hidden = {"dense": dense_hidden}
+            for name in names:
+                if name != "dense":
+                    with variant(model, name):
+                        hidden[name] = completion_hidden(model, batch, context)
             targets = batch.predicted
             for start in range(0, len(targets), CHUNK):
                 part = slice(start, start + CHUNK)
-                teacher = lm_logits(model, hidden["dense"][part])
+                wanted = lm_logits(model, hidden["dense"][part])
                 for name in names:
-                    logits = teacher if name == "dense" else lm_logits(model, hidden[name][part])
-                    tallies[name].add(logits, teacher, targets[part])
+                    logits = wanted if name == "dense" else lm_logits(model, hidden[name][part])
+                    tallies[name].add(logits, wanted, targets[part])
             advance(1)
     return tallies
 
 
 @torch.no_grad()
-def layer_errors(model: nn.Module, batches: Sequence[Batch]) -> list[dict[str, float]]:
-    """Per layer, ||FF(x) - FF_eff(x)|| / ||FF(x)|| with everything else dense, without and with the branch."""
+def layer_errors(model: nn.Module, *teachers: Teacher) -> list[dict[str, float]]:
+    """Per layer, ||FF(x) - FF_eff(x)|| / ||FF(x)|| with everything else dense, without and with the branch.
+
+    What the dense model says on the way, the teachers remember.
+    """
     moments: list[Moments] = new_moments(model)
-    accumulate(model, batches, moments)
+    for teacher in teachers:
+        for index in range(len(teacher.batches)):
+            teacher.observe(index, adding_to(model, moments))
     rows = []
     for wrapper, m in zip(applied_ffns(model).values(), moments, strict=True):
         row = {"layer": wrapper.layer, "rank": 0, "efficient": float((m.ee / m.yy).sqrt())}
