@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -12,7 +13,7 @@ import caprese
 from caprese.adapters import Adapter
 from caprese.data_gen import Prompt, Sample
 from caprese.distill import Branches, Distillation, EndToEnd, Layerwise, Teacher, fit, make_batches
-from caprese.distill.batches import completion_hidden, prefill
+from caprese.distill.batches import completion_hidden, lm_logits, prefill
 from caprese.distill.layerwise import accumulate, new_moments
 from caprese.efficient_methods import phases_of
 from caprese.evaluation import checkpoint_fidelity, fidelity
@@ -86,6 +87,26 @@ def test_all_tokens_are_fitted_and_the_first_prediction_counts():
     assert moments[0].n == sum(len(s.input_ids) - 1 for s in rows)
     hidden = completion_hidden(model, batch, prefill(model, batch))
     assert len(hidden) == batch.tokens == sum(len(s.completion_ids) for s in rows)
+
+
+def test_prompts_are_learned_from_throughout(monkeypatch):
+    """Every token but each sample's first is predicted, by the logits of a plain pass; distillation asks for it."""
+    model = applied()
+    rows = samples(4)
+    (batch,) = make_batches(rows, 4, first=True, throughout=True)
+    ordered = sorted(rows, key=lambda s: (len(s.input_ids), s.input_ids))
+    assert batch.predicted.tolist() == [token for s in ordered for token in s.input_ids[1:]]
+    with torch.no_grad():
+        logits = lm_logits(model, completion_hidden(model, batch, prefill(model, batch)))
+        plain = [model(torch.tensor([s.input_ids])).logits[0, :-1] for s in ordered]
+    assert torch.allclose(logits, torch.cat(plain), atol=1e-4)
+    seen = []
+    stage = importlib.import_module("caprese.distill.fit")  # the package has a function of that name
+    monkeypatch.setattr(stage, "Teacher", lambda m, batches, room: seen.append(batches) or Teacher(m, batches, room))
+    for how in ("efficient", "dense"):
+        seen.clear()
+        fit(applied(how, adapter=False), rows, rows, Distillation(Branches(2), end_to_end=EndToEnd(epochs=1)))
+        assert seen and all(b.throughout is (how == "efficient") for batches in seen for b in batches)
 
 
 @pytest.mark.parametrize("how", ["closed", "sequential", "adam"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import caprese
 from caprese.data_gen import OWN, OwnPrompts, Samples, Shards, describe, interleave, make_samples, read_shard
-from caprese.data_gen.generate import ELSEWHERE, split_prompts
+from caprese.data_gen.generate import ELSEWHERE, public_names, split_prompts
 from caprese.data_gen.own import Sieve, head_of
 from caprese.data_gen.sources import name_of, read_sources, share_out
 from caprese.errors import CapreseError
@@ -91,6 +91,18 @@ def test_splits_are_disjoint_across_sources(tmp_path):
     assert larger["test"] == splits["test"] and larger["validation"] == splits["validation"]
     with pytest.raises(CapreseError, match=r"one\.jsonl has 30 distinct prompts"):
         split_prompts(config.model_copy(update={"test": 90}), 0)
+
+
+def test_kinds_of_one_name_are_told_apart(tmp_path):
+    paths = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        paths.append(write(tmp_path / name / "questions.jsonl", [f"{name} {i}" for i in range(20)]))
+    splits = split_prompts(Samples(prompts=[*paths], train=8, validation=2, test=2), 0)
+    assert {p.source for p in splits["train"]} == {"questions.jsonl (1)", "questions.jsonl (2)"}
+    assert public_names([str(tmp_path / "elsewhere"), "gym:x"]) == [str(tmp_path / "elsewhere"), "gym:x"]
+    (tmp_path / "elsewhere").mkdir()
+    assert public_names([str(tmp_path / "elsewhere")]) == ["./elsewhere"]
 
 
 def test_self_needs_a_model():

@@ -91,7 +91,7 @@ def draw_prompts(
     sources = config.sources
     sizes = [share_out(count, [one.share for one in sources]) for count in counts]
     groups: list[list[list[Prompt]]] = [[] for _ in counts]
-    known = list(exclude)
+    known, names = list(exclude), public_names([one.source for one in sources])
     for number, one in enumerate(sources):
         wanted = [size[number] for size in sizes]
         encode = None if tokenizer is None else config.encode(tokenizer, one)
@@ -104,7 +104,7 @@ def draw_prompts(
             found, _ = distinct(own(sum(wanted)), sum(wanted), known, encode)
         else:
             found = load_prompts(one.source, sum(wanted), seed, one.column or config.column, known, encode)
-        found = [replace(prompt, source=public_name(one.source)) for prompt in found]
+        found = [replace(prompt, source=names[number]) for prompt in found]
         known += [prompt.text for prompt in found]
         left = iter(found)
         for group, size in zip(groups, wanted, strict=True):
@@ -257,10 +257,12 @@ class OwnPrompts:
                 yield from (sample.completion_ids for sample in read_shard(self.shards.path(number), made_with))
 
 
-def public_name(source: str) -> str:
-    """A source as it may be shown: of a local path only the last part, which is not `elsewhere`."""
-    name = os.path.basename(source) if os.path.exists(source) else source
-    return f"./{name}" if name == ELSEWHERE else name
+def public_names(sources: Sequence[str]) -> list[str]:
+    """Sources as they may be shown: of a local path only the last part, which is not `elsewhere`; numbered where
+    several would be called the same."""
+    names = [os.path.basename(one) if os.path.exists(one) else one for one in sources]
+    names = [f"./{name}" if name == ELSEWHERE else name for name in names]
+    return [f"{n} ({names[:i].count(n) + 1})" if names.count(n) > 1 else n for i, n in enumerate(names)]
 
 
 def trained_prompts(directory: Path) -> set[str]:
