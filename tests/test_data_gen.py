@@ -36,10 +36,11 @@ from caprese.models import encode_prompt, encode_text
     top_p=st.floats(0.05, 0.99) | st.just(1.0),
     temperature=st.floats(0.3, 3.0),
     scale=st.sampled_from([0.01, 1.0, 8.0]),
-    vocab=st.sampled_from([5, 300, 1000]),
+    vocab=st.sampled_from([5, 300, 1000, 5000]),
 )
 def test_the_nucleus_is_that_of_the_full_sort(seed, top_p, temperature, scale, vocab):
     scores = scale * torch.randn(3, vocab, generator=torch.Generator().manual_seed(seed))
+    scores *= torch.tensor([[0.1], [1.0], [3.0]])  # the flatter, the more tokens are looked at
     probabilities, index = in_nucleus(scores, temperature, top_p)
     mine = torch.zeros_like(scores).scatter_(-1, index, probabilities)
     warped = TemperatureLogitsWarper(temperature)(None, scores)

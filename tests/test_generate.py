@@ -143,7 +143,7 @@ def test_the_draws_are_those_of_multinomial_over_the_whole_batch(monkeypatch, to
 
 
 def test_a_flat_row_that_ended_changes_no_draw(monkeypatch) -> None:
-    """Where one row's nucleus is wider than the head, all are sorted whole; a row that ended is not asked."""
+    """Where one row's nucleus is wider than the head, all draw among more tokens; a row that ended is not asked."""
     model = tiny_llama(vocab_size=600, initializer_range=0.05)
     ends = list(range(0, 600, 11))
 

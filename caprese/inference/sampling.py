@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.nn import functional
 
 Sampler = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-# Tokens among which the nucleus is looked for first: a partial sort instead of several passes over [n, V], which on a
-# CPU take a good part of a step.
-_HEAD = 256
+# Tokens among which the nucleus is looked for first, and how many times as many next where they do not hold it: partial
+# sorts of ever fewer rows. On a CPU a sort of all [n, V] takes longer than the model's own step.
+_HEAD, _WIDER = 256, 8
 
 
 def greedy(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -25,11 +26,15 @@ def in_nucleus(logits: torch.Tensor, temperature: float, top_p: float) -> tuple[
     total = scores.logsumexp(-1, keepdim=True)
     if top_p >= 1:  # nothing is outside it, and nothing need be sorted
         return (scores - total).exp(), torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
-    top, index = scores.topk(min(_HEAD, scores.shape[-1]))
+    width = min(_HEAD, scores.shape[-1])
+    top, index = scores.topk(width)
     probabilities = (top - total).exp()
-    if top.shape[-1] < scores.shape[-1] and (probabilities.sum(-1) < top_p).any():  # flat: sort it all
-        top, index = scores.sort(descending=True)
-        probabilities = (top - total).exp()
+    while width < scores.shape[-1] and (flat := probabilities.sum(-1) < top_p).any():
+        room = min(_WIDER * width, scores.shape[-1]) - width
+        width += room
+        probabilities, index = (functional.pad(t, (0, room)) for t in (probabilities, index))
+        top, index[flat] = scores[flat].topk(width)
+        probabilities[flat] = (top - total[flat]).exp()
     outside = probabilities.cumsum(-1) - probabilities > top_p  # the token that crosses the border stays
     return probabilities.masked_fill(outside, 0), index
 
