@@ -55,12 +55,26 @@ def test_the_nucleus_is_that_of_the_full_sort(seed, top_p, temperature, scale, v
         assert torch.allclose(mine, theirs, atol=1e-4)
 
 
-def test_the_sampler_draws_what_it_should():
-    scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(4000, 1)
-    sampler = nucleus(4000, 1.0, 0.9, 0, torch.device("cpu"))
-    drawn = torch.bincount(sampler(scores, torch.arange(4000)), minlength=4) / 4000
-    expected = scores[0, :3].softmax(-1)  # 0.64 + 0.24 < 0.9: the third crosses the border and stays
-    assert torch.allclose(drawn[:3], expected, atol=0.03) and drawn[3] == 0
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_the_sampler_draws_what_it_should(top_p):
+    scores = torch.tensor([[-1.0, 2.0, 0.0, 1.0, -torch.inf]]).repeat(4000, 1)
+    sampler = nucleus(4000, 1.0, top_p, 0, torch.device("cpu"))
+    drawn = torch.bincount(sampler(scores, torch.arange(4000)), minlength=5) / 4000
+    expected = scores[0].softmax(-1)
+    if top_p < 1:  # 0.64 + 0.24 < 0.9: the third crosses the border and stays
+        expected[0] = 0
+        expected /= expected.sum()
+    assert torch.allclose(drawn, expected, atol=0.03) and not drawn[expected == 0].any()
+
+
+def test_wide_and_narrow_nuclei_are_drawn_from_alike():
+    """A row among others that are flatter: its tokens come as often as their probabilities say."""
+    scores = torch.zeros(3000, 3000)
+    scores[::2, [7, 2000]] = torch.tensor([12.0, 11.0])
+    drawn = nucleus(3000, 1.0, 0.9, 1, torch.device("cpu"))(scores, torch.arange(3000))
+    narrow, wide = drawn[::2], drawn[1::2]
+    assert set(narrow.tolist()) == {7, 2000} and abs(float((narrow == 7).float().mean()) - 0.731) < 0.04
+    assert len(wide.unique()) > 1000
 
 
 def test_gym_prompts_do_not_depend_on_how_many_are_asked():

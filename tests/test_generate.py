@@ -14,7 +14,7 @@ from caprese.data_gen import Samples, complete
 from caprese.inference import generate as loop
 from caprese.inference import stream
 from caprese.inference.generate import completions, ends_of, generate
-from caprese.inference.sampling import Sampler, in_nucleus, nucleus
+from caprese.inference.sampling import Sampler, nucleus
 
 PROMPTS = [[7, 8, 9, 10, 11, 12, 13, 14, 15], [20], [30, 31, 32, 33], [40, 41], [9, 9, 50, 51, 52, 53]]
 
@@ -109,24 +109,23 @@ def test_copies_of_one_prompt_are_read_once(kind: str) -> None:
 
 
 class Drawn(LogitsProcessor):
-    """torch.multinomial over the whole batch, as generation in transformers would draw."""
+    """A sampler of the whole batch, as generation in transformers would draw with it."""
 
-    def __init__(self, config: Samples, seed: int) -> None:
-        self.config, self.generator = config, torch.Generator().manual_seed(seed)
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        probabilities, index = in_nucleus(scores, self.config.temperature, self.config.top_p)
-        drawn = index.gather(-1, torch.multinomial(probabilities, 1, generator=self.generator))
+        drawn = self.sampler(scores, torch.arange(len(scores)))[:, None]
         return torch.full_like(scores, -torch.inf).scatter_(-1, drawn, 0.0)
 
 
 @pytest.mark.parametrize("top_p", [0.9, 1.0])
-def test_the_draws_are_those_of_multinomial_over_the_whole_batch(monkeypatch, top_p: float) -> None:
-    model, config = tiny_llama(), Samples(temperature=1.3, top_p=top_p, batch_size=8)
+def test_the_draws_are_those_over_the_whole_batch(monkeypatch, top_p: float) -> None:
+    model = tiny_llama()
     prompts = [*PROMPTS, [60, 61], [70], [80, 81, 82]]
     model.generation_config.eos_token_id = ends = list(range(0, 258, 17))
     inputs = padded(prompts)
-    draw = LogitsProcessorList([Drawn(config, 5)])
+    draw = LogitsProcessorList([Drawn(nucleus(8, 1.3, top_p, 5, torch.device("cpu")))])
     out = model.generate(
         **inputs, max_new_tokens=25, do_sample=False, logits_processor=draw, eos_token_id=ends, pad_token_id=0
     )[:, inputs["input_ids"].shape[1] :].tolist()

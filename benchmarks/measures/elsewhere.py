@@ -2,9 +2,10 @@
 
 Settings of a cell: model; drawn, the limit of tokens that its samples were drawn with; method, as `--method` takes it;
 prefill, dense or efficient; gsm and own, training samples of gym:gsm_symbolic and of prompts that the model writes
-itself; tokens, of each completion at most; rank; bias; layerwise, closed or none; ridge; epochs; rate; batch; decay, of
-weights; calibration, samples that methods choose from; validation, mixed or gsm; on_policy, tokens that the student
-says itself from each prompt for one more epoch at half the rate (0: none; null: that epoch on the same samples).
+itself; tokens, of each completion at most; given, how much of a prompt is one (the rest counts as completion); rank;
+bias; layerwise, closed or none; ridge; epochs; rate; batch; decay, of weights; calibration, samples that methods choose
+from; validation, mixed or gsm; on_policy, tokens that the student says itself from each prompt for one more epoch at
+half the rate (0: none; null: that epoch on the same samples).
 
 Samples are drawn once, into out-benchmarks/elsewhere: the first cell of a limit takes a while.
 """
@@ -41,9 +42,9 @@ SOURCES = {"gsm": "gym:gsm_symbolic", "own": "self"}
 COUNTS = {56: {"gsm": 700, "own": 1300}, 128: {"gsm": 61, "own": 114}}
 
 
-def shorter(rows: list[Sample], tokens: int) -> list[Sample]:
-    """Samples with their completions cut."""
-    return [Sample(s.input_ids[: s.prompt_length + tokens], s.prompt_length, s.prompt, "") for s in rows]
+def shorter(rows: list[Sample], tokens: int, given: float = 1.0) -> list[Sample]:
+    """Samples with their completions cut, and begun where so much of the prompt is given."""
+    return [Sample(s.input_ids[: s.prompt_length + tokens], round(given * s.prompt_length), s.prompt, "") for s in rows]
 
 
 class Measure:
@@ -92,7 +93,7 @@ class Measure:
         drawn = self._draw(cell["drawn"])
         begin = time.perf_counter()
         each = [drawn[kind]["train"][: cell[kind]] for kind in SOURCES]
-        train = shorter(interleave(each, [cell[kind] for kind in SOURCES]), cell["tokens"])
+        train = shorter(interleave(each, [cell[kind] for kind in SOURCES]), cell["tokens"], cell["given"])
         validation = [
             sample
             for kind in SOURCES

@@ -42,15 +42,17 @@ def in_nucleus(logits: torch.Tensor, temperature: float, top_p: float) -> tuple[
 def nucleus(batch: int, temperature: float, top_p: float, seed: int, device: torch.device) -> Sampler:
     """Draws with temperature and top-p, the same tokens for the same seed.
 
-    argmax(p / q) with q ~ Exp(1) draws from p, as torch.multinomial does. The noise q is that of all `batch` sequences
-    as they began, so a sequence draws the same whether those that ended are still beside it or not.
+    One uniform number a sequence and step says which token: that at whose place the running sum of probabilities
+    reaches it. The numbers are those of all `batch` sequences as they began, so a sequence draws the same whether those
+    that ended are still beside it or not.
     """
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         probabilities, index = in_nucleus(logits, temperature, top_p)
-        noise = torch.empty(batch, probabilities.shape[-1], device=device).exponential_(generator=generator)
-        best = (probabilities / noise[rows]).argmax(-1, keepdim=True)
-        return index.gather(-1, best).squeeze(-1)
+        reached = probabilities.cumsum(-1)
+        above_zero = 1 - torch.rand(batch, 1, device=device, generator=generator)[rows]
+        place = torch.searchsorted(reached, above_zero * reached[:, -1:])
+        return index.gather(-1, place).squeeze(-1)
 
     return draw
