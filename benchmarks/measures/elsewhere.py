@@ -1,13 +1,14 @@
 """What comes back on prompts like those distilled on, and on others: KL by kind of prompts.
 
-Settings of a cell: model; drawn, the limit of tokens that its samples were drawn with; method, as `--method` takes it;
+Settings of a cell: model; drawn, the limit of tokens that its samples were drawn with; temperature, of answers;
+self_temperature, of the prompts that the model writes; method, as `--method` takes it;
 prefill, dense or efficient; gsm and own, training samples of gym:gsm_symbolic and of prompts that the model writes
 itself; tokens, of each completion at most; given, how much of a prompt is one (the rest counts as completion); rank;
 bias; layerwise, closed or none; ridge; epochs; rate; batch; decay, of weights; calibration, samples that methods choose
 from; validation, mixed or gsm; on_policy, tokens that the student says itself from each prompt for one more epoch at
 half the rate (0: none; null: that epoch on the same samples).
 
-Samples are drawn once, into out-benchmarks/elsewhere: the first cell of a limit takes a while.
+Samples are drawn once, into out-benchmarks/elsewhere: the first cell takes a while.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ from caprese.evaluation import environment, fidelity
 
 DIRECTORY = Path("out-benchmarks/elsewhere")
 SOURCES = {"gsm": "gym:gsm_symbolic", "own": "self"}
-COUNTS = {56: {"gsm": 700, "own": 1300}, 128: {"gsm": 61, "own": 114}}
+# How the samples of most cells, and those that all are tested on, are drawn, and how many there are to learn from.
+POOL = {"drawn": 56, "self_temperature": 1.0, "temperature": 0.7}
+COUNTS = {"gsm": 700, "own": 1300}
 
 
 def shorter(rows: list[Sample], tokens: int, given: float = 1.0) -> list[Sample]:
@@ -62,35 +65,38 @@ class Measure:
             model, tokenizer = caprese.load_base(name)
             self.known |= {"model": model, "tokenizer": tokenizer, "quick": is_quicker(model)}
 
-    def _draw(self, limit: int) -> Any:
-        """Samples of each kind, and of `elsewhere`, by split."""
-        if limit in self.known:
-            return self.known[limit]
-        model, made = self.known["model"], {}
-        for kind, source in SOURCES.items():
-            config = Samples(
-                prompts=source,
-                train=COUNTS[limit][kind],
-                validation=12,
-                test=24,
-                max_new_tokens=limit,
-                self_tokens=96,
-                elsewhere=60 if kind == "own" else 0,
-                batch_size=64,
-                shard_size=64,
-            )
-            with kept_casts(model, self.known["quick"]):
-                made[kind] = make_samples(
-                    model, self.known["tokenizer"], config, DIRECTORY / str(limit) / kind, 0, fingerprint(model)
+    def _draw(self, how: dict[str, Any], counts: dict[str, int], elsewhere: int = 0) -> Any:
+        """Samples of each kind by split; the prompts of gsm are the same however they are drawn."""
+        name = "-".join(str(how[key]) for key in POOL)
+        if name not in self.known:
+            self.known[name] = {}
+            for kind, source in SOURCES.items():
+                config = Samples(
+                    prompts=source,
+                    train=counts[kind],
+                    validation=12,
+                    test=24,
+                    max_new_tokens=how["drawn"],
+                    temperature=how["temperature"],
+                    self_temperature=how["self_temperature"],
+                    self_tokens=96,
+                    elsewhere=elsewhere if kind == "own" else 0,
+                    batch_size=64,
+                    shard_size=64,
                 )
-        made[ELSEWHERE] = {"test": made["own"].pop(ELSEWHERE)}
-        self.known[limit] = made
-        return made
+                model, tokenizer = self.known["model"], self.known["tokenizer"]
+                with kept_casts(model, self.known["quick"]):
+                    self.known[name][kind] = make_samples(
+                        model, tokenizer, config, DIRECTORY / name / kind, 0, fingerprint(model)
+                    )
+        return self.known[name]
 
     def __call__(self, cell: dict[str, Any]) -> dict[str, Any]:
         self._prepare(cell["model"])
         model, quick = self.known["model"], self.known["quick"]
-        drawn = self._draw(cell["drawn"])
+        pool = self._draw(POOL, COUNTS, elsewhere=60)
+        own = all(cell[key] == value for key, value in POOL.items())
+        drawn = pool if own else self._draw(cell, cell)
         begin = time.perf_counter()
         each = [drawn[kind]["train"][: cell[kind]] for kind in SOURCES]
         train = shorter(interleave(each, [cell[kind] for kind in SOURCES]), cell["tokens"], cell["given"])
@@ -98,7 +104,7 @@ class Measure:
             sample
             for kind in SOURCES
             if cell["validation"] in ("mixed", kind)
-            for sample in drawn[kind]["validation"][: 6 if cell["validation"] == "mixed" else 12]
+            for sample in pool[kind]["validation"][: 6 if cell["validation"] == "mixed" else 12]
         ]
         methods = caprese.resolve_recipe(method=cell["method"]).methods
         calibration = None
@@ -125,8 +131,9 @@ class Measure:
                 self._go_on(applied, train, validation, config, fitted.kl["end_to_end"], cell)
             row: dict[str, Any] = {"distilled_in": round(time.perf_counter() - begin), "held_out": fitted.kl}
             row["ranks"] = fitted.ranks
-            for kind, splits in drawn.items():
-                batches = make_batches(splits["test"], 8, first=cell["prefill"] == "efficient")
+            tests = {**{kind: pool[kind]["test"] for kind in SOURCES}, ELSEWHERE: pool["own"][ELSEWHERE]}
+            for kind, samples in tests.items():
+                batches = make_batches(samples, 8, first=cell["prefill"] == "efficient")
                 figures = fidelity(applied, batches, ("efficient", "recovered"))
                 kl = {name: found["kl"] for name, found in figures.items()}
                 row[kind] = {**kl, "recovered_fraction": 1 - kl["recovered"] / kl["efficient"]}
