@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from caprese.data_gen import OWN
 from caprese.distill.sensitivity import ALIGNED, LEVELS
 from caprese.efficient_methods import cost, describe_methods, idle_branches
 from caprese.errors import CapreseError
@@ -78,6 +79,8 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     s = recipe.samples
     rows = s.train + s.validation + s.test + s.elsewhere
     completion, prompt = rows * s.max_new_tokens, rows * _PROMPT_TOKENS
+    own = sum(one.share for one in s.sources if one.source == OWN) * (rows - s.elsewhere)
+    drawn = completion + round(own * s.self_tokens)
     rate = 0.5 * _flops_per_second(torch.device(device), dtype)
     forward = 2 * dense  # FLOPs of a token
     adam = 0 if recipe.layerwise.cache_activations else recipe.layerwise.epochs - 1
@@ -94,7 +97,7 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     alone, whole = (train * sum(o.epochs for o in objectives if o.alone is how) for how in (True, False))
     dense_prompts = recipe.prefill == "dense" and all(method.dense_prompts for method in methods)
     flops = {
-        "samples": forward * (prompt + 2.5 * completion),  # decoding in batches runs below a plain pass's rate
+        "samples": forward * (prompt + 2.5 * drawn),  # decoding in batches runs below a plain pass's rate
         "alignment": alone * (forward + 6 * stand_ins) + whole * 4 * forward,
         "calibration": forward * calibration * (s.max_new_tokens + _PROMPT_TOKENS),
         "layerwise": 0.0 if idle else forward * train * passes * 1.3,
@@ -104,7 +107,7 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
         "evaluation": forward * s.test * (s.max_new_tokens * (3 + 5 * recipe.evaluation.generate) + 3 * _PROMPT_TOKENS),
     }
     tokens = {
-        "samples": completion,
+        "samples": drawn,
         "alignment": alone + whole,
         "end_to_end": (s.train * s.max_new_tokens if dense_prompts else train) * epochs,
     }

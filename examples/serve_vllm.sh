@@ -3,6 +3,6 @@
 set -euo pipefail
 model=${1:-llama-3.2-1b}
 
-caprese recover --model "$model" --method static:0.3 --layers all --output "out-$model"
+caprese recover --model "$model" --method static:0.3 --layers all --for export --output "out-$model"
 caprese export "out-$model" --to "exported-$model" --dtype bfloat16
 vllm serve "exported-$model" --served-model-name "$model-static"

@@ -19,6 +19,7 @@ import caprese
 from caprese import progress
 from caprese.adapters import attach_adapter
 from caprese.cli import app
+from caprese.commands.recover import recover as recover_verb
 from caprese.commands.verb import in_flags
 from caprese.data_gen import read_shard
 from caprese.evaluation import VARIANTS
@@ -373,3 +374,4 @@ def test_arguments_are_flags_on_the_command_line():
     said = "choose another `output`, `target_kl` or `sparsity`; `compiled=False`, `target_kl=0.1`, `name`, `a b`"
     flags = "choose another --output, --target-kl or `sparsity`; --no-compile, --target-kl 0.1, `name`, `a b`"
     assert in_flags(said, command) == flags
+    assert in_flags('leave out `prefill="efficient"`', recover_verb) == "leave out --for export"

@@ -161,8 +161,7 @@ def test_an_exported_checkpoint_is_measured_as_it_runs(tmp_path):
 def test_what_is_applied_otherwise_is_refused(tmp_path):
     caprese.save(applied("efficient"), tmp_path / "efficient")
     caprese.save(applied("dense"), tmp_path / "dense")
-    loaded = caprese.load(tiny_llama(), tmp_path / "efficient")
-    caprese.remove(loaded)
+    assert phases_of(caprese.load(tiny_llama(), tmp_path / "efficient")).prefill == "efficient"
     model = applied("dense", adapter=False)
     known = Adapter.open(tmp_path / "dense").calibration()
     caprese.remove(model)

@@ -18,6 +18,7 @@ from caprese.data_gen.own import Sieve, head_of
 from caprese.data_gen.sources import name_of, read_sources, share_out
 from caprese.errors import CapreseError
 from caprese.recovery.recover import _identity
+from caprese.recovery.report import portable
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}<assistant>"
 
@@ -78,19 +79,26 @@ def test_what_is_no_mixture_is_refused(prompts, match):
         Samples(prompts=prompts)
 
 
-def test_splits_are_disjoint_across_sources(tmp_path):
+def test_splits_are_disjoint_across_sources(tmp_path, monkeypatch):
     one = write(tmp_path / "one.jsonl", [f"question {i}" for i in range(30)])
     two = write(tmp_path / "two.jsonl", [f"question {i} " for i in range(20, 60)], column="q")
     prompts = [{"source": one, "instruction": "Think."}, {"source": two, "column": "q", "share": 2}]
     config = Samples(prompts=prompts, train=24, validation=6, test=9, instruction="")
-    splits = split_prompts(config, 0, byte_tokenizer())
-    texts = [p.text.strip() for group in splits.values() for p in group]
-    assert len(texts) == len(set(texts)) == 39
-    assert [sum(p.source == "one.jsonl" for p in splits[s]) for s in ("test", "validation", "train")] == [3, 2, 8]
-    larger = split_prompts(config.model_copy(update={"train": 40}), 0, byte_tokenizer())
-    assert larger["test"] == splits["test"] and larger["validation"] == splits["validation"]
+    for seed in range(8):
+        splits = split_prompts(config, seed, byte_tokenizer())
+        texts = [p.text.strip() for group in splits.values() for p in group]
+        assert len(texts) == len(set(texts)) == 39
+        assert [sum(p.source == "one.jsonl" for p in splits[s]) for s in ("test", "validation", "train")] == [3, 2, 8]
+        larger = split_prompts(config.model_copy(update={"train": 44}), seed, byte_tokenizer())
+        assert larger["test"] == splits["test"] and larger["validation"] == splits["validation"]
+        texts = [p.text.strip() for group in larger.values() for p in group]
+        assert len(texts) == len(set(texts))
     with pytest.raises(CapreseError, match=r"one\.jsonl has 30 distinct prompts"):
         split_prompts(config.model_copy(update={"test": 90}), 0)
+    said = []
+    monkeypatch.setattr("caprese.data_gen.generate.say", said.append)
+    split_prompts(config.model_copy(update={"train": 200}), 0)
+    assert len(said) == 2 and f"{one} has " in said[0]
 
 
 def test_kinds_of_one_name_are_told_apart(tmp_path):
@@ -100,6 +108,8 @@ def test_kinds_of_one_name_are_told_apart(tmp_path):
         paths.append(write(tmp_path / name / "questions.jsonl", [f"{name} {i}" for i in range(20)]))
     splits = split_prompts(Samples(prompts=[*paths], train=8, validation=2, test=2), 0)
     assert {p.source for p in splits["train"]} == {"questions.jsonl (1)", "questions.jsonl (2)"}
+    published = portable(caprese.Recipe(samples=Samples(prompts=[*paths])), None)
+    assert [one.source for one in published.samples.prompts] == ["questions.jsonl (1)", "questions.jsonl (2)"]
     assert public_names([str(tmp_path / "elsewhere"), "gym:x"]) == [str(tmp_path / "elsewhere"), "gym:x"]
     (tmp_path / "elsewhere").mkdir()
     assert public_names([str(tmp_path / "elsewhere")]) == ["./elsewhere"]
@@ -159,8 +169,7 @@ def test_own_prompts_follow_from_the_seed_and_go_on(tmp_path, monkeypatch):
 
 def test_a_model_that_writes_too_little_is_named(tmp_path):
     model, tokenizer = tiny_llama(), chat_tokenizer()
-    model.lm_head.weight.data.zero_()
-    model.lm_head.weight.data[1] = 0  # uniform: draws hardly ever end in time
+    model.lm_head.weight.data.zero_()  # uniform: draws hardly ever end in time
     writer = OwnPrompts(
         model, tokenizer, Samples(prompts="self", self_tokens=2), Shards(tmp_path, OWN, {"seed": 0}, 64)
     )

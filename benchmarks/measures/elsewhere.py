@@ -68,8 +68,9 @@ class Measure:
     def _draw(self, how: dict[str, Any], counts: dict[str, int], elsewhere: int = 0) -> Any:
         """Samples of each kind by split; the prompts of gsm are the same however they are drawn."""
         name = "-".join(str(how[key]) for key in POOL)
-        if name not in self.known:
-            self.known[name] = {}
+        key = name, *(counts[kind] for kind in SOURCES)
+        if key not in self.known:
+            made = {}
             for kind, source in SOURCES.items():
                 config = Samples(
                     prompts=source,
@@ -86,26 +87,25 @@ class Measure:
                 )
                 model, tokenizer = self.known["model"], self.known["tokenizer"]
                 with kept_casts(model, self.known["quick"]):
-                    self.known[name][kind] = make_samples(
-                        model, tokenizer, config, DIRECTORY / name / kind, 0, fingerprint(model)
-                    )
-        return self.known[name]
+                    made[kind] = make_samples(model, tokenizer, config, DIRECTORY / name / kind, 0, fingerprint(model))
+            self.known[key] = made
+        return self.known[key]
 
     def __call__(self, cell: dict[str, Any]) -> dict[str, Any]:
         self._prepare(cell["model"])
         model, quick = self.known["model"], self.known["quick"]
         pool = self._draw(POOL, COUNTS, elsewhere=60)
-        own = all(cell[key] == value for key, value in POOL.items())
-        drawn = pool if own else self._draw(cell, cell)
+        drawn = pool if all(cell[key] == value for key, value in POOL.items()) else self._draw(cell, cell)
         begin = time.perf_counter()
         each = [drawn[kind]["train"][: cell[kind]] for kind in SOURCES]
         train = shorter(interleave(each, [cell[kind] for kind in SOURCES]), cell["tokens"], cell["given"])
-        validation = [
+        held_out = [
             sample
             for kind in SOURCES
             if cell["validation"] in ("mixed", kind)
             for sample in pool[kind]["validation"][: 6 if cell["validation"] == "mixed" else 12]
         ]
+        validation = shorter(held_out, cell["tokens"])
         methods = caprese.resolve_recipe(method=cell["method"]).methods
         calibration = None
         if needs_calibration(methods):
@@ -125,7 +125,7 @@ class Measure:
         )
         try:
             with quick_products(model, quick):
-                fitted = fit(applied, train, shorter(validation, cell["tokens"]), config)
+                fitted = fit(applied, train, validation, config)
             applied = fitted.model
             if cell["on_policy"] != 0:
                 self._go_on(applied, train, validation, config, fitted.kl["end_to_end"], cell)
@@ -160,6 +160,8 @@ class Measure:
             ]
         more = config.end_to_end.model_copy(update={"epochs": 1, "learning_rate": cell["rate"] / 2})
         with quick_products(applied, self.known["quick"]):
-            teacher = Teacher(applied, make_batches(train, cell["batch"]), more.cache_gigabytes)
-            held_out = HeldOut(applied, make_batches(validation, cell["batch"]), more.cache_gigabytes)
+            efficient = cell["prefill"] == "efficient"
+            batches = make_batches(train, cell["batch"], efficient, efficient)
+            teacher = Teacher(applied, batches, more.cache_gigabytes)
+            held_out = HeldOut(applied, make_batches(validation, cell["batch"], efficient), more.cache_gigabytes)
             fit_end_to_end(applied, teacher, held_out, more, start, Checkpoints(1))

@@ -24,7 +24,7 @@ class Flags:
     format: Annotated[str, typer.Option(help="hf, or gguf for llama.cpp.")] = "hf"
     outtype: Annotated[str, typer.Option(help="Of a GGUF: f32, f16, bf16, q8_0.")] = "f16"
     dtype: Annotated[str, typer.Option(help="Of the weights: auto (the checkpoint's), float32, bfloat16.")] = "auto"
-    prompts: Annotated[
+    samples: Annotated[
         int, typer.Option(help="Prompts of each kind that the checkpoint is measured on; 0 skips it.", min=0)
     ] = 24
     device: Device = "auto"
@@ -57,7 +57,7 @@ def export(flags: Flags) -> None:
             flags.adapter,
             flags.to,
             flags.model,
-            prompts=flags.prompts,
+            samples=flags.samples,
             device=flags.device,
             format=cast(Any, flags.format),
             dtype=None if flags.dtype == "auto" else pick_dtype(flags.dtype, "cpu"),

@@ -24,6 +24,8 @@ Reselect = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Of everything random.", min=0, max=2**32 - 1)]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+#: what `--for` calls how prompts run
+MADE_FOR = {"caprese": "dense", "export": "efficient"}
 
 
 # no model has as many layers; a range up to a slip of the finger fills the memory

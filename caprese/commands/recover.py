@@ -8,7 +8,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from caprese.commands.options import Json, Private, parse_keep_attention, parse_layers, parse_rank, parse_sparsity
+from caprese.commands.options import (
+    MADE_FOR,
+    Json,
+    Private,
+    parse_keep_attention,
+    parse_layers,
+    parse_rank,
+    parse_sparsity,
+)
 from caprese.commands.verb import is_main
 from caprese.errors import CapreseError
 from caprese.progress import say, show
@@ -72,7 +80,7 @@ class Flags:
     reselect_every: Annotated[
         int | None, typer.Option(help="Generated tokens after which the choice is made anew.", rich_help_panel=METHOD)
     ] = None
-    made_for: Annotated[
+    prefill: Annotated[
         Literal["caprese", "export"] | None,
         typer.Option(
             "--for",
@@ -157,7 +165,7 @@ def recover(flags: Flags) -> None:
         "shared_choice": flags.shared_choice,
         "keep_attention": parse_keep_attention(flags.keep_attention),
         "reselect_every": flags.reselect_every,
-        "prefill": {"caprese": "dense", "export": "efficient", None: None}[flags.made_for],
+        "prefill": None if flags.prefill is None else MADE_FOR[flags.prefill],
         "layers": parse_layers(flags.layers),
         "rank": parse_rank(flags.rank),
         "bias": flags.bias,

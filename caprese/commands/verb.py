@@ -16,6 +16,7 @@ import typer
 from typer.models import OptionInfo
 
 from caprese import progress
+from caprese.commands.options import MADE_FOR
 from caprese.errors import CapreseError
 
 
@@ -94,7 +95,12 @@ def in_flags(message: str, function: Callable[..., None]) -> str:
         on, off = flags[name]
         if value == "False" and off:
             return off
-        return on if value in (None, "True") else f"{on} {value.strip(chr(39) + chr(34))}"
+        if value in (None, "True"):
+            return on
+        value = value.strip("\"'")
+        if name == "prefill":
+            value = next(place for place, prefill in MADE_FOR.items() if prefill == value)
+        return f"{on} {value}"
 
     return re.sub(r"`(?P<name>\w+)(?:=(?P<value>[^`]+))?`", flag, message)
 

@@ -9,12 +9,13 @@ from caprese.data_gen.generate import (
     draw_prompts,
     load_elsewhere,
     make_samples,
+    public_names,
     split_prompts,
     trained_prompts,
 )
 from caprese.data_gen.prompts import Prompt, load_prompts
 from caprese.data_gen.samples import Samples
-from caprese.data_gen.shards import VERSION, Sample, Shards, read_shard, write_shard
+from caprese.data_gen.shards import VERSION, Sample, Shards, read_shard, shard_settings, write_shard
 from caprese.data_gen.sources import OWN, Source, interleave, name_of
 
 __all__ = [
@@ -36,7 +37,9 @@ __all__ = [
     "load_prompts",
     "make_samples",
     "name_of",
+    "public_names",
     "read_shard",
+    "shard_settings",
     "split_prompts",
     "trained_prompts",
     "write_shard",

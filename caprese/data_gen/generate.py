@@ -7,8 +7,8 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
-from itertools import count, islice
+from functools import cached_property, partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from caprese.data_gen.own import Head, Sieve, head_of
-from caprese.data_gen.prompts import Prompt, distinct, load_prompts
+from caprese.data_gen.prompts import Encode, Prompt, distinct, load_prompts
 from caprese.data_gen.samples import Samples
 from caprese.data_gen.shards import VERSION, Sample, Shards, read_shard, write_shard
 from caprese.data_gen.sources import OWN, Source, interleave, share_out
@@ -89,27 +89,38 @@ def draw_prompts(
         CapreseError: bad prompts, or `self` where no model is there to write them.
     """
     sources = config.sources
+    names = public_names([one.source for one in sources])
+    encoders = [None if tokenizer is None else config.encode(tokenizer, one) for one in sources]
     sizes = [share_out(count, [one.share for one in sources]) for count in counts]
-    groups: list[list[list[Prompt]]] = [[] for _ in counts]
-    known, names = list(exclude), public_names([one.source for one in sources])
-    for number, one in enumerate(sources):
-        wanted = [size[number] for size in sizes]
-        encode = None if tokenizer is None else config.encode(tokenizer, one)
-        found: list[Prompt] = []
-        if not sum(wanted):  # a small share of few
-            pass
-        elif one.source == OWN:
-            if own is None:
-                raise CapreseError("prompts `self` are written by the model, which is not there; give others")
-            found, _ = distinct(own(sum(wanted)), sum(wanted), known, encode)
-        else:
-            found = load_prompts(one.source, sum(wanted), seed, one.column or config.column, known, encode)
-        found = [replace(prompt, source=names[number]) for prompt in found]
-        known += [prompt.text for prompt in found]
-        left = iter(found)
-        for group, size in zip(groups, wanted, strict=True):
-            group.append(list(islice(left, size)))
+
+    def load(one: Source, encode: Encode | None, count: int) -> list[Prompt]:
+        if one.source != OWN:
+            return load_prompts(one.source, count, seed, one.column or config.column, exclude, encode)
+        if own is None:
+            raise CapreseError("prompts `self` are written by the model, which is not there; give others")
+        return distinct(own(count), count, exclude, encode)[0]
+
+    streams = [
+        _stream(partial(load, one, encode), sum(size[number] for size in sizes))
+        for number, (one, encode) in enumerate(zip(sources, encoders, strict=True))
+    ]
+    groups, known = [], list[str]()
+    for size in sizes:  # one group after another, or the last of one source would decide about the first of the next
+        group = []
+        for name, encode, stream, wanted in zip(names, encoders, streams, size, strict=True):
+            found, _ = distinct(stream, wanted, known, encode)
+            known += [prompt.text for prompt in found]
+            group.append([replace(prompt, source=name) for prompt in found])
+        groups.append(group)
     return groups
+
+
+def _stream(load: Callable[[int], Sequence[Prompt]], count: int) -> Iterator[Prompt]:
+    """What `load` gives first, second, ...: as many as are thought to be enough, and a few more at a time if not."""
+    given = 0
+    while len(found := load(count)) > given:
+        yield from found[given:]
+        given, count = len(found), count + 1 + count // 10
 
 
 def split_prompts(
@@ -129,12 +140,15 @@ def split_prompts(
     for one, test, validation, train in zip(config.sources, *groups, strict=True):
         held_out = [share_out(n, [each.share for each in config.sources]) for n in (config.test, config.validation)]
         at = config.sources.index(one)
+        wanted = share_out(config.train, [each.share for each in config.sources])[at]
         if not train and one.share * config.train >= 1:
             raise CapreseError(
                 f"{one} has {len(test) + len(validation)} distinct prompts; with {held_out[0][at]} for test and "
                 f"{held_out[1][at]} for validation none are left to train on: give more, or lower samples.test and "
                 "samples.validation"
             )
+        if len(train) < wanted:
+            say(f"{one} has {len(train)} prompts to train on, and {wanted} are its share")
     shares = [one.share for one in config.sources]
     return {name: interleave(group, shares) for name, group in zip(SPLITS, groups, strict=True)}
 
@@ -172,7 +186,8 @@ def make_samples(
             PartialState().wait_for_everyone()
 
     writer = OwnPrompts(model, tokenizer, config, shards[OWN])
-    make_room(writer.foreign())
+    if any(one.source == OWN for one in config.sources):
+        make_room(writer.foreign())
     other = load_elsewhere(config, tokenizer, model)
     prompts = split_prompts(config, seed, tokenizer, writer, [prompt.text for prompt in other])
     if writer.sieve is not None:
@@ -234,12 +249,13 @@ class OwnPrompts:
     def head(self) -> Head:
         return head_of(self.tokenizer, self.config.chat_template)
 
-    def foreign(self) -> list[Path]:
+    def foreign(self) -> Iterator[Path]:
         """Draws that are kept and were made with other settings."""
         kept = [
             int(path.stem.rpartition("-")[2]) for path in self.shards.directory.glob(f"{OWN}-{'[0-9]' * 5}.parquet")
         ]
-        return self.shards.foreign([self.head.ids] * self.shards.size * (max(kept) + 1)) if kept else []
+        if kept:
+            yield from self.shards.foreign([self.head.ids] * self.shards.size * (max(kept) + 1))
 
     def _draws(self) -> Iterator[Sequence[int]]:
         """What it writes, without end, shard by shard; every process of a distributed run makes its share."""

@@ -16,8 +16,8 @@ from caprese.errors import CapreseError
 from caprese.files import write_atomic
 
 # Raised whenever the same settings come to give other samples (2: the seed gives the order of prompts; 3: samples say
-# what source they are of; 4: how many tokens a draw is among).
-VERSION = 4
+# what source they are of; 5: one uniform number a draw).
+VERSION = 5
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Samples as batches, and the two passes that training and evaluation are made of: prompt, then completion.
 
-The prompt runs dense in every phase of every stage, so its KV cache and what a method learns from it do not depend on
-the adapter: one prefill serves teacher and student, and no gradient goes through it. Where attentions are replaced, it
-does not: then both are one pass.
+A prompt that runs dense does so in every phase of every stage, so its KV cache and what a method learns from it do not
+depend on the adapter: one prefill serves teacher and student, and no gradient goes through it. Where it does not
+(prompts run efficient, or attentions are replaced), both are one pass.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ class Batch:
 def make_batches(samples: Sequence[Sample], size: int, first: bool = False, throughout: bool = False) -> list[Batch]:
     """Batches of samples of like length; always the same ones for the same samples.
 
-    Samples whose completion is a single token are left out: after a dense prompt they have nothing to learn from.
+    Samples whose completion is a single token are left out: after a dense prompt they have nothing to learn from, and
+    after another hardly more.
 
     Args:
         first: a completion's first token counts as well: for models whose prompts do not run dense.
@@ -110,7 +111,7 @@ def _batch(samples: Sequence[Sample], first: bool) -> Batch:
 class Context:
     """What comes before the completion inputs, in blocks: (first, end, KV cache with what the methods learned).
 
-    No block where attentions are replaced: then prompt and completion are one pass. One without reselection. With it,
+    No block where prompts do not run dense: then prompt and completion are one pass. One without reselection. With it,
     a block for every `reselect_every` tokens, whose cache holds the prompt and the blocks before it as the dense model
     computes them (arXiv 2505.07861, section 5).
     """

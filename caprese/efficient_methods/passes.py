@@ -52,8 +52,8 @@ def check_prefill(prefill: Prefill, methods: Sequence[Method], reselect_every: i
         return
     if choosers := [method.name for method in methods if "prompt" in method.learns]:
         raise CapreseError(
-            f"{choosers[0]} chooses from each prompt, which has to run dense; `prefill='efficient'` is for methods "
-            "that do not"
+            f"{choosers[0]} chooses from each prompt, which has to run dense; "
+            '`prefill="efficient"` is for methods that do not'
         )
     if reselect_every is not None:
         raise CapreseError('reselection runs tokens dense; with `prefill="efficient"` leave out `reselect_every`')

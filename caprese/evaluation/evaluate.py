@@ -79,16 +79,18 @@ def evaluate(
     by_source: dict[str, list[Sample]] = {}
     for sample in (*test, *elsewhere):
         by_source.setdefault(sample.source, []).append(sample)
+    own = by_source.keys() - {ELSEWHERE}  # the others are asked once
     teachers = {
-        source: Teacher(model, make_batches(rows, config.batch_size, first), _REMEMBERED)
+        source: Teacher(
+            model, make_batches(rows, config.batch_size, first), _REMEMBERED / len(own) if source in own else 0
+        )
         for source, rows in by_source.items()
     }
-    layers = layer_errors(model, *(teacher for source, teacher in teachers.items() if source != ELSEWHERE))
+    layers = layer_errors(model, *(teachers[source] for source in by_source if source in own))
     kinds = {source: tally_fidelity(teacher) for source, teacher in teachers.items()}
     del teachers
     quality: dict[str, dict[str, float | None]] = {
-        name: {**sum((kinds[source][name] for source in by_source if source != ELSEWHERE), Tally()).figures()}
-        for name in VARIANTS
+        name: {**sum((kinds[source][name] for source in own), Tally()).figures()} for name in VARIANTS
     }
     answers = {"dense": list(test)}
     if config.generate:

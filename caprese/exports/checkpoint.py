@@ -200,7 +200,7 @@ def export(
     dtype: torch.dtype | None = None,
     outtype: str = "f16",
     overwrite: bool = False,
-    measure: Callable[[Path], dict[str, Any]] | None = None,
+    measure: Callable[[Path], dict[str, Any] | None] | None = None,
 ) -> dict[str, Any]:
     """Write static pruning and recovery adapter as an ordinary checkpoint, and read it back without caprese.
 
@@ -378,12 +378,13 @@ def _card(model: nn.Module, facts: Mapping[str, Any]) -> str:
         f"{changed}; {facts['parameters']:,} instead of {facts['base_parameters']:,} parameters. Exported by "
         f"caprese as an ordinary {facts['architecture']}: it needs caprese no more. Read back by transformers alone, "
         f"its logits differ from the caprese model's by {facts['largest_logit_difference']:.1e} at most (the largest "
-        f"is {facts['largest_logit']:.1f}).\n" + _fidelity(model, facts["fidelity"])
+        f"is {facts['largest_logit']:.1f}).\n" + _fidelity(model, facts)
     )
 
 
-def _fidelity(model: nn.Module, by_kind: Mapping[str, Any] | None) -> str:
+def _fidelity(model: nn.Module, facts: Mapping[str, Any]) -> str:
     """What was measured of the checkpoint, as part of its card."""
+    by_kind: Mapping[str, Any] | None = facts["fidelity"]
     if not by_kind:
         return ""
     head = "| Prompts | Samples | KL | Top-1 | Perplexity |\n| --- | ---: | ---: | ---: | ---: |\n"
@@ -391,8 +392,9 @@ def _fidelity(model: nn.Module, by_kind: Mapping[str, Any] | None) -> str:
         f"| {kind} | {f['samples']} | {f['kl']:.4f} | {f['top1_agreement']:.1%} | {f['perplexity']:.2f} |\n"
         for kind, f in by_kind.items()
     )
-    how = {"dense": "with dense prompts", "efficient": "as it runs here"}[phases_of(model).prefill]
+    how = "with dense prompts" if phases_of(model).dense_prompts else "as it runs here"
+    which = "this checkpoint" if facts["gguf"] is None else "this checkpoint before it became a GGUF,"
     return (
-        "\n## Fidelity\n\nAgainst the dense model's greedy answers, measured on this checkpoint in plain transformers, "
-        f"which runs prompts through what is left, too; the adapter was distilled {how}.\n\n{head}{rows}"
+        f"\n## Fidelity\n\nAgainst the dense model's greedy answers, measured on {which} in plain transformers, "
+        f"which runs prompts through what is left, too; it was distilled {how}.\n\n{head}{rows}"
     )

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
+from caprese.errors import CapreseError
+
 Sampler = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Tokens among which the nucleus is looked for first, and how many times as many next where they do not hold it: partial
@@ -44,13 +46,15 @@ def nucleus(batch: int, temperature: float, top_p: float, seed: int, device: tor
 
     One uniform number a sequence and step says which token: that at whose place the running sum of probabilities
     reaches it. The numbers are those of all `batch` sequences as they began, so a sequence draws the same whether those
-    that ended are still beside it or not.
+    that ended are still beside it or not. A draw raises CapreseError where logits are not finite.
     """
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         probabilities, index = in_nucleus(logits, temperature, top_p)
         reached = probabilities.cumsum(-1)
+        if not reached[:, -1].isfinite().all():
+            raise CapreseError("the model's logits are not finite; load it with `dtype` bfloat16 or float32")
         above_zero = 1 - torch.rand(batch, 1, device=device, generator=generator)[rows]
         place = torch.searchsorted(reached, above_zero * reached[:, -1:])
         return index.gather(-1, place).squeeze(-1)

@@ -126,7 +126,7 @@ def export_adapter(
     to: str,
     model: str | None = None,
     *,
-    prompts: int = 24,
+    samples: int = 24,
     device: str = "auto",
     **how: Any,
 ) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def export_adapter(
 
     Args:
         model: the base, where it was a local directory.
-        prompts: of each kind it is measured on: those that the adapter was made with, and elsewhere; 0 skips it.
+        samples: prompts of each kind it is measured on, the adapter's own and elsewhere; 0 skips it.
         how: see `export`.
 
     Returns: what `export` does, and "report_kl": KL(dense || recovered) as the adapter's report has it.
@@ -145,28 +145,29 @@ def export_adapter(
     opened = Adapter.open(adapter)
     base, tokenizer = opened.load_base(model, device=device)
     lm = load(base, opened)
-    by_kind: dict[str, list[Prompt]] = {}
-    if prompts:
-        samples, trained = beside(opened)
-        size = {"test": prompts * len(samples.prompts), "elsewhere": min(prompts, samples.elsewhere)}
+
+    def measure(checkpoint: Path) -> dict[str, Any] | None:
+        made_with, trained = beside(opened)
+        alike = tuple(one.model_copy(update={"share": 1.0}) for one in made_with.prompts)
+        size = {"test": samples * len(alike), "elsewhere": min(samples, made_with.elsewhere), "prompts": alike}
         try:
             with variant(lm, "dense"):
-                asked = held_out_prompts(lm, tokenizer, samples.model_copy(update=size), 1, trained)
+                asked = held_out_prompts(lm, tokenizer, made_with.model_copy(update=size), 1, trained)
         except CapreseError as error:  # a file or dataset of whoever made it
             say((f"what is exported is not measured: {error}", "yellow"))
-            asked = {}
+            return None
+        by_kind: dict[str, list[Prompt]] = {}
         for prompt in chain.from_iterable(asked.values()):
             by_kind.setdefault(prompt.source, []).append(prompt)
-
-    def measure(checkpoint: Path) -> dict[str, Any]:
         return checkpoint_fidelity(lm, tokenizer, checkpoint, by_kind)
 
     report = opened.report() or {}
-    facts = export(lm, tokenizer, to, measure=measure if by_kind else None, **how)
+    facts = export(lm, tokenizer, to, measure=measure if samples else None, **how)
     known = ((report.get("quality") or {}).get("recovered") or {}).get("kl")
-    if phases_of(lm).prefill == "dense":
+    if phases_of(lm).dense_prompts:
         say(
-            "this adapter was distilled with dense prompts, which no exported checkpoint has: recover with --for export"
+            "this adapter was distilled with dense prompts, which no exported checkpoint has: recover with "
+            'prefill="efficient" (--for export)'
             + ("" if known is None else f" (KL {known:.4f} with dense prompts; as exported, see fidelity)")
         )
     return {**facts, "report_kl": known}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from caprese.adapters import fingerprint, save
-from caprese.data_gen import ELSEWHERE, VERSION, make_samples
+from caprese.data_gen import ELSEWHERE, VERSION, make_samples, shard_settings
 from caprese.distill import Distillation, fit
 from caprese.distill.precision import is_quicker, kept_casts, quick_products
 from caprese.efficient_methods import Method, apply, facts_of, remove, stand_ins
+from caprese.errors import CapreseError
 from caprese.evaluation import evaluate
 from caprese.files import check_writable
 from caprese.models import base_of, device_of
@@ -67,7 +69,10 @@ def recover(
         return finished
     run.claim(overwrite)
 
-    quick = recipe.autocast and run.once("precision", lambda: ({}, {"quick": is_quicker(model)}))[1]["quick"]
+    quick = (
+        recipe.autocast
+        and run.once("precision", lambda: ({}, {"quick": _is_quick(model, out / "samples")}))[1]["quick"]
+    )
     with run.stage("samples") as stage, kept_casts(model, quick):
         replacing = run.unmark if overwrite else None
         made_by = {**prints, **({"products": "bfloat16"} if quick else {})}
@@ -107,11 +112,19 @@ def recover(
         run.unmark()
         save(adapted, out)
         published = portable(recipe, base_of(model).revision)
-        report = write_report(report_of(run, published, prints, samples, fitted, measured), out)
+        report = write_report(report_of(run, published, prints, samples, fitted, measured, quick), out)
         run.close()
         return report
     finally:
         remove(adapted)
+
+
+def _is_quick(model: nn.Module, directory: Path) -> bool:
+    """Whether products are in bfloat16: as samples that are there were drawn, else as this machine is faster."""
+    for path in sorted(directory.glob("*.parquet")):
+        with suppress(CapreseError):  # it is damaged, and will be named where it is read
+            return "products" in shard_settings(path)["model"]
+    return is_quicker(model)
 
 
 def _identity(recipe: Recipe, layers: Mapping[int, Sequence[Method]], prints: Mapping[str, str]) -> str:

@@ -9,18 +9,20 @@ from typing import Any
 
 from caprese import __version__
 from caprese.adapters import Adapter, public_id
-from caprese.data_gen import Sample, describe
+from caprese.data_gen import Sample, describe, public_names
 from caprese.distill import Fitted
 from caprese.efficient_methods import applied_ffns, facts_of, phases_of, stand_ins
 from caprese.evaluation import environment
-from caprese.models import base_of, base_terms
+from caprese.models import base_of, base_terms, unwrap
 from caprese.recipes import Recipe
 from caprese.recovery.run import Run
 
 
 def portable(recipe: Recipe, revision: str | None) -> Recipe:
     """The recipe without this machine's directories, and with the base's commit."""
-    prompts = tuple(one.model_copy(update={"source": public_id(one.source)}) for one in recipe.samples.prompts)
+    sources = recipe.samples.prompts
+    names = public_names([one.source for one in sources])
+    prompts = tuple(one.model_copy(update={"source": name}) for one, name in zip(sources, names, strict=True))
     samples = recipe.samples.model_copy(update={"prompts": prompts})
     places = {
         "model": public_id(recipe.model) if recipe.model else None,
@@ -37,6 +39,7 @@ def report_of(
     samples: Mapping[str, Sequence[Sample]],
     fitted: Fitted,
     measured: Mapping[str, Any],
+    quick: bool,
 ) -> dict[str, Any]:
     """Everything that is known of a job whose adapter is saved.
 
@@ -44,6 +47,7 @@ def report_of(
         recipe: as it is published.
         prints: the base's fingerprint.
         measured: what `evaluate` gave.
+        quick: whether samples were drawn and branches trained with products in bfloat16.
     """
     model = fitted.model
     base, methods = base_of(model), phases_of(model).methods
@@ -63,6 +67,7 @@ def report_of(
         "methods": [facts_of(method) for method in methods],
         "reselect_every": recipe.reselect_every,
         "prefill": recipe.prefill,
+        "products": "bfloat16" if quick else str(unwrap(model).dtype).removeprefix("torch."),
         "rank": fitted.ranks[0] if len(set(fitted.ranks)) == 1 else fitted.ranks,
         "layers": [wrapper.layer for wrapper in applied_ffns(model).values()],
         "lost": sorted({what for at in stand_ins(model) for what in at.lost}),
