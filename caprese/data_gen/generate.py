@@ -175,7 +175,8 @@ def make_samples(
     # sizes of the splits are not part of what a sample is
     facts = {key: value for key, value in config.facts.items() if key not in (*SPLITS, ELSEWHERE)}
     settings: dict[str, object] = {**facts, "seed": seed, "model": dict(identity), "version": VERSION}
-    shards = {name: Shards(directory, name, settings, config.shard_size) for name in (*SPLITS, ELSEWHERE, OWN)}
+    shards = {name: Shards(directory, name, settings, config.shard_size) for name in (*SPLITS, ELSEWHERE)}
+    shards[OWN] = Shards(directory, OWN, settings, config.batch_size)  # no more draws at once than one batch
 
     def make_room(found: Iterable[Path]) -> None:
         if replacing is not None:
