@@ -129,7 +129,11 @@ class Measure:
             applied = fitted.model
             if cell["on_policy"] != 0:
                 self._go_on(applied, train, validation, config, fitted.kl["end_to_end"], cell)
-            row: dict[str, Any] = {"distilled_in": round(time.perf_counter() - begin), "held_out": fitted.kl}
+            row: dict[str, Any] = {
+                "samples": len(train),
+                "distilled_in": round(time.perf_counter() - begin),
+                "held_out": fitted.kl,
+            }
             row["ranks"] = fitted.ranks
             tests = {**{kind: pool[kind]["test"] for kind in SOURCES}, ELSEWHERE: pool["own"][ELSEWHERE]}
             for kind, samples in tests.items():
