@@ -516,14 +516,14 @@ def own_identity(d: Desk) -> str:
     return json.loads((d.out / "report.json").read_text())["identity"]
 
 
-@case("truncated or damaged", "delete it and run again")
+@case("truncated or damaged", "delete it, and recover makes it anew")
 def checkpoint_damaged(d: Desk) -> list[str]:
     arguments = half_done(d, own_identity(d))
     (d.out / ".state" / "moments.safetensors").write_bytes(b"\0" * 64)
     return arguments
 
 
-@case("stages.json", "damaged", "delete it and run again")
+@case("stages.json", "damaged", "delete it, and recover makes it anew")
 def stages_damaged(d: Desk) -> list[str]:
     arguments = half_done(d, own_identity(d))
     (d.out / ".state" / "stages.json").write_text("[")
@@ -537,13 +537,13 @@ def mark_damaged(d: Desk) -> list[str]:
     return arguments
 
 
-@case("is damaged", "delete it and run again")
+@case("is damaged", "delete it, and recover makes it anew")
 def shard_truncated(d: Desk) -> list[str]:
     truncate(d.out / "samples" / "train-00000.parquet")
     return d.recover("--overwrite", "--epochs", 0)
 
 
-@case("rows were altered", "delete it and run again")
+@case("rows were altered", "delete it, and recover makes it anew")
 def shard_altered(d: Desk) -> list[str]:
     path = d.out / "samples" / "validation-00000.parquet"
     table = pq.read_table(path)

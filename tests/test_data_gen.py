@@ -77,6 +77,16 @@ def test_wide_and_narrow_nuclei_are_drawn_from_alike():
     assert len(wide.unique()) > 1000
 
 
+def test_logits_that_are_no_numbers_are_named_and_the_coldest_draw_is_the_likeliest():
+    scores = torch.randn(3, 600, generator=torch.Generator().manual_seed(0)) * 50
+    cold = nucleus(3, 1e-300, 0.9, 0, torch.device("cpu"))
+    assert torch.equal(cold(scores, torch.arange(3)), scores.argmax(-1))
+    for value in (torch.nan, torch.inf):
+        scores[1, 5] = value
+        with pytest.raises(CapreseError, match="logits are not finite"):
+            nucleus(3, 1.0, 0.9, 0, torch.device("cpu"))(scores, torch.arange(3))
+
+
 def test_gym_prompts_do_not_depend_on_how_many_are_asked():
     few, many = load_prompts("gym:gsm_symbolic", 20, seed=3), load_prompts("gym:gsm_symbolic", 60, seed=3)
     assert many[:20] == few and len({p.text for p in many}) == 60

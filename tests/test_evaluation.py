@@ -10,15 +10,17 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import byte_tokenizer, tiny_llama
 
 import caprese
 from caprese.adapters import attach_adapter
-from caprese.data_gen import Sample
+from caprese.data_gen import Sample, Samples
 from caprese.distill import make_batches
 from caprese.evaluation import (
     VARIANTS,
+    Evaluation,
     accuracy,
+    evaluate,
     fidelity,
     finite,
     is_correct,
@@ -28,6 +30,7 @@ from caprese.evaluation import (
     time_to_next_token,
 )
 from caprese.evaluation.fidelity import variant
+from caprese.evaluation.latency import rounds_within
 from caprese.inference import is_fused
 from caprese.models import unwrap
 
@@ -123,3 +126,23 @@ def test_only_mathematics_is_marked():
     assert accuracy([said("Alice", "Alice"), said("Bob", "Alice")]) is None
     assert accuracy([said("Alice", "Alice"), said("it is 42", "42"), said("it is 1", "2"), said("?", None)]) == 0.5
     assert accuracy([said("it is 42", None)]) is None and accuracy([]) is None
+
+
+def test_what_the_context_has_no_room_for_is_not_timed():
+    model = caprese.apply(tiny_llama(), caprese.Griffin())
+    assert rounds_within(model, range(10)) > 4
+    model.config.max_position_embeddings = 22
+    assert rounds_within(model, range(10)) == 2 and rounds_within(model, range(17)) == 0
+    times = time_to_next_token(model, list(range(2, 12)), 64, ("dense", "efficient"))
+    assert all(each["ttnt_ms"] > 0 for each in times.values())
+
+
+def test_kinds_of_which_nothing_is_measured_are_left_out(tmp_path):
+    model, tokenizer = caprese.apply(tiny_llama(), caprese.Griffin()), byte_tokenizer()
+    adapted = attach_adapter(model, 2)
+    rows = [Sample([5, 6, 7, 8, 9], 3, "a", "b", source="long"), Sample([5, 6, 7, 8], 3, "c", "d", source="short")]
+    settings = Evaluation(latency_tokens=0, generate=False, batch_size=2)
+    found = evaluate(adapted, tokenizer, rows, Samples(), settings, tmp_path, {"seed": 0})
+    assert found["sources"].keys() == {"long"} and found["sources"]["long"]["samples"] == 1
+    with pytest.raises(caprese.CapreseError, match="nothing to measure"):
+        evaluate(adapted, tokenizer, rows[1:], Samples(), settings, tmp_path, {"seed": 0})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from itertools import islice
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama
@@ -12,11 +14,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import caprese
-from caprese.data_gen import OWN, OwnPrompts, Samples, Shards, describe, interleave, make_samples, read_shard
+from caprese.data_gen import (
+    OWN,
+    OwnPrompts,
+    Sample,
+    Samples,
+    Shards,
+    describe,
+    interleave,
+    make_samples,
+    read_shard,
+    trained_prompts,
+    write_shard,
+)
 from caprese.data_gen.generate import ELSEWHERE, public_names, split_prompts
 from caprese.data_gen.own import Sieve, head_of
 from caprese.data_gen.sources import name_of, read_sources, share_out
 from caprese.errors import CapreseError
+from caprese.models import encode_prompt
 from caprese.recovery.recover import _identity
 from caprese.recovery.report import portable
 
@@ -70,6 +85,8 @@ def test_a_mixture_is_spelled_in_several_ways(tmp_path):
         ("self=0.5,self=0.5", "self is there twice"),
         ("self=0", "greater than 0"),
         ("self=nan", "finite"),
+        ("gym:gsm_symbolic=1e-300,self=1", "too far from the others"),
+        ("gym:gsm_symbolic=1e308,self=1e308", "too far from the others"),
         ([{"source": "self", "weight": 2}], "weight"),
         ([7], "source"),
     ],
@@ -174,7 +191,58 @@ def test_a_model_that_writes_too_little_is_named(tmp_path):
         model, tokenizer, Samples(prompts="self", self_tokens=2), Shards(tmp_path, OWN, {"seed": 0}, 64)
     )
     with pytest.raises(CapreseError, match=r"prompts `self`: \d+ of 1\d\d prompts that the model wrote can be used"):
-        list(writer(2))
+        list(writer(5000))  # which is known long before as many are drawn
+
+
+def test_own_prompts_leave_room_for_their_answers(tmp_path):
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    model.config.max_position_embeddings = 24
+    config = Samples(prompts="self", self_tokens=20, max_new_tokens=21, batch_size=4)
+    writer = OwnPrompts(model, tokenizer, config, Shards(tmp_path / "a", OWN, {"seed": 0}, 16))
+    encode = config.encode(tokenizer, config.sources[0])
+    assert all(len(encode(p.text)) + 21 <= 24 for p in islice(writer(4), 4)) and writer.sieve.counts["too long"]
+    longer = config.model_copy(update={"self_tokens": 100})
+    with pytest.raises(CapreseError, match=r"leaves \d+ tokens for a prompt of `self`"):
+        next(iter(OwnPrompts(model, tokenizer, longer, Shards(tmp_path / "b", OWN, {"seed": 0}, 16))(1)))
+
+
+def test_a_base_models_prompts_hold_no_marks():
+    tokenizer = byte_tokenizer()
+    sieve = Sieve(tokenizer, head_of(tokenizer, True), frozenset({0}))
+    assert sieve.take(tokenizer("once upon a time in the west").input_ids)
+    assert sieve.take([*tokenizer("here it").input_ids, 1, *tokenizer(" goes").input_ids]) == "here it"
+    assert sieve.take([1, *tokenizer("goes").input_ids]) is None and sieve.counts["empty"] == 1
+
+
+def test_samples_are_the_same_whatever_the_day():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "<{{ strftime_now('%d %b %Y') }}>" + TEMPLATE
+    config = Samples(chat_template=True)
+    assert "26 Jul 2024" in tokenizer.decode(config.encode(tokenizer)("hello"))
+    assert "26 Jul 2024" in tokenizer.decode(head_of(tokenizer, True).ids)
+    assert "26 Jul 2024" not in tokenizer.decode(encode_prompt(tokenizer, "hello", "", True))
+
+
+def test_shards_that_are_gone_or_say_nothing_of_themselves_are_named(tmp_path):
+    rows = [Sample([5, 6, 7, 8], 2, "say it", "so")]
+    write_shard(tmp_path / "train-00000.parquet", rows, {"seed": 0})
+    both = ["train-00000.parquet", "train-00001.parquet", "test-00000.parquet"]
+    assert trained_prompts(tmp_path, both[:1]) == {"say it"} and trained_prompts(tmp_path / "none", both) == set()
+    with pytest.raises(CapreseError, match=r"train-00001\.parquet is gone, which says what was trained on"):
+        trained_prompts(tmp_path, both)
+    table = pq.read_table(tmp_path / "train-00000.parquet")
+    facts = json.loads(table.schema.metadata[b"caprese"])
+    facts["sattings"] = facts.pop("settings")
+    pq.write_table(table.replace_schema_metadata({"caprese": json.dumps(facts)}), tmp_path / "train-00000.parquet")
+    for settings in (None, {"seed": 0}):
+        with pytest.raises(CapreseError, match="is damaged"):
+            read_shard(tmp_path / "train-00000.parquet", settings)
+
+
+def test_a_file_whose_name_is_no_text(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    path.write_text('{"prompt": "one"}\n')
+    assert public_names([str(path)]) == ["caf\\udce9.jsonl"]
 
 
 def test_samples_say_what_source_they_are_of(tmp_path):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import count
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from caprese.data_gen.sources import OWN, Source, interleave, share_out
 from caprese.errors import CapreseError
 from caprese.inference.generate import completions, ends_of, generate
 from caprese.inference.sampling import nucleus
-from caprese.models import check_context, device_of, unwrap
+from caprese.models import check_context, context_of, device_of
 from caprese.progress import bar, say
 
 SPLITS = ("test", "validation", "train")
@@ -187,8 +188,8 @@ def make_samples(
             PartialState().wait_for_everyone()
 
     writer = OwnPrompts(model, tokenizer, config, shards[OWN])
-    if any(one.source == OWN for one in config.sources):
-        make_room(writer.foreign())
+    writes = any(one.source == OWN for one in config.sources)
+    make_room(writer.foreign() if writes else sorted(directory.glob(f"{OWN}-*.parquet")))
     other = load_elsewhere(config, tokenizer, model)
     prompts = split_prompts(config, seed, tokenizer, writer, [prompt.text for prompt in other])
     if writer.sieve is not None:
@@ -215,8 +216,8 @@ def load_elsewhere(
     encode = config.encode(tokenizer, _ELSEWHERE)
     rows = load_prompts(_ELSEWHERE.source, config.elsewhere, 0)
     found, _ = distinct(rows, config.elsewhere, exclude, encode)
-    context = getattr(unwrap(model).config, "max_position_embeddings", None)
-    fitting = [p for p in found if not context or len(p.ids) + config.max_new_tokens <= context]
+    context = context_of(model) or inf
+    fitting = [p for p in found if len(p.ids) + config.max_new_tokens <= context]
     return [replace(prompt, source=ELSEWHERE) for prompt in fitting]
 
 
@@ -237,7 +238,7 @@ class OwnPrompts:
         Raises:
             CapreseError: the model writes too few that can be used, or the tokenizer has nothing to begin with.
         """
-        self.sieve = sieve = Sieve(self.tokenizer, self.head, ends_of(self.model, self.tokenizer))
+        self.sieve = sieve = Sieve(self.tokenizer, self.head, ends_of(self.model, self.tokenizer), fits=self._fits)
         with bar("1/4 prompts", count, "prompts") as advance:
             for draw in self._draws():
                 text = sieve.take(draw)
@@ -245,6 +246,10 @@ class OwnPrompts:
                     advance(1)
                     yield Prompt(text)
                 sieve.check(count)
+
+    def _fits(self, text: str) -> bool:
+        config, own = self.config, next(one for one in self.config.sources if one.source == OWN)
+        return len(config.encode(self.tokenizer, own)(text)) + config.max_new_tokens <= (context_of(self.model) or inf)
 
     @cached_property
     def head(self) -> Head:
@@ -260,6 +265,11 @@ class OwnPrompts:
 
     def _draws(self) -> Iterator[Sequence[int]]:
         """What it writes, without end, shard by shard; every process of a distributed run makes its share."""
+        room = (context_of(self.model) or inf) - len(self.head.ids)
+        if self.config.self_tokens > room:
+            raise CapreseError(
+                f"the model's context leaves {room} tokens for a prompt of `self`; lower samples.self_tokens"
+            )
         update = {"temperature": self.config.self_temperature, "max_new_tokens": self.config.self_tokens}
         config, world = self.config.model_copy(update=update), PartialState()
         begin = [Prompt("", ids=self.head.ids)] * self.shards.size
@@ -278,16 +288,23 @@ def public_names(sources: Sequence[str]) -> list[str]:
     """Sources as they may be shown: of a local path only the last part, which is not `elsewhere`; numbered where
     several would be called the same."""
     names = [os.path.basename(one) if os.path.exists(one) else one for one in sources]
+    names = [name.encode(errors="backslashreplace").decode() for name in names]  # not every file's name is text
     names = [f"./{name}" if name == ELSEWHERE else name for name in names]
     return [f"{n} ({names[:i].count(n) + 1})" if names.count(n) > 1 else n for i, n in enumerate(names)]
 
 
-def trained_prompts(directory: Path) -> set[str]:
-    """The prompts of the training and validation shards in `directory`; none if it holds no shards.
+def trained_prompts(directory: Path, vouched: Collection[str] = ()) -> set[str]:
+    """The prompts of the training and validation shards in `directory`; none if it is not there.
+
+    Args:
+        vouched: the names of all that were there.
 
     Raises:
-        CapreseError: a damaged shard.
+        CapreseError: a damaged shard, or one that is gone.
     """
+    gone = [name for name in vouched if name.startswith(("train-", "validation-")) and not (directory / name).exists()]
+    if gone and directory.is_dir():
+        raise CapreseError(f"shard {directory / gone[0]} is gone, which says what was trained on; recover makes it")
     paths = [path for split in ("train", "validation") for path in sorted(directory.glob(f"{split}-*.parquet"))]
     return {sample.prompt for path in paths for sample in read_shard(path)}
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
+from caprese.data_gen.prompts import TODAY
 from caprese.errors import CapreseError
 from caprese.models import broken
 from caprese.models.text import encode_text, rendered_prompt
@@ -21,7 +22,7 @@ from caprese.models.text import encode_text, rendered_prompt
 _NEAR = 0.7
 # A prompt repeats itself if fewer than this part of its word triples are distinct.
 _DISTINCT = 0.5
-# Draws for each prompt that is wanted after which the model is said to write too few.
+# Draws for each prompt that can be used with which the model is said to write too few.
 _PATIENCE = 10
 _MARK = "caprese"
 
@@ -44,7 +45,7 @@ def head_of(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> Head:
         CapreseError: a chat template that takes no user message, or neither template nor start token.
     """
     if chat_template and tokenizer.chat_template:
-        text = rendered_prompt(tokenizer, _MARK)
+        text = rendered_prompt(tokenizer, _MARK, TODAY)
         before, _, after = text.partition(_MARK)
         ids = list(tokenizer(before, add_special_tokens=False).input_ids)
         after = after.strip()
@@ -53,7 +54,9 @@ def head_of(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> Head:
         if ids:
             mark = frozenset(following) & marks
             return Head(ids, mark, str(tokenizer.decode(following)) if mark else re.split(r"\s", after)[0])
-    ids = encode_text(tokenizer, "")
+    plain = tokenizer(_MARK, add_special_tokens=False).input_ids
+    ids = encode_text(tokenizer, _MARK)
+    ids = ids[: len(ids) - len(plain)]
     start = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]
     if not ids and not start:
         raise CapreseError(
@@ -71,6 +74,8 @@ class Sieve:
     head: Head
     ends: frozenset[int]
     """The model's own."""
+    fits: Callable[[str], bool] = lambda _: True
+    """Whether the model's context takes a prompt and its answer."""
     counts: Counter[str] = field(default_factory=Counter)
     _kept: list[int] = field(default_factory=list)
     _by_triple: dict[tuple[str, ...], list[int]] = field(default_factory=lambda: defaultdict(list))
@@ -87,6 +92,8 @@ class Sieve:
             reason = "repeats itself"
         elif reason is None and self._is_near(distinct):
             reason = "like another"
+        elif reason is None and not self.fits(text):
+            reason = "too long"
         self.counts[reason or "usable"] += 1
         if reason is not None:
             return None
@@ -99,9 +106,9 @@ class Sieve:
         """Give up on a model that writes too few.
 
         Raises:
-            CapreseError: it has drawn many times as often as prompts are wanted.
+            CapreseError: hardly any of what it has drawn can be used.
         """
-        if self.counts.total() >= 100 + _PATIENCE * wanted:
+        if self.counts.total() >= max(100, _PATIENCE * self.counts["usable"]):
             raise CapreseError(f"prompts `self`: {self}, and {wanted} are wanted; give other prompts, or less of these")
 
     def __str__(self) -> str:
@@ -113,12 +120,13 @@ class Sieve:
         """The text of a draw, and what is wrong with it."""
         ended = bool(draw) and draw[-1] in self.ends | self.head.ends
         text = str(self.tokenizer.decode(list(draw[: len(draw) - ended]), skip_special_tokens=False))
-        if not self.head.tail:  # a base model: some beginning of what it writes, the longer the later it was drawn
-            words = text.split()
-            return " ".join(words[: 4 + self.counts.total() % 29]), None
-        inside, found, _ = text.partition(self.head.tail)
         known = {*self.tokenizer.all_special_tokens, *map(str, self.tokenizer.added_tokens_decoder.values())}
-        special = [token for token in known if token.strip() and token in inside]
+        marks = [token for token in known if token.strip()]
+        if not self.head.tail:  # a base model: some beginning of what it writes, the longer the later it was drawn
+            whole = re.split("|".join(map(re.escape, [*marks, "\N{REPLACEMENT CHARACTER}"])), text)[0]
+            return " ".join(whole.split()[: 4 + self.counts.total() % 29]), None
+        inside, found, _ = text.partition(self.head.tail)
+        special = [token for token in marks if token in inside]
         if not (ended or found):
             return inside, "cut off"
         return inside.strip(), "broken" if special or broken(inside) or "\N{REPLACEMENT CHARACTER}" in inside else None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +20,8 @@ from caprese.data_gen.chains import chains
 from caprese.errors import CapreseError
 from caprese.models import broken, encode_prompt
 
+#: Where a chat template says what day it is: samples are the same whenever they are drawn.
+TODAY = datetime.date(2024, 7, 26)
 # Rows of a streamed dataset that are held to draw the next one from.
 _BUFFER = 10_000
 
@@ -28,7 +32,7 @@ Encode = Callable[[str], Sequence[int]]
 
 def encoder(tokenizer: PreTrainedTokenizerBase, instruction: str, chat_template: bool) -> Encode:
     """How prompts become token ids (see `encode_prompt`)."""
-    return lambda text: encode_prompt(tokenizer, text, instruction, chat_template)
+    return lambda text: encode_prompt(tokenizer, text, instruction, chat_template, TODAY)
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def load_prompts(
         drawn = islice(chains(source[7:], seed), size)
         rows = enumerate({"question": c.question, "answer": c.answer} for c in drawn)
         column = "question"
-    elif source.endswith((".jsonl", ".parquet")) or Path(source).exists():
+    elif source.endswith((".jsonl", ".parquet")) or os.path.exists(source):  # unlike pathlib's, it takes any string
         rows = list(enumerate(_file(Path(source))))
         random.Random(seed).shuffle(rows)
     else:
@@ -162,7 +166,10 @@ def _gym(task: str, size: int, seed: int) -> Iterator[dict[str, Any]]:
         )
     # many tasks draw item i from seed + i, so that neighbouring seeds would give nearly the same items
     far = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big") >> 1
-    dataset = reasoning_gym.create_dataset(task, size=size, seed=far)
+    try:
+        dataset = reasoning_gym.create_dataset(task, size=size, seed=far)
+    except Exception as error:  # some tasks want settings of their own
+        raise CapreseError(f"reasoning-gym does not make {task!r} ({error}); choose another task") from error
     return (dataset[i] for i in range(size))
 
 

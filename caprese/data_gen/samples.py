@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidat
 from transformers import PreTrainedTokenizerBase
 
 from caprese.data_gen.prompts import Encode, encoder
-from caprese.data_gen.sources import OWN, Source, read_sources
+from caprese.data_gen.sources import OWN, PLACES, Source, read_sources
 
 
 def _facts(sources: Sequence[Source]) -> list[dict[str, Any]]:
@@ -62,7 +62,7 @@ class Samples(BaseModel):
         return tuple(
             Source(
                 source=one.source,
-                share=round(one.share / total, 9),
+                share=round(one.share / total, PLACES),
                 column=self.column if one.column is None else one.column,
                 instruction=instruction[one] if one.instruction is None else one.instruction,
             )

@@ -78,15 +78,14 @@ def shard_settings(path: Path) -> dict[str, Any]:
         CapreseError: truncated, or no shard of ours.
     """
     try:
-        settings: dict[str, Any] = json.loads(pq.read_schema(path).metadata[b"caprese"])["settings"]
-        return settings
+        return dict(json.loads(pq.read_schema(path).metadata[b"caprese"])["settings"])
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, error) from error
 
 
 def _damaged(path: Path, error: Exception) -> CapreseError:
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return CapreseError(f"shard {path} is damaged ({first}); delete it and run again to make it anew")
+    return CapreseError(f"shard {path} is damaged ({first}); delete it, and recover makes it anew")
 
 
 def read_shard(path: Path, settings: dict[str, Any] | None = None) -> list[Sample]:
@@ -101,15 +100,15 @@ def read_shard(path: Path, settings: dict[str, Any] | None = None) -> list[Sampl
     try:
         table = pq.read_table(path)
         facts = json.loads(table.schema.metadata[b"caprese"])
+        made_with = dict(facts["settings"])
         rows = table.to_pylist()
         samples = [Sample(**row) for row in rows]
         if _digest(rows) != facts["sha256"]:
             raise ValueError("its rows were altered")
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, error) from error
-    if settings is not None and facts["settings"] != settings:
-        old = facts["settings"]
-        differ = ", ".join(k for k in sorted(settings) if old.get(k) != settings[k])
+    if settings is not None and made_with != settings:
+        differ = ", ".join(k for k in sorted(settings) if made_with.get(k) != settings[k])
         raise CapreseError(
             f"{path.parent} holds samples made with another {differ}; choose another `output`, or give `overwrite=True`"
         )

@@ -13,6 +13,8 @@ from caprese.errors import CapreseError
 
 #: the source that needs the model itself: prompts that it writes as its user
 OWN = "self"
+#: digits of a share, of 1
+PLACES = 9
 
 
 class Source(BaseModel):
@@ -60,6 +62,10 @@ def read_sources(value: Any) -> tuple[Source, ...]:
     if len(set(keys)) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
         raise CapreseError(f"prompts {value!r}: {twice[0]} is there twice; give it one share")
+    total = sum(one.share for one in found)
+    for one in found:
+        if not math.isfinite(total) or not round(one.share / total, PLACES):
+            raise CapreseError(f"prompts {value!r}: the share of {one.source} is too far from the others'")
     if any(not one.source.strip() for one in found):
         raise CapreseError(f"prompts {value!r}: a source without a name")
     return found

@@ -1,7 +1,7 @@
 """What a cheaper model costs and what comes back: fidelity, accuracy, latency, side by side."""
 
 from caprese.evaluation.accuracy import accuracy, is_correct, mean_new_tokens
-from caprese.evaluation.checkpoint import checkpoint_fidelity
+from caprese.evaluation.checkpoint import NEW_TOKENS, checkpoint_fidelity
 from caprese.evaluation.config import Evaluation
 from caprese.evaluation.evaluate import (
     environment,
@@ -16,6 +16,7 @@ from caprese.evaluation.fidelity import VARIANTS, fidelity, layer_errors, varian
 from caprese.evaluation.latency import parameter_counts, time_to_next_token
 
 __all__ = [
+    "NEW_TOKENS",
     "VARIANTS",
     "Evaluation",
     "accuracy",

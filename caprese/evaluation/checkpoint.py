@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from caprese.data_gen import Prompt, Sample
 from caprese.distill.batches import Batch, lm_logits, make_batches, whole_hidden
+from caprese.evaluation.evaluate import finite
 from caprese.evaluation.fidelity import Tally, variant
 from caprese.inference.generate import completions, ends_of, generate
 from caprese.models import device_of, unwrap
@@ -58,7 +59,7 @@ def checkpoint_fidelity(
                 samples += len(answered)
                 advance(len(rows))
             if samples:
-                found[kind] = {"samples": samples, **tally.figures()}
+                found[kind] = finite({"samples": samples, **tally.figures()})
     return found
 
 

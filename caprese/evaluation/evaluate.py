@@ -29,10 +29,11 @@ from caprese.data_gen import (
 )
 from caprese.distill import Teacher, make_batches
 from caprese.efficient_methods import phases_of
+from caprese.errors import CapreseError
 from caprese.evaluation.accuracy import accuracy, mean_new_tokens
 from caprese.evaluation.config import Evaluation
 from caprese.evaluation.fidelity import VARIANTS, Tally, layer_errors, tally_fidelity, variant
-from caprese.evaluation.latency import parameter_counts, time_to_next_token
+from caprese.evaluation.latency import parameter_counts, rounds_within, time_to_next_token
 from caprese.models import check_context, device_of, unwrap
 from caprese.progress import bar
 
@@ -89,8 +90,14 @@ def evaluate(
     layers = layer_errors(model, *(teachers[source] for source in by_source if source in own))
     kinds = {source: tally_fidelity(teacher) for source, teacher in teachers.items()}
     del teachers
+    kinds = {source: tallies for source, tallies in kinds.items() if tallies["dense"].tokens}
+    if not kinds.keys() & own:
+        raise CapreseError(
+            "nothing to measure: no answer of the dense model is longer than one token; usually the chat template or "
+            "the end of text is not the model's"
+        )
     quality: dict[str, dict[str, float | None]] = {
-        name: {**sum((kinds[source][name] for source in own), Tally()).figures()} for name in VARIANTS
+        name: {**sum((kinds[source][name] for source in own & kinds.keys()), Tally()).figures()} for name in VARIANTS
     }
     answers = {"dense": list(test)}
     if config.generate:
@@ -105,8 +112,8 @@ def evaluate(
         quality[name]["mean_new_tokens"] = mean_new_tokens(answers[name]) if name in answers else None
     latency: dict[str, Any] | None = None
     parameters = parameter_counts(model)
-    if config.latency_tokens and PartialState().is_main_process:
-        middle = sorted(test, key=lambda s: s.prompt_length)[len(test) // 2]
+    middle = sorted(test, key=lambda s: s.prompt_length)[len(test) // 2]
+    if config.latency_tokens and PartialState().is_main_process and rounds_within(model, middle.prompt_ids):
         times = time_to_next_token(model, middle.prompt_ids, config.latency_tokens)
         latency = {
             **times,
@@ -122,8 +129,11 @@ def evaluate(
             for key in ("kl", "accuracy")
         },
         "sources": {
-            source: {"samples": len(by_source[source]), **_fidelity_of(kinds[source])}
-            for source in sorted(by_source, key=lambda source: source == ELSEWHERE)
+            source: {
+                "samples": sum(len(sample.completion_ids) > 1 for sample in by_source[source]),
+                **_fidelity_of(kinds[source]),
+            }
+            for source in sorted(kinds, key=lambda source: source == ELSEWHERE)
         },
         "latency": latency,
         "layers_error": layers,

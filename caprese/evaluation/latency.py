@@ -12,7 +12,7 @@ from caprese.efficient_methods import cost_of, phases_of
 from caprese.evaluation.fidelity import VARIANTS, variant
 from caprese.inference import fuse, is_fused, unfuse
 from caprese.inference.generate import clock, generate
-from caprese.models import device_of
+from caprese.models import context_of, device_of
 from caprese.progress import bar
 
 # Tokens that one variant decodes before the next takes its turn: long enough that processor caches are warm, short
@@ -28,10 +28,10 @@ def time_to_next_token(
     With reselection the mean, over at least two rounds of it in one turn: its dense passes are part of the time.
     """
     every = phases_of(model).reselect_every
-    turn_length = TURN if every is None else 2 * every + 1
-    new_tokens = max(new_tokens, turn_length - 1)
+    turn_length = _turn(model)
     device = device_of(model)
-    rounds = -(-new_tokens // (turn_length - 1))
+    rounds = min(max(1, -(-new_tokens // (turn_length - 1))), rounds_within(model, prompt))
+    new_tokens = min(max(new_tokens, turn_length - 1), rounds * (turn_length - 1))
     loops = {name: generate(model, [prompt], 1 + rounds * turn_length) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
@@ -64,6 +64,16 @@ def time_to_next_token(
         ttnt = middle if every is None else statistics.mean(values)
         result[name] = {"ttnt_ms": ttnt, "spread_ms": high - low}
     return result
+
+
+def _turn(model: nn.Module) -> int:
+    every = phases_of(model).reselect_every
+    return TURN if every is None else 2 * every + 1
+
+
+def rounds_within(model: nn.Module, prompt: Sequence[int]) -> int:
+    """How many turns of each variant the model's context has room for."""
+    return max(0, ((context_of(model) or 10**9) - len(prompt) - 1) // _turn(model))
 
 
 def parameter_counts(model: nn.Module) -> dict[str, Any]:

@@ -389,7 +389,8 @@ def _fidelity(model: nn.Module, facts: Mapping[str, Any]) -> str:
         return ""
     head = "| Prompts | Samples | KL | Top-1 | Perplexity |\n| --- | ---: | ---: | ---: | ---: |\n"
     rows = "".join(
-        f"| {kind} | {f['samples']} | {f['kl']:.4f} | {f['top1_agreement']:.1%} | {f['perplexity']:.2f} |\n"
+        f"| {kind} | {f['samples']} | {f['kl']:.4f} | {f['top1_agreement']:.1%} | "
+        f"{'-' if f['perplexity'] is None else format(f['perplexity'], '.2f')} |\n"
         for kind, f in by_kind.items()
     )
     how = "with dense prompts" if phases_of(model).dense_prompts else "as it runs here"

@@ -24,7 +24,7 @@ from caprese.models.loading import (
 )
 from caprese.models.parameters import active_parameters, base_parameters, count_parameters
 from caprese.models.shapes import SHAPES, random_model, shape_config
-from caprese.models.text import broken, check_context, encode_prompt, encode_text, ending
+from caprese.models.text import broken, check_context, context_of, encode_prompt, encode_text, ending
 
 __all__ = [
     "ALIASES",
@@ -42,6 +42,7 @@ __all__ = [
     "base_terms",
     "broken",
     "check_context",
+    "context_of",
     "check_keepable",
     "count_parameters",
     "device_of",

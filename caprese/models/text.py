@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -13,10 +14,17 @@ from caprese.errors import CapreseError
 from caprese.models.families import unwrap
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, instruction: str, chat_template: bool) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    instruction: str,
+    chat_template: bool,
+    today: datetime.date | None = None,
+) -> list[int]:
     """Token ids of "instruction prompt", inside the model's chat template if it has one and it is wanted.
 
-    They never end with what the tokenizer puts behind a text, such as end of text; what it puts before stays.
+    They never end with what the tokenizer puts behind a text, such as end of text; what it puts before stays. `today`
+    is the day that a template names, the clock's if it is None.
 
     Raises:
         CapreseError: a chat template that does not take one plain user message, or text that is none.
@@ -25,7 +33,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, instruction: st
     if bad := broken(content):
         raise CapreseError(f"the prompt {content[:40]!a} holds {bad}; it is no valid text")
     if chat_template and tokenizer.chat_template:
-        ids: list[int] = tokenizer(rendered_prompt(tokenizer, content), add_special_tokens=False).input_ids
+        ids: list[int] = tokenizer(rendered_prompt(tokenizer, content, today), add_special_tokens=False).input_ids
     else:
         ids = encode_text(tokenizer, content + "\n")
     if not ids:
@@ -54,18 +62,24 @@ def broken(text: str) -> str | None:
     return None if found is None else f"half of a character ({found[0]!a}, a lone surrogate)"
 
 
-def rendered_prompt(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
+def rendered_prompt(tokenizer: PreTrainedTokenizerBase, content: str, today: datetime.date | None = None) -> str:
     """One user message in the chat template, which may want its content as text or as a list of parts.
 
     Raises:
         CapreseError: a chat template that does not take one.
     """
     said = None
+    date: dict[str, Any] = {}
+    known = tokenizer.chat_template
+    if today is not None and isinstance(known, str):
+        day = f"{today:%d %b %Y}"  # no function can be handed in, but a template can begin with one of its own
+        clock = f"{{%- macro strftime_now(format) -%}}{day}{{%- endmacro -%}}"
+        date = {"date_string": day, "chat_template": clock + known if "strftime_now" in known else known}
     form: Any  # transformers' type hints know text alone
     for form in (content, [{"type": "text", "text": content}]):
         try:
             rendered = tokenizer.apply_chat_template(
-                [{"role": "user", "content": form}], tokenize=False, add_generation_prompt=True
+                [{"role": "user", "content": form}], tokenize=False, add_generation_prompt=True, **date
             )
         except Exception as error:  # a template is a program of its own, and raises what it likes
             said = said or f"it says {(' '.join(str(error).split()) or type(error).__name__)[:200]!r}"
@@ -92,6 +106,12 @@ def _holds(rendered: str, content: str) -> bool:
     return True
 
 
+def context_of(model: nn.Module) -> int | None:
+    """How many tokens a model takes; None where its config names no limit."""
+    found: int | None = getattr(unwrap(model).config, "max_position_embeddings", None)
+    return found or None
+
+
 def check_context(
     model: nn.Module, texts: Sequence[str], encoded: Sequence[Sequence[int]], max_new_tokens: int
 ) -> None:
@@ -100,7 +120,7 @@ def check_context(
     Raises:
         CapreseError: naming the first that does not.
     """
-    context = getattr(unwrap(model).config, "max_position_embeddings", None)
+    context = context_of(model)
     for text, ids in zip(texts, encoded, strict=True):
         if context and len(ids) + max_new_tokens > context:
             raise CapreseError(

@@ -18,7 +18,15 @@ from caprese.adapters import Adapter
 from caprese.data_gen import OWN, Prompt, Samples, draw_prompts, interleave, name_of
 from caprese.efficient_methods import facts_of, phases_of
 from caprese.errors import CapreseError
-from caprese.evaluation import Evaluation, checkpoint_fidelity, environment, held_out_prompts, measure, variant
+from caprese.evaluation import (
+    NEW_TOKENS,
+    Evaluation,
+    checkpoint_fidelity,
+    environment,
+    held_out_prompts,
+    measure,
+    variant,
+)
 from caprese.evaluation.rewards import reward_scorer
 from caprese.exports import export
 from caprese.files import check_writable, write_json
@@ -147,10 +155,11 @@ def export_adapter(
     lm = load(base, opened)
 
     def measure(checkpoint: Path) -> dict[str, Any] | None:
-        made_with, trained = beside(opened)
-        alike = tuple(one.model_copy(update={"share": 1.0}) for one in made_with.prompts)
-        size = {"test": samples * len(alike), "elsewhere": min(samples, made_with.elsewhere), "prompts": alike}
         try:
+            made_with, trained = beside(opened)
+            alike = tuple(one.model_copy(update={"share": 1.0}) for one in made_with.prompts)
+            size = {"test": samples * len(alike), "elsewhere": min(samples, made_with.elsewhere), "prompts": alike}
+            size["max_new_tokens"] = NEW_TOKENS
             with variant(lm, "dense"):
                 asked = held_out_prompts(lm, tokenizer, made_with.model_copy(update=size), 1, trained)
         except CapreseError as error:  # a file or dataset of whoever made it

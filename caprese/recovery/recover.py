@@ -123,7 +123,7 @@ def _is_quick(model: nn.Module, directory: Path) -> bool:
     """Whether products are in bfloat16: as samples that are there were drawn, else as this machine is faster."""
     for path in sorted(directory.glob("*.parquet")):
         with suppress(CapreseError):  # it is damaged, and will be named where it is read
-            return "products" in shard_settings(path)["model"]
+            return "products" in shard_settings(path).get("model", ())
     return is_quicker(model)
 
 

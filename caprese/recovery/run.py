@@ -212,7 +212,8 @@ def beside(adapter: Adapter) -> tuple[Samples, set[str]]:
     Raises:
         CapreseError: the recipe or a shard is damaged, or the report is of another adapter.
     """
-    adapter.report()  # where it is another's, so are recipe and samples
+    report = adapter.report() or {}  # where it is another's, so are recipe and samples
     recipe = adapter.recipe
     samples = Samples(max_new_tokens=128) if recipe is None else resolve_recipe(str(recipe)).samples
-    return samples, trained_prompts(adapter.directory / "samples")
+    vouched = [Path(name).name for name in report.get("files") or () if name.startswith("samples/")]
+    return samples, trained_prompts(adapter.directory / "samples", vouched)
