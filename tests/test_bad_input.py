@@ -516,14 +516,14 @@ def own_identity(d: Desk) -> str:
     return json.loads((d.out / "report.json").read_text())["identity"]
 
 
-@case("truncated or damaged", "delete it, and recover makes it anew")
+@case("truncated or damaged", "delete it and run again")
 def checkpoint_damaged(d: Desk) -> list[str]:
     arguments = half_done(d, own_identity(d))
     (d.out / ".state" / "moments.safetensors").write_bytes(b"\0" * 64)
     return arguments
 
 
-@case("stages.json", "damaged", "delete it, and recover makes it anew")
+@case("stages.json", "damaged", "delete it and run again")
 def stages_damaged(d: Desk) -> list[str]:
     arguments = half_done(d, own_identity(d))
     (d.out / ".state" / "stages.json").write_text("[")

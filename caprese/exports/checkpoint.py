@@ -388,11 +388,10 @@ def _fidelity(model: nn.Module, facts: Mapping[str, Any]) -> str:
     if not by_kind:
         return ""
     head = "| Prompts | Samples | KL | Top-1 | Perplexity |\n| --- | ---: | ---: | ---: | ---: |\n"
-    rows = "".join(
-        f"| {kind} | {f['samples']} | {f['kl']:.4f} | {f['top1_agreement']:.1%} | "
-        f"{'-' if f['perplexity'] is None else format(f['perplexity'], '.2f')} |\n"
-        for kind, f in by_kind.items()
-    )
+    rows = ""
+    for kind, f in by_kind.items():
+        perplexity = f["perplexity"] or float("inf")
+        rows += f"| {kind} | {f['samples']} | {f['kl']:.4f} | {f['top1_agreement']:.1%} | {perplexity:.2f} |\n"
     how = "with dense prompts" if phases_of(model).dense_prompts else "as it runs here"
     which = "this checkpoint" if facts["gguf"] is None else "this checkpoint before it became a GGUF,"
     return (
