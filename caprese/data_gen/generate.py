@@ -138,19 +138,16 @@ def split_prompts(
         CapreseError: bad prompts, or too few of a source to hold any out.
     """
     groups = draw_prompts(config, [config.test, config.validation, config.train], seed, tokenizer, own, exclude)
-    for one, test, validation, train in zip(config.sources, *groups, strict=True):
-        held_out = [share_out(n, [each.share for each in config.sources]) for n in (config.test, config.validation)]
-        at = config.sources.index(one)
-        wanted = share_out(config.train, [each.share for each in config.sources])[at]
+    shares = [one.share for one in config.sources]
+    sizes = [share_out(n, shares) for n in (config.test, config.validation, config.train)]
+    for one, *wanted, test, validation, train in zip(config.sources, *sizes, *groups, strict=True):
         if not train and one.share * config.train >= 1:
             raise CapreseError(
-                f"{one} has {len(test) + len(validation)} distinct prompts; with {held_out[0][at]} for test and "
-                f"{held_out[1][at]} for validation none are left to train on: give more, or lower samples.test and "
-                "samples.validation"
+                f"{one} has {len(test) + len(validation)} distinct prompts; with {wanted[0]} for test and {wanted[1]} "
+                "for validation none are left to train on: give more, or lower samples.test and samples.validation"
             )
-        if len(train) < wanted:
-            say(f"{one} has {len(train)} prompts to train on, and {wanted} are its share")
-    shares = [one.share for one in config.sources]
+        if len(train) < wanted[2]:
+            say(f"{one} has {len(train)} prompts to train on, and {wanted[2]} are its share")
     return {name: interleave(group, shares) for name, group in zip(SPLITS, groups, strict=True)}
 
 

@@ -14,7 +14,7 @@ from caprese.data_gen import Prompt
 from caprese.data_gen.chains import soundness
 from caprese.errors import CapreseError
 from caprese.evaluation.accuracy import Marker
-from caprese.models import encode_text, load_base, resolve
+from caprese.models import context_of, encode_text, load_base, resolve
 from caprese.models.loading import pick_device
 
 #: (problem, completion) -> how good it looks, from 0 to 1
@@ -44,7 +44,7 @@ def reward_scorer(name: str, device: str = "auto") -> Scorer:
 def _likelihood(name: str, device: str) -> Scorer:
     judge: Any
     judge, words = load_base(name, device=device)
-    room = getattr(judge.config, "max_position_embeddings", None)
+    room = context_of(judge)
 
     @torch.no_grad()
     def score(problem: Prompt, completion: str) -> float:

@@ -38,7 +38,7 @@ from caprese.inference.fused.indexed import Indexed
 from caprese.inference.fused.packed import Packed
 from caprese.inference.generate import NewTokens, clock, generate
 from caprese.kernels import triton_runs
-from caprese.models import count_parameters, device_of, find_ffns, unwrap
+from caprese.models import context_of, count_parameters, device_of, find_ffns, unwrap
 from caprese.models.cache import roomy_cache
 from caprese.progress import bar
 
@@ -155,7 +155,7 @@ class Bench:
         if prompt_tokens < 1 or new_tokens < 1:
             raise CapreseError("`prompt_tokens` and `new_tokens` start at 1")
         check_form(form)
-        room = getattr(model.config, "max_position_embeddings", None)
+        room = context_of(model)
         if room is not None and prompt_tokens + new_tokens + 4 * TURN > room:
             raise CapreseError(f"{prompt_tokens} + {new_tokens} tokens do not fit this model's context of {room}")
         self.model, self.methods, self.rank, self.form = model, methods, 1 if idle_branches(methods) else rank, form
