@@ -155,3 +155,8 @@ def free_bytes(directory: Path) -> int:
     while not directory.exists():
         directory = directory.parent
     return shutil.disk_usage(directory).free
+
+
+def cache_dir() -> Path:
+    """Where caprese keeps what it converted or compiled: $CAPRESE_CACHE, or ~/.cache/caprese."""
+    return Path(os.environ.get("CAPRESE_CACHE") or Path.home() / ".cache" / "caprese")

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from caprese.errors import CapreseError
-from caprese.files import put_in_place, unwritable
+from caprese.files import cache_dir, put_in_place, unwritable
 from caprese.models.families import family_of
 
 ALIASES: dict[str, str] = {
@@ -62,11 +62,6 @@ class Base:
     def __str__(self) -> str:
         at = f"@{self.revision}" if self.revision else ""
         return self.model_id + at if self.name == self.model_id else f"{self.name} -> {self.model_id}{at}"
-
-
-def cache_dir() -> Path:
-    """Where caprese keeps converted models: $CAPRESE_CACHE, or ~/.cache/caprese."""
-    return Path(os.environ.get("CAPRESE_CACHE") or Path.home() / ".cache" / "caprese")
 
 
 def resolve(name: str, revision: str | None = None) -> Base:

@@ -1,0 +1,102 @@
+"""A weight in few bits, one row a neuron: rows can be chosen, gathered, and read where they lie."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+#: columns that share a scale in 4 bits
+GROUP = 32
+# 4 bits: what the largest magnitude of a group is divided by, before the best is taken; negative ones give it the code
+# that has no opposite, -8
+_DIVISORS = (7.0, 7.5, 8.0, -8.0, -8.5, -7.5, -9.0, 8.5)
+# weights that are rounded at once
+_AT_ONCE = 1 << 24
+
+
+class QuantizedRows(nn.Module):
+    """A weight [R, C], symmetric: codes times scales.
+
+    Attributes:
+        codes: 8 bits: int8 [R, C]; 4 bits: uint8 [R, C / 2], two codes from -8 to 7 a byte, plus 8. Of 32 columns the
+            first 16 lie in the low halves.
+        scales: 8 bits: float32 [R]; 4 bits: bfloat16 [R, C / 32], one for 32 columns.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes, persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.codes.dtype == torch.int8 else 4
+
+    @property
+    def columns(self) -> int:
+        return self.codes.shape[1] * 8 // self.bits
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def take(self, index: torch.Tensor) -> QuantizedRows:
+        """These rows alone, copied, in this order."""
+        return QuantizedRows(self.codes.index_select(0, index), self.scales.index_select(0, index))
+
+    def wide(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight that the codes stand for, [R, C]."""
+        if self.bits == 8:
+            return (self.codes.to(self.scales.dtype) * self.scales[:, None]).to(dtype)
+        halves = self.codes.view(len(self), -1, GROUP // 2)
+        codes = torch.cat([halves & 15, halves >> 4], -1).to(torch.float32) - 8
+        return (codes * self.scales[..., None].float()).flatten(1).to(dtype)
+
+
+@torch.no_grad()
+def quantize(weight: torch.Tensor, bits: int, importance: torch.Tensor | None = None) -> QuantizedRows:
+    """Round a weight [R, C] to the nearest codes; the scales are those with the least squared error.
+
+    Args:
+        bits: 8 or 4. 4 bits take columns in groups of 32.
+        importance: [C], what an error in each column counts: the mean square of its input. None: all the same. In 8
+            bits it changes nothing, since a whole row has one scale.
+
+    Raises:
+        ValueError: columns that are no multiple of 32, in 4 bits.
+    """
+    weight = weight.detach()
+    if bits == 8:
+        scales = weight.abs().amax(1).float().clamp_min(torch.finfo(torch.float32).tiny) / 127
+        return QuantizedRows((weight.float() / scales[:, None]).round_().to(torch.int8), scales)
+    if weight.shape[1] % GROUP:
+        raise ValueError(f"weight: 4 bits take columns in groups of {GROUP}, got {list(weight.shape)}")
+    parts = [_four_bits(part, importance) for part in weight.split(max(1, _AT_ONCE // weight.shape[1]))]
+    return QuantizedRows(torch.cat([codes for codes, _ in parts]), torch.cat([scales for _, scales in parts]))
+
+
+def _four_bits(weight: torch.Tensor, importance: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    groups = weight.float().unflatten(1, (-1, GROUP))
+    counts = torch.ones_like(groups[:1]) if importance is None else importance.float().view(1, -1, GROUP)
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    best = codes = scales = torch.full_like(largest, torch.inf)
+    for divisor in _DIVISORS:
+        scale = (largest / divisor).bfloat16().float()
+        code = _codes(groups, scale)
+        # with these codes, the scale of least error
+        scale = ((counts * groups * code).sum(-1, True) / (counts * code.square()).sum(-1, True).clamp_min(1e-30)).bfloat16().float()
+        code = _codes(groups, scale)
+        error = (counts * (groups - code * scale).square()).sum(-1, True)
+        better = error < best
+        best = torch.where(better, error, best)
+        scales = torch.where(better, scale, scales)
+        codes = torch.where(better, code, codes)
+    low, high = (codes + 8).to(torch.uint8).chunk(2, -1)
+    return (low | high << 4).flatten(1), scales.squeeze(-1).bfloat16()
+
+
+def _codes(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The nearest codes; of a scale of zero, zero."""
+    return (groups / scale.masked_fill(scale == 0, torch.inf)).round_().clamp_(-8, 7)
