@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     from caprese.efficient_methods import Mamba as Mamba
     from caprese.efficient_methods import Nf4 as Nf4
     from caprese.efficient_methods import Nothing as Nothing
+    from caprese.efficient_methods import Q4 as Q4
+    from caprese.efficient_methods import Q8 as Q8
     from caprese.efficient_methods import Static as Static
     from caprese.efficient_methods import Teal as Teal
     from caprese.efficient_methods import Tokens as Tokens
     from caprese.efficient_methods import apply as apply
     from caprese.efficient_methods import calibrate as calibrate
     from caprese.efficient_methods import dense as dense
+    from caprese.efficient_methods import drop_dense as drop_dense
     from caprese.efficient_methods import phases as phases
     from caprese.efficient_methods import remove as remove
     from caprese.efficient_methods import reselection as reselection
@@ -44,6 +47,8 @@ _PUBLIC = {
     "Mamba": "efficient_methods",
     "Nf4": "efficient_methods",
     "Nothing": "efficient_methods",
+    "Q4": "efficient_methods",
+    "Q8": "efficient_methods",
     "Recipe": "recipes",
     "Static": "efficient_methods",
     "Teal": "efficient_methods",
@@ -51,6 +56,7 @@ _PUBLIC = {
     "apply": "efficient_methods",
     "calibrate": "efficient_methods",
     "dense": "efficient_methods",
+    "drop_dense": "efficient_methods",
     "export": "exports",
     "fuse": "inference",
     "info": "publish",

@@ -18,6 +18,7 @@ from caprese.efficient_methods import (
     applied_ffns,
     apply,
     check_reselect,
+    drop_dense,
     phases_of,
     remove,
     settle,
@@ -35,6 +36,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str = "auto",
     reselect_every: int | Literal["saved"] | None = "saved",
+    keep_dense: bool = True,
 ) -> PeftModel:
     """Base + methods + recovery adapter, ready for `generate`.
 
@@ -43,9 +45,11 @@ def load(
         adapter: a directory `save` or `recover` wrote, a hub id, or what `Adapter.open` made of either.
         revision: of the adapter, on the hub.
         reselect_every: generated tokens between two reselections; "saved" as the adapter was made, None never.
+        keep_dense: keep the dense weights beside what methods store anew; False calls `drop_dense`.
 
     Raises:
-        CapreseError: wrong base, one with an adapter on it, damaged files, unknown method.
+        CapreseError: wrong base, one with an adapter on it, damaged files, unknown method, or dense weights that
+            prompts need and are not to be kept.
     """
     if not isinstance(adapter, Adapter):
         adapter = Adapter.open(adapter, revision)
@@ -100,6 +104,8 @@ def load(
         raise CapreseError(f"{CONFIG} of {adapter} is damaged ({first}); fetch or make the adapter again") from error
     settle(model)
     unwrap(model).eval()
+    if not keep_dense:
+        drop_dense(model)
     return model
 
 

@@ -3,7 +3,7 @@
 To add a method: a file like `griffin.py`, and its class in `METHODS`; or a package of your own (docs/methods.md).
 """
 
-from caprese.efficient_methods.apply import Calibration, applied_ffns, apply, methods_by_layer, remove
+from caprese.efficient_methods.apply import Calibration, applied_ffns, apply, drop_dense, methods_by_layer, remove
 from caprese.efficient_methods.base import FromPrompt, Method, Sparse
 from caprese.efficient_methods.calibrate import calibrate, needs_calibration
 from caprese.efficient_methods.cats import Cats
@@ -26,6 +26,7 @@ from caprese.efficient_methods.none import Nothing
 from caprese.efficient_methods.passes import Observer, check_prefill, dense, only, phases, phases_of, reselection
 from caprese.efficient_methods.quantized import Int8, Nf4
 from caprese.efficient_methods.reads import Reads
+from caprese.efficient_methods.rounded import Q4, Q8
 from caprese.efficient_methods.settings import Layers, Prefill, Sparsity, check_reselect, check_sparsity
 from caprese.efficient_methods.stand_in import (
     Objective,
@@ -56,6 +57,8 @@ __all__ = [
     "Nothing",
     "Objective",
     "Observer",
+    "Q4",
+    "Q8",
     "Reads",
     "RecoverySlot",
     "Sparse",
@@ -76,6 +79,7 @@ __all__ = [
     "cost_of",
     "dense",
     "describe_methods",
+    "drop_dense",
     "facts_of",
     "find_method",
     "idle_branches",

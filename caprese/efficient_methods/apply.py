@@ -14,7 +14,8 @@ from caprese.efficient_methods.base import Method
 from caprese.efficient_methods.bases import check_layers
 from caprese.efficient_methods.compose import compose
 from caprese.efficient_methods.hooks import attach
-from caprese.efficient_methods.passes import Phases
+from caprese.efficient_methods.passes import NO_DENSE, Phases, phases_of
+from caprese.efficient_methods.rounded import RoundedModule
 from caprese.efficient_methods.settings import Prefill
 from caprese.efficient_methods.wrapper import EfficientFFN, RecoverySlot
 from caprese.errors import CapreseError
@@ -76,11 +77,37 @@ def apply(
             wrapper = EfficientFFN.put_on(sites[i], own, facts[i], phases)
             phases.undo += attention_hooks(sites[i], wrapper)
             phases.undo += [method.install(sites[i], unwrap(model).config, phases) for method in own]
+        phases.undo += [method.install_head(unwrap(model), phases) for method in chosen]
         phases.undo += attach(unwrap(model), phases)
         phases.undo += always_cached(model)
     except BaseException:  # such as a missing bitsandbytes: the model goes back as it came
         _restore(model, phases)
         raise
+    return model
+
+
+def drop_dense(model: M) -> M:
+    """Free the dense weights that methods have stored anew, in place; returns the model.
+
+    There is then no teacher and no way back. What is left in their place has their size, type and device, and holds one
+    number, which is none.
+
+    Raises:
+        CapreseError: no method is applied, or prompts run dense.
+    """
+    shared = phases_of(model)
+    if shared.dense_prompts:
+        raise CapreseError('prompts run dense on this model, with its dense weights; apply with `prefill="efficient"`')
+    base = unwrap(model)
+    spare: list[Any] = [m for m in base.modules() if isinstance(m, RoundedModule)]
+    for wrapper in applied_ffns(base).values():
+        if wrapper.transformed is not wrapper.view:
+            spare += wrapper.view.linears().values()
+    for weight in {below(module).weight for module in spare}:
+        nothing = torch.full((), torch.nan, dtype=weight.dtype, device=weight.device).expand(weight.shape)
+        for at in [m for m in base.modules() if m._parameters.get("weight") is weight]:
+            at.weight = nn.Parameter(nothing, requires_grad=False)
+    shared.lean = True
     return model
 
 
@@ -172,11 +199,13 @@ def remove(model: nn.Module) -> nn.Module:
     Returns: the bare transformers model, or `model` itself where it is a PeftModel with other adapters on it.
 
     Raises:
-        CapreseError: no method is applied.
+        CapreseError: no method is applied, or the dense weights were let go.
     """
     wrappers = applied_ffns(model)
     if not wrappers:
         raise CapreseError("no efficient method is applied to this model; nothing to remove")
+    if next(iter(wrappers.values())).phases.lean:
+        raise CapreseError(NO_DENSE)
     base: Any = unwrap(model)
     slots = [w.recovery for w in wrappers.values()]
     filled = [slot for slot in slots if type(slot) is not RecoverySlot]

@@ -29,7 +29,7 @@ from caprese.kernels import PackedFFN
 from caprese.models import FFN, Site
 
 Source = Literal["prompt", "samples"]
-Part = Literal["width", "weights", "rows", "neurons", "inputs", "attention", "mixer"]
+Part = Literal["width", "weights", "rows", "neurons", "inputs", "attention", "projections", "head", "mixer"]
 
 
 class Block(Protocol):
@@ -55,8 +55,9 @@ class Method(BaseModel):
     """One line for `caprese methods`."""
     parts: ClassVar[frozenset[Part]] = frozenset()
     """What it acts on: width (one fixed set of neurons), weights (how they are stored), rows (neurons by sequence),
-    neurons (by token), inputs (input channels by token), attention, mixer (what stands in for it). Two
-    methods on one part do not compose."""
+    neurons (by token), inputs (input channels by token), attention (the same of its linear layers), projections (how
+    their weights are stored), head (the language model head's), mixer (what stands in for attention). Two methods on
+    one part do not compose."""
 
     trains: ClassVar[str] = ""
     """What it puts in the place of a part of the model and trains, in a report's words ("mixers"): that gives
@@ -65,6 +66,8 @@ class Method(BaseModel):
     """Whether prompts run as in the dense model, so that both have one KV cache for them."""
     static_cache: ClassVar[bool] = True
     """Whether it decodes with a static KV cache, compiled."""
+    packs: ClassVar[bool] = False
+    """Whether it stores FFN weights so that the neurons cannot be told apart any more."""
     no_reselection: ClassVar[str] = ""
     """Why generated tokens cannot pass through the dense model again; empty where they can."""
     checkpoint: ClassVar[str] = ""
@@ -170,7 +173,12 @@ class Method(BaseModel):
 
     @property
     def attention_density(self) -> float:
-        """Fraction of the attention's linear weights that is still read."""
+        """Fraction of the attention's linear weights that is still read; packed ones as 16-bit weights."""
+        return 1.0
+
+    @property
+    def head_density(self) -> float:
+        """The same of the language model head."""
         return 1.0
 
     def at_batch(self, batch: int) -> Method:
@@ -178,7 +186,8 @@ class Method(BaseModel):
         return self
 
     def install(self, site: Site, config: Any, phases: Acting) -> Callable[[], None]:
-        """Put what it trains into one layer, a `StandIn`; returns the undoing.
+        """Put what it trains into one layer, a `StandIn`, or something in the place of its attention's linear layers;
+        returns the undoing.
 
         Args:
             config: the model's.
@@ -186,6 +195,15 @@ class Method(BaseModel):
 
         Raises:
             CapreseError: the method is not settled yet (see `undecided`), or the layer is not of a kind it knows.
+        """
+        return lambda: None
+
+    def install_head(self, model: Any, phases: Any) -> Callable[[], None]:
+        """Put something in the place of the language model head; returns the undoing.
+
+        Args:
+            model: the bare model.
+            phases: what its layers share.
         """
         return lambda: None
 

@@ -24,9 +24,10 @@ def check_layers(sites: Sequence[Site], methods: Mapping[int, Sequence[Method]])
         site = sites[i]
         for part, linear in site.ffn.linears().items():
             check_linear(i, site.path(part), linear, own)
-        if any(method.acts_on & {"attention", "mixer"} for method in own):
+        if any(method.acts_on & {"attention", "projections", "mixer"} for method in own):
+            readers = [method for method in own if "projections" in method.acts_on]
             for path, linear in zip(site.family.attention, site.attention_linears(), strict=True):
-                check_linear(i, path, linear, [])
+                check_linear(i, path, linear, readers)
 
 
 def check_linear(layer: int, path: str, linear: Any, methods: Sequence[Method]) -> None:
@@ -46,4 +47,4 @@ def check_linear(layer: int, path: str, linear: Any, methods: Sequence[Method]) 
         raise CapreseError(f"layer {layer}: {path}: {error}") from error
     reader = next((method for method in methods if method.reads_weights), None)
     if reader is not None and (reason := why_not_by_row(linear)):
-        raise CapreseError(f"{reader.name} reads FFN weights by row, and layer {layer}: {path} {reason}")
+        raise CapreseError(f"{reader.name} reads weights by row, and layer {layer}: {path} {reason}")

@@ -16,15 +16,16 @@ from caprese.efficient_methods.griffin import Griffin
 from caprese.efficient_methods.mamba import Mamba
 from caprese.efficient_methods.none import Nothing
 from caprese.efficient_methods.quantized import Int8, Nf4
+from caprese.efficient_methods.rounded import Q4, Q8
 from caprese.efficient_methods.static import Static
 from caprese.efficient_methods.teal import Teal
 from caprese.errors import CapreseError
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (Griffin, Cats, Teal, Static, Nf4, Int8, Mamba, Nothing)}
+METHODS: dict[str, type[Method]] = {m.name: m for m in (Griffin, Cats, Teal, Static, Q8, Q4, Nf4, Int8, Mamba, Nothing)}
 #: Other packages add a method with an entry point in this group: name = "package.module:Class"
 GROUP = "caprese.methods"
 # what comes first is done first: weights are narrowed, then packed; inputs are dropped before neurons
-_ORDER = ("mixer", "width", "weights", "attention", "inputs", "rows", "neurons")
+_ORDER = ("mixer", "width", "weights", "projections", "head", "attention", "inputs", "rows", "neurons")
 
 
 @functools.cache
@@ -121,10 +122,11 @@ def refusal(one: Method, other: Method) -> str | None:
     shared = one.acts_on & other.acts_on
     if shared:
         return f"both act on the same part of a layer ({', '.join(sorted(shared))})"
-    if {"mixer", "attention"} <= one.acts_on | other.acts_on:
-        return "one replaces the attention that the other would thin"
+    both = one.acts_on | other.acts_on
+    if "mixer" in both and both & {"attention", "projections"}:
+        return "one replaces the attention that the other would make cheaper"
     for packed, selecting in ((one, other), (other, one)):
-        if "weights" in packed.acts_on and selecting.acts_on & {"rows", "neurons", "inputs"}:
+        if packed.packs and selecting.acts_on & {"rows", "neurons", "inputs"}:
             return f"{packed.name} packs the FFN weights, and {selecting.name} would select rows or columns of them"
     return None
 

@@ -88,6 +88,7 @@ def cost(
         if rank:
             adapter += site.ffn.hidden_size * (2 * rank + bias)
             lora += _lora(site.ffn, own, rank)
+    spared += head_saved(model, methods)
     dense = active_parameters(model)
     again = 0 if reselect_every is None else round(dense / reselect_every)
     return Cost(count_parameters(model), dense, spared, trained, adapter, again, lora)
@@ -98,6 +99,7 @@ def cost_of(model: nn.Module) -> Cost:
     wrappers = applied_ffns(model).values()
     base, dense = count_parameters(model), active_parameters(model)
     spared = sum(weights_saved(w.site, w.methods) for w in wrappers)
+    spared += head_saved(model, phases_of(model).methods) if wrappers else 0
     new = sum(_count(at.trained) for at in stand_ins(model))
     spared += sum(_count(at.original) for at in stand_ins(model)) - new
     adapter = sum(p.numel() for w in wrappers for p in _active(w.recovery))
@@ -123,9 +125,22 @@ def weights_saved(site: Site, methods: Sequence[Method]) -> int:
     for method in methods:
         density *= method.attention_density
     attention: list[Any] = site.attention_linears() if density < 1 else []
-    if any("weights" in method.acts_on for method in methods):  # `Reads` are of 16 bit, whatever the model's are
-        left = round(left * 2 / site.ffn.dtype.itemsize)
+    # what is said of packed weights is in weights of 16 bit, whatever the model's are
+    packed = frozenset().union(*(method.acts_on for method in methods))
+    left = round(left * (_of_16_bit(site) if "weights" in packed else 1))
+    density *= _of_16_bit(site) if "projections" in packed else 1
     return before.total - left + round((1 - density) * sum(math.prod(sizes(linear)) for linear in attention))
+
+
+def _of_16_bit(site: Site) -> float:
+    return 2 / site.ffn.dtype.itemsize
+
+
+def head_saved(model: nn.Module, methods: Sequence[Method]) -> int:
+    """How many weights of the language model head `methods` spare a token, in weights of the model's type."""
+    sites, head = find_ffns(model), unwrap(model).get_output_embeddings().weight
+    density = math.prod(method.head_density for method in methods)
+    return round((1 - density * _of_16_bit(sites[0])) * head.numel()) if density < 1 else 0
 
 
 def lora_rank(ffn: FFN, rank: int) -> int:

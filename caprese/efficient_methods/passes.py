@@ -21,6 +21,11 @@ from caprese.efficient_methods.memory import TAIL, PromptMemory, keep_memory, me
 from caprese.efficient_methods.settings import Prefill, check_reselect
 from caprese.errors import CapreseError
 
+#: what is said where the dense model is asked for and its weights are gone
+NO_DENSE = (
+    "the dense weights of this model were let go (caprese.drop_dense), so there is no teacher and no way back; "
+    "load it again and keep them"
+)
 #: called with (applied FFN, x [n, D], residual [n, D], y [n, D]) for the completion tokens of each FFN
 Observer = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
@@ -66,6 +71,7 @@ class Phases:
         methods: all that are applied.
         reselect_every: generated tokens after which they go through the dense model once; None never.
         prefill: how prompts run.
+        lean: whether the dense weights were let go.
         current: the pass that runs; None where all is dense and nothing is learned.
         dense: whether the teacher runs.
         only: layers that act, the others staying dense; None is all.
@@ -78,6 +84,7 @@ class Phases:
         self.methods = methods
         self.reselect_every: int | None = None
         self.prefill: Prefill = "dense"
+        self.lean = False
         self.current: Pass | None = None
         self.dense = False
         self.only: frozenset[int] | None = None
@@ -313,8 +320,15 @@ def phases(
 
 @contextmanager
 def dense(model: nn.Module) -> Iterator[None]:
-    """The teacher: inside, the applied model computes exactly what the base model does."""
-    with phases_of(model)._set(dense=True):
+    """The teacher: inside, the applied model computes exactly what the base model does.
+
+    Raises:
+        CapreseError: no method applied, or its dense weights were let go.
+    """
+    shared = phases_of(model)
+    if shared.lean:
+        raise CapreseError(NO_DENSE)
+    with shared._set(dense=True):
         yield
 
 
@@ -323,9 +337,12 @@ def only(model: nn.Module, layers: Collection[int]) -> Iterator[None]:
     """Inside, `layers` alone act, and the others compute what the base model does.
 
     Raises:
-        CapreseError: no method applied.
+        CapreseError: no method applied, or its dense weights were let go.
     """
-    with phases_of(model)._set(only=frozenset(layers)):
+    shared = phases_of(model)
+    if shared.lean:
+        raise CapreseError(NO_DENSE)
+    with shared._set(only=frozenset(layers)):
         yield
 
 

@@ -55,6 +55,7 @@ class QuantizedFFN(nn.Module):
 
 class _Quantized(Method):
     parts: ClassVar[frozenset[Part]] = frozenset({"weights"})
+    packs: ClassVar[bool] = True
     bits: ClassVar[float]
 
     def check(self) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from caprese.efficient_methods.base import Method
 from caprese.efficient_methods.bases import check_linear
 from caprese.efficient_methods.memory import LayerMemory, Seen
-from caprese.efficient_methods.passes import Phases
+from caprese.efficient_methods.passes import NO_DENSE, Phases
 from caprese.errors import CapreseError
 from caprese.kernels import PackedFFN, sparse_down
 from caprese.models import FFN, Site
@@ -133,7 +133,13 @@ class EfficientFFN(nn.Module):
         super().__setattr__(name, value)
 
     def dense(self, x: torch.Tensor) -> torch.Tensor:
-        """FF(x), as the model's own module computes it."""
+        """FF(x), as the model's own module computes it.
+
+        Raises:
+            CapreseError: the dense weights were let go.
+        """
+        if self.phases.lean:
+            raise CapreseError(NO_DENSE)
         y: torch.Tensor = super().forward(x) if self.hooked is None else self.hooked(x)
         return y
 
@@ -222,7 +228,8 @@ class EfficientFFN(nn.Module):
             if rows and all(len(choice) == 1 for choice in rows):  # one choice for all that decode here
                 if memory.packed is None:
                     index = torch.stack([choice.flatten() for choice in rows]).all(0).nonzero().squeeze(-1)
-                    memory.packed = PackedFFN(self.transformed, index)
+                    ffn = self.transformed
+                    memory.packed = ffn.take(index) if isinstance(ffn, PackedFFN) else PackedFFN(ffn, index)
                 ffn = memory.packed
                 methods = [(m, choice) for m, choice in methods if m.acts_on != {"rows"}]
         return sparse_down(ffn, *self.kept(x, ffn, methods))

@@ -7,15 +7,23 @@ from caprese.kernels.down import down
 from caprese.kernels.gate_up import gate_up
 from caprese.kernels.input_sparse import input_sparse
 from caprese.kernels.packed import PackedFFN, sparse_down
+from caprese.kernels.quantized import GROUP, QuantizedRows, products, quantize, sums
+from caprese.kernels.quantized.ffn import QuantizedFFN
 
 __all__ = [
+    "GROUP",
     "PackedFFN",
+    "QuantizedFFN",
+    "QuantizedRows",
     "Rows",
     "activation_name",
     "cats_select",
     "down",
     "gate_up",
     "input_sparse",
+    "products",
+    "quantize",
     "sparse_down",
+    "sums",
     "triton_runs",
 ]

@@ -43,6 +43,10 @@ class PackedFFN(nn.Module):
         self.register_buffer("down_weight", w.down[:, index].contiguous(), persistent=False)
         self.register_buffer("down_bias", w.down_bias, persistent=False)
 
+    def take(self, index: torch.Tensor) -> PackedFFN:
+        """The neurons `index` [k] of these."""
+        return PackedFFN(self, index)
+
     @property
     def device(self) -> torch.device:
         return self.down_weight.device  # type: ignore[return-value]

@@ -15,6 +15,7 @@ from caprese.errors import CapreseError
 from caprese.inference.fused.in_place import InPlace
 from caprese.inference.fused.indexed import Indexed
 from caprese.inference.fused.packed import Packed
+from caprese.inference.fused.quantized import PackedRows
 from caprese.inference.fused.step import Step
 
 Form = Literal["auto", "packed", "indexed"]
@@ -33,6 +34,8 @@ def forms_of(wrapper: EfficientFFN) -> dict[Form, Callable[[EfficientFFN], Step]
     every = frozenset().union(*(m.acts_on for m in wrapper.methods))
     if not wrapper.view.row_wise:
         return {"packed": InPlace}
+    if isinstance(wrapper.transformed, kernels.QuantizedFFN):
+        return {"packed": InPlace if "inputs" in every else PackedRows}
     rows_chosen = "rows" in every or "width" in every
     forms: dict[Form, Callable[[EfficientFFN], Step]] = {
         "packed": Packed if rows_chosen and not every & {"inputs", "weights"} else InPlace

@@ -1,0 +1,195 @@
+"""q8 and q4: weights in 8 or 4 bits by row, so that neurons can still be chosen among them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from caprese.efficient_methods.base import Method, Part, Reads
+from caprese.efficient_methods.stand_in import Acting
+from caprese.efficient_methods.passes import NO_DENSE
+from caprese.errors import CapreseError
+from caprese.kernels import GROUP, PackedFFN, QuantizedFFN, QuantizedRows, products, quantize
+from caprese.models import FFN, Site
+from caprese.models.linear import linear_weights
+
+_PARTS: dict[str, frozenset[Part]] = {
+    "ffn": frozenset({"weights"}),
+    "attention": frozenset({"projections"}),
+    "all": frozenset({"weights", "projections"}),
+}
+
+
+class _Rounded(Method):
+    parts: ClassVar[frozenset[Part]] = frozenset({"weights", "projections", "head"})
+    bits: ClassVar[int]
+    stored: ClassVar[float]
+    """Bits of a weight, scales and all."""
+
+    where: Literal["ffn", "attention", "all"] = "all"
+    """Which linear layers of a decoder layer."""
+    head: bool = False
+    """The language model head too, and the embedding where the two are one."""
+
+    @property
+    def acts_on(self) -> frozenset[Part]:
+        return _PARTS[self.where] | (frozenset({"head"}) if self.head else frozenset())
+
+    @property
+    def reads_weights(self) -> bool:
+        return True
+
+    def store(self, weight: torch.Tensor) -> QuantizedRows:
+        """A weight [R, C] in few bits.
+
+        Raises:
+            CapreseError: 4 bits of columns that are no multiple of 32.
+        """
+        if self.bits == 4 and weight.shape[1] % GROUP:
+            raise CapreseError(
+                f"{self.name} stores weights in groups of {GROUP} columns, and one here has {weight.shape[1]}; use q8"
+            )
+        return quantize(weight, self.bits)
+
+    def transform(self, ffn: FFN | PackedFFN, choice: torch.Tensor | None) -> FFN | PackedFFN:
+        return QuantizedFFN(ffn, self.store) if "weights" in self.acts_on else ffn
+
+    def install(self, site: Site, config: Any, phases: Acting) -> Callable[[], None]:
+        if "projections" not in self.acts_on:
+            return lambda: None
+        linears = site.attention_linears()
+        undo = [_Linear.put_on(at, self.store(linear_weights(at)[0]), phases, site.index) for at in linears]
+        return functools.partial(_all, undo)
+
+    def install_head(self, model: Any, phases: Acting) -> Callable[[], None]:
+        if not self.head:
+            return lambda: None
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        rounded = self.store(linear_weights(head)[0])
+        undo = [_Head.put_on(head, rounded, phases, None)]
+        if embedding.weight is head.weight:
+            undo.append(_Embedding.put_on(embedding, rounded, phases, None))
+        return functools.partial(_all, undo)
+
+    def reads(self, reads: Reads) -> Reads:
+        return reads.times(self.stored / 16) if "weights" in self.acts_on else reads
+
+    @property
+    def attention_density(self) -> float:
+        return self.stored / 16 if "projections" in self.acts_on else 1.0
+
+    @property
+    def head_density(self) -> float:
+        return self.stored / 16 if self.head else 1.0
+
+
+class Q8(_Rounded):
+    """Linear weights as symmetric 8-bit integers with a scale a row; down with one a neuron."""
+
+    name: ClassVar[str] = "q8"
+    summary: ClassVar[str] = "linear weights in 8 bits by row, of which neurons can be chosen"
+    bits: ClassVar[int] = 8
+    stored: ClassVar[float] = 8.0
+
+
+class Q4(_Rounded):
+    """Linear weights as 4-bit integers in groups of 32 with a scale each, that of the least squared error."""
+
+    name: ClassVar[str] = "q4"
+    summary: ClassVar[str] = "linear weights in 4 bits by groups of 32, of which neurons can be chosen"
+    bits: ClassVar[int] = 4
+    stored: ClassVar[float] = 4.5  # 4 and a bfloat16 scale for 32 weights
+
+
+def _all(undo: list[Callable[[], None]]) -> None:
+    for each in undo:
+        each()
+
+
+class RoundedModule(nn.Module):
+    """Mixed into the class of a module with a weight, so that names stay: generated tokens go through few bits of it.
+
+    Attributes:
+        rounded: the weight [out, in].
+        layer: the decoder layer's number; None outside of them.
+    """
+
+    rounded: QuantizedRows
+    phases: Any
+    layer: int | None
+
+    @classmethod
+    def put_on(cls, module: Any, rounded: QuantizedRows, phases: Any, layer: int | None) -> Callable[[], None]:
+        """Make a module a rounded one; returns the undoing."""
+        before = type(module)
+        module.__class__ = _mixed(cls, before)
+        module.rounded, module.phases, module.layer = rounded, phases, layer
+
+        def undo() -> None:
+            for name in ("rounded", "phases", "layer"):
+                delattr(module, name)
+            module.__class__ = before
+
+        return undo
+
+    def few_bits(self, x: torch.Tensor) -> torch.Tensor:
+        """What the module computes of x with the rounded weight."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        phases = self.phases
+        if phases.compiled and torch.compiler.is_compiling():
+            return self.few_bits(x)
+        current = phases.current
+        acts = phases.observer is None if self.layer is None else phases.acts_on(self.layer)
+        if current is None or current.completion is None or not acts:
+            return self.as_it_was(x)
+        y = self.few_bits(x)
+        if current.prompt is None:
+            return y
+        dense, shape = self.as_it_was(x), (*current.shape, -1)
+        return torch.where(current.completion.unsqueeze(-1), y.view(shape), dense.view(shape)).view_as(y)
+
+    def as_it_was(self, x: torch.Tensor) -> torch.Tensor:
+        """What the module computes itself.
+
+        Raises:
+            CapreseError: its weight was let go.
+        """
+        if self.phases.lean:
+            raise CapreseError(NO_DENSE)
+        y: torch.Tensor = super().forward(x)  # type: ignore[misc]
+        return y
+
+
+class _Linear(RoundedModule):
+    def few_bits(self, x: torch.Tensor) -> torch.Tensor:
+        y = products(x.flatten(0, -2), self.rounded)
+        bias: Any = self.bias
+        return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
+
+
+class _Head(_Linear):
+    """It holds nothing of a KV cache, and comes after the pass: every token that is not the teacher's is rounded."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.as_it_was(x) if self.phases.dense else self.few_bits(x)
+
+
+class _Embedding(RoundedModule):
+    """An embedding that is also the head."""
+
+    def few_bits(self, x: torch.Tensor) -> torch.Tensor:
+        scale = getattr(self, "embed_scale", 1.0)  # Gemma's
+        return self.rounded.take(x.flatten()).wide(self.weight.dtype).view(*x.shape, -1) * scale
+
+
+@functools.cache
+def _mixed(mixin: Hashable, kind: Hashable) -> type:
+    """The class of a module of this kind, rounded."""
+    assert isinstance(mixin, type) and isinstance(kind, type)
+    return type(f"Rounded{kind.__name__}", (mixin, kind), {"__module__": __name__})
