@@ -39,6 +39,8 @@ CONFIGS: dict[str, dict[str, int]] = {
         "num_warps": 4,
         "num_stages": 3,
     },
+    "products": {"BLOCK_ROWS": 16, "BLOCK_COLS": 128, "DOT_FROM": 3, "num_warps": 4, "num_stages": 3},
+    "sums": {"BLOCK_ROWS": 16, "BLOCK_COLS": 128, "DOT_FROM": 3, "PROGRAMS": 512, "num_warps": 4, "num_stages": 3},
     "compact": {"BLOCK": 2048, "num_warps": 8},
     "sum_splits": {"BLOCK": 64, "BLOCK_SPLITS": 32, "num_warps": 4},
 }

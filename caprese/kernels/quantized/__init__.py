@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from caprese.kernels.dispatch import MAX_BATCH, check_input
+from caprese.kernels.dispatch import MAX_BATCH, check_input, load_triton, uses_triton
 from caprese.kernels.quantized import naive, native
 from caprese.kernels.quantized.codes import GROUP, QuantizedRows, quantize
+
+triton = load_triton("quantized")
 
 __all__ = ["GROUP", "QuantizedRows", "products", "quantize", "sums"]
 
@@ -21,6 +23,8 @@ def products(x: torch.Tensor, weight: QuantizedRows, rows: torch.Tensor | None =
     Returns: [B, k], sums in float32 (of float64 inputs: float64).
     """
     _check("x", x, weight, rows, weight.columns)
+    if uses_triton(x) and len(x) <= MAX_BATCH:
+        return triton.products(x, weight, rows)  # type: ignore[no-any-return]
     if not _native(x):
         return naive.products(x, weight, rows)
     function = torch.ops.caprese.products if torch.compiler.is_compiling() else native.products
@@ -37,6 +41,8 @@ def sums(z: torch.Tensor, weight: QuantizedRows, rows: torch.Tensor | None = Non
     Returns: [B, C].
     """
     _check("z", z, weight, rows, len(weight) if rows is None else len(rows))
+    if uses_triton(z) and len(z) <= MAX_BATCH:
+        return triton.sums(z, weight, rows)  # type: ignore[no-any-return]
     if not _native(z):
         return naive.sums(z, weight, rows)
     function = torch.ops.caprese.sums if torch.compiler.is_compiling() else native.sums
