@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from caprese.efficient_methods import Cats, Griffin, Reads, Static
+import caprese
+from caprese.efficient_methods import Cats, Griffin, Reads, Static, needs_calibration
 from caprese.errors import CapreseError
 
 PROMPT = {"griffin": Griffin, "cats": Cats}
@@ -104,6 +105,28 @@ def test_statistics_add_up_over_chunks(name):
     parts = sum(method.statistic(a[:, s], a[:, s], z[:, s], mask[:, s]) for s in cuts)
     assert torch.allclose(whole.double(), parts.double(), rtol=1e-6)
     assert torch.equal(method.choose(whole, ffn(33)), method.choose(parts, ffn(33)))
+
+
+@pytest.mark.parametrize("method", [Griffin(), Griffin(score="output"), Cats(), Static()])
+def test_autocast_rounds_no_statistic(method, tiny):
+    """Products in bfloat16 are for what is computed, not for sums over tokens that a choice is made from."""
+    seen = []
+
+    class Watched(type(method)):
+        def statistic(self, *tensors):
+            seen.append(super().statistic(*(t.float() if t.is_floating_point() else t for t in tensors)))
+            return seen[-1]
+
+    watched = Watched(**method.model_dump())
+    ids = torch.randint(2, 250, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = [caprese.Tokens(ids, torch.tensor([4, 5]))]
+        known = caprese.calibrate(tiny, watched, rows) if needs_calibration(watched) else None
+        caprese.apply(tiny, watched, calibration=known)
+        with caprese.phases(tiny, [4, 5]):
+            tiny(ids)
+    caprese.remove(tiny)
+    assert seen and all(s.dtype == torch.float32 or not s.is_floating_point() for s in seen)
 
 
 @pytest.mark.parametrize("name", PROMPT)

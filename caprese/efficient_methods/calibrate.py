@@ -80,10 +80,11 @@ def calibrate(
                 left = slice(None) if narrowing is None else narrowing[1][0]
                 a, z = sites[i].ffn.neurons(x)
                 one = next(m for m in own if m.name == method.name)
-                new = one.statistic(x, a[..., left], z[..., left], mask)
-                if "attention" in method.acts_on:
-                    new = torch.cat([new, one.attention_statistic(seen.attention[i], mask)], -1)
-                new = new.sum(0, keepdim=True)
+                with torch.autocast(x.device.type, enabled=False):  # it would round sums over tokens
+                    new = one.statistic(x, a[..., left], z[..., left], mask)
+                    if "attention" in method.acts_on:
+                        new = torch.cat([new, one.attention_statistic(seen.attention[i], mask)], -1)
+                    new = new.sum(0, keepdim=True)
                 sums[i] = sums[i] + new if i in sums else new
             if fits and batch is useful[0]:
                 capture = seen

@@ -84,7 +84,8 @@ class LayerMemory:
     def _add(self, methods: list[Method], seen: Seen) -> None:
         self.choices, self.packed = {}, None
         for method in methods:
-            new = method.statistic(seen.x, seen.a, seen.z, seen.mask)
+            with torch.autocast(seen.x.device.type, enabled=False):  # it would round sums over tokens
+                new = method.statistic(seen.x, seen.a, seen.z, seen.mask)
             if getattr(method, "shared_choice", False):
                 new = new.sum(0, keepdim=True)
             old = self.statistics.get(method.name)
@@ -101,7 +102,8 @@ class LayerMemory:
             statistic = self.statistics[method.name]
             if known is not None:
                 statistic = method.joined(statistic, known)
-            self.choices[method.name] = method.choose(statistic, ffn)
+            with torch.autocast(statistic.device.type, enabled=False):
+                self.choices[method.name] = method.choose(statistic, ffn)
         choice = self.choices[method.name]
         if len(choice) != batch and not (len(choice) == 1 and getattr(method, "shared_choice", False)):
             raise CapreseError(
