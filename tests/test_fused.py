@@ -33,6 +33,12 @@ METHODS = [
     "griffin:0.5+cats:0.5",
     "griffin:0.5+teal:0.4:where=attention:greedy=false",
     "nf4",
+    "q8:head=true",
+    "griffin:0.5+q8",
+    "griffin:0.5+q4:head=true",
+    "static:0.3+q4",
+    "cats:0.5+q8:where=ffn",
+    "static:0.3+griffin:0.5+q4:where=ffn+q8:where=attention",
     "none",
 ]
 PROMPT = torch.randint(2, 258, (1, 9), generator=torch.Generator().manual_seed(0))

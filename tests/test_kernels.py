@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from transformers.activations import ACT2FN
 
 from caprese import kernels
-from caprese.kernels import cats_select, input_sparse
+from caprese.kernels import cats_select, input_sparse, quantized
 from caprese.kernels.activations import ACTIVATIONS
 from caprese.kernels.dispatch import INTERPRET, Rows, uses_triton
 
@@ -176,6 +176,19 @@ class TestKernels:
         w = c.wide()
         wanted = reference_down(z.double(), w.down, c.index, w.right, w.bias, c.count)
         assert wanted.isfinite().all() and fits(down(z, c.down, c.index, c.right, c.bias, c.count), wanted)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("batch", [1, 2, 5, 16])
+    @pytest.mark.parametrize("bits", [8, 4])
+    def test_few_bits(self, bits: int, batch: int, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(bits)
+        weight = kernels.quantize(torch.randn(53, 96, generator=generator), bits).to(DEVICE)
+        chosen = torch.randperm(53, generator=generator)[:21].int().to(DEVICE)
+        for rows, k in ((None, 53), (chosen, 21)):
+            x, z = (torch.randn(batch, size, generator=generator).to(DEVICE, dtype) for size in (96, k))
+            assert fits(kernels.products(x, weight, rows), quantized.naive.products(x.double(), weight, rows))
+            got, wanted = kernels.sums(z, weight, rows), quantized.naive.sums(z.double(), weight, rows)
+            assert (got.double() - wanted).abs().max() <= max(RELATIVE[dtype], ABSOLUTE) * wanted.abs().max()
 
     @pytest.mark.parametrize("bias", [False, True])
     @pytest.mark.parametrize("kind", ["gated", "plain", "given"])
@@ -566,7 +579,7 @@ def test_ahead_of_time(tmp_path: Path) -> None:
     done = _python(__file__, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     sizes = [line.split() for line in done.stdout.splitlines() if line.startswith("_")]
-    assert {name for name, *_ in sizes} == {"_gate_up", "_compact", "_down", "_sum_splits"}
+    assert {name for name, *_ in sizes} == {"_gate_up", "_compact", "_down", "_sum_splits", "_products", "_sums"}
     assert {target for _, target, *_ in sizes} == {"80", "90", "100", "gfx942"}
     assert all(int(size) > 1000 for *_, size, _ in sizes)
     # what every one of those devices has
@@ -583,12 +596,14 @@ def _compile_all() -> None:
     from caprese.kernels.cats_select.triton import _compact
     from caprese.kernels.down.triton import _down, _sum_splits
     from caprese.kernels.gate_up.triton import _gate_up
+    from caprese.kernels.quantized import GROUP
+    from caprese.kernels.quantized.triton import _products, _sums
     from caprese.kernels.tiles import CONFIGS
 
     flags = dict.fromkeys(
         ("HAS_GATE", "HAS_INDEX", "HAS_COUNT", "HAS_GATE_BIAS", "HAS_UP_BIAS", "HAS_BIAS", "ONE_THRESHOLD"), True
     )
-    flags |= dict.fromkeys(("HAS_A", "OWN", "SPARSE", "ATOMIC", "WIDEN", "DOT"), False)
+    flags |= {**dict.fromkeys(("HAS_A", "OWN", "SPARSE", "ATOMIC", "WIDEN", "DOT"), False), "HAS_ROWS": True, "GROUP": GROUP}
     matrix = {"DOT": True, "BATCH": 16}
     own = {"OWN": True, "BATCH": 2, "HAS_GATE": False, "HAS_A": True}
     kinds: list[tuple[Any, str, dict[str, Any]]] = [
@@ -599,6 +614,10 @@ def _compile_all() -> None:
         (_down, "input_sparse", {**matrix, "SPARSE": True, "HAS_INDEX": False, "HAS_COUNT": False}),
         (_compact, "compact", {}),
         (_sum_splits, "sum_splits", {}),
+        (_products, "products", {**matrix, "BITS": 8}),
+        (_products, "products", {"BATCH": 1, "BITS": 4}),
+        (_sums, "sums", {**matrix, "BITS": 4}),
+        (_sums, "sums", {"BATCH": 1, "BITS": 8}),
     ]
     more: list[tuple[Any, str, dict[str, Any]]] = [
         (_gate_up, "gate_up", {"BATCH": 1, "ACT": "silu", "ones": True}),
@@ -608,6 +627,8 @@ def _compile_all() -> None:
         (_down, "input_sparse", {"BATCH": 2, "SPARSE": True, "HAS_INDEX": False}),
     ]
     pointers = {"index_ptr": "*i32", "count_ptr": "*i32", "threshold_ptr": "*fp32", "part_ptr": "*fp32"}
+    pointers |= {"rows_ptr": "*i32", "parts_ptr": "*fp32"}
+    codes = {8: {"codes_ptr": "*i8", "scales_ptr": "*fp32"}, 4: {"codes_ptr": "*u8", "scales_ptr": "*bf16"}}
     targets = [GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32)]
     targets.append(GPUTarget("hip", "gfx942", 64))
     for target, dtype in itertools.product(targets, ("bf16", "fp32")):
@@ -625,7 +646,8 @@ def _compile_all() -> None:
                     signature[name], constants[name] = "constexpr", named.get(name, 1)
                 elif name.endswith("_ptr"):
                     parts = kernel is _down and name == "y_ptr"
-                    signature[name] = "*fp32" if parts else pointers.get(name, f"*{dtype}")
+                    known = pointers | codes.get(values.get("BITS", 0), {})
+                    signature[name] = "*fp32" if parts else known.get(name, f"*{dtype}")
                 else:
                     signature[name] = "i32"
             options = {key: value for key, value in CONFIGS[config].items() if key.startswith("num_")}

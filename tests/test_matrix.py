@@ -49,8 +49,11 @@ METHODS = [
     "static:0.3",
     "nf4",
     "int8",
+    "q8",
+    "q4:head=true",
     "none",
     "static:0.3+cats:0.5",
+    "griffin:0.5+q8:head=true",
     "griffin:0.5+teal:0.4:where=attention:greedy=false",
 ]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

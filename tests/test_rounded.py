@@ -1,0 +1,156 @@
+"""q8 and q4: weights in few bits for generated tokens, beside the dense ones or without them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import recovered, tiny_llama
+from families import tiny as family
+
+import caprese
+from caprese.efficient_methods import applied_ffns, cost, cost_of, make_method, parse_methods, refusal
+from caprese.kernels import quantize
+from caprese.models import find_ffns
+
+IDS = torch.randint(2, 250, (2, 12), generator=torch.Generator().manual_seed(0))
+LENGTHS = [5, 7]
+
+
+def methods(text: str) -> list[Any]:
+    return [make_method(facts) for facts in parse_methods(text)]
+
+
+def rounded_copy(text: str, tied: bool = True) -> Any:
+    """The same model with the weights that few bits stand for, by a plain loop over its linear layers."""
+    (method,) = methods(text)
+    model = tiny_llama(tie_word_embeddings=tied)
+    linears = []
+    for site in find_ffns(model):
+        ffn, attention = list(site.ffn.linears().items()), site.attention_linears()
+        linears += [(name, linear) for name, linear in ffn if method.where != "attention"]
+        linears += [("", linear) for linear in attention if method.where != "ffn"]
+    linears += [("", model.lm_head)] if method.head else []
+    for name, linear in linears:
+        weight = linear.weight.data
+        weight = weight.T.contiguous() if name == "down" else weight
+        wide = quantize(weight, method.bits).wide(torch.float32)
+        linear.weight.data = wide.T.contiguous() if name == "down" else wide
+    return model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("text", ["q8", "q4", "q8:where=ffn", "q4:where=attention", "q8:head=true", "q4:head=true"])
+def test_it_is_the_model_with_rounded_weights(text: str, tied: bool) -> None:
+    model = caprese.apply(tiny_llama(tie_word_embeddings=tied), methods(text), prefill="efficient")
+    with torch.no_grad():
+        wanted = rounded_copy(text, tied)(IDS).logits
+        assert torch.allclose(model(IDS).logits, wanted, atol=2e-5 * float(wanted.abs().max()))
+        with caprese.phases(model, [0, 0]):
+            assert torch.allclose(model(IDS).logits, wanted, atol=2e-5 * float(wanted.abs().max()))
+    assert torch.equal(caprese.remove(model)(IDS).logits, tiny_llama(tie_word_embeddings=tied)(IDS).logits)
+
+
+def test_prompts_run_dense() -> None:
+    """In one pass as in two: the prompt's part of the KV cache is the dense model's."""
+    dense, model = tiny_llama(), caprese.apply(tiny_llama(), methods("q4"))
+    with torch.no_grad():
+        ours, theirs = model(IDS, use_cache=True), dense(IDS, use_cache=True)
+        for a, b in zip(ours.past_key_values.layers, theirs.past_key_values.layers, strict=True):
+            assert torch.equal(a.keys, b.keys)
+        with caprese.phases(model, LENGTHS):
+            whole = model(IDS).logits
+        for row, n in enumerate(LENGTHS):
+            cache = model(IDS[row : row + 1, :n], use_cache=True).past_key_values
+            for token in range(n, IDS.shape[1]):
+                step = model(IDS[row : row + 1, token : token + 1], past_key_values=cache).logits
+                assert torch.allclose(step[0, 0], whole[row, token], atol=1e-4)
+
+
+def test_what_goes_together() -> None:
+    assert refusal(*methods("q4:where=ffn+q8:where=attention")) is None
+    assert "same part" in str(refusal(*methods("q4+q8")))
+    for other in ("griffin", "cats", "static:0.3", "teal:0.4"):
+        assert refusal(*methods(f"q8+{other}")) is None
+    assert "replaces the attention" in str(refusal(*methods("q8+mamba")))
+    with pytest.raises(caprese.CapreseError, match="groups of 32 columns, and one here has 40; use q8"):
+        caprese.apply(tiny_llama(hidden_size=40), methods("q4"))
+
+
+def test_what_a_token_reads() -> None:
+    model = tiny_llama()
+    ffn, attention, head = 3 * 3 * 32 * 96, 3 * (2 * 32 * 32 + 2 * 32 * 16), 258 * 32
+    for text, spared in {
+        "q8": (ffn + attention) * (1 - 8 / 32),
+        "q4:where=ffn": ffn * (1 - 4.5 / 32),
+        "q4:where=attention": attention * (1 - 4.5 / 32),
+        "griffin:0.5+q8:head=true": ffn * (1 - 0.5 * 8 / 32) + (attention + head) * (1 - 8 / 32),
+    }.items():
+        assert cost(model, methods(text)).spared == pytest.approx(spared, abs=4)
+        caprese.apply(model, methods(text))
+        assert cost_of(model).spared == pytest.approx(spared, abs=4)
+        caprese.remove(model)
+
+
+def held(model: torch.nn.Module) -> int:
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_no_dense_copy_is_kept(tied: bool) -> None:
+    model = tiny_llama(tie_word_embeddings=tied)
+    whole = held(model)
+    caprese.apply(model, methods("q8:head=true"), prefill="efficient")
+    with torch.no_grad():
+        before = model(IDS).logits
+        caprese.drop_dense(model)
+        assert torch.equal(model(IDS).logits, before)
+    rounded = 3 * (3 * 32 * 96 + 2 * 32 * 32 + 2 * 32 * 16) + 258 * 32
+    rows = 3 * (3 * 96 + 2 * 32 + 2 * 16) + 258
+    embedding = 0 if tied else 258 * 32 * 4
+    norms = (3 * 2 + 1) * 32 * 4
+    assert held(model) - rounded - 4 * rows - embedding - norms < 200  # rotary frequencies, and what stands for none
+    assert held(model) < 0.5 * whole
+    for ask in (lambda: caprese.remove(model), lambda: caprese.dense(model).__enter__()):
+        with pytest.raises(caprese.CapreseError, match="dense weights of this model were let go"):
+            ask()
+
+
+def test_dense_prompts_keep_the_dense_copy() -> None:
+    with pytest.raises(caprese.CapreseError, match="prompts run dense"):
+        caprese.drop_dense(caprese.apply(tiny_llama(), methods("q8")))
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    model = recovered(caprese.apply(tiny_llama(), methods("static:0.3+q4")[1:], prefill="efficient"))
+    with torch.no_grad():
+        wanted = model(IDS).logits
+    caprese.save(model, tmp_path / "adapter")
+    base = tiny_llama()
+    again = caprese.load(base, tmp_path / "adapter", keep_dense=False)
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, wanted)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma", "phi3"])
+def test_other_spellings(kind: str) -> None:
+    """Conv1D, scaled embeddings, gate and up in one."""
+    model = family(kind)
+    with torch.no_grad():
+        dense = model(IDS).logits
+        caprese.apply(model, methods("q8:head=true"), prefill="efficient")
+        rounded = model(IDS).logits
+        assert 0 < (rounded - dense).norm() < 0.2 * dense.norm()
+        caprese.drop_dense(model)
+        assert torch.equal(model(IDS).logits, rounded)
+
+
+def test_a_small_run(small_recipe: caprese.Recipe, tiny_dir: Path) -> None:
+    recipe = small_recipe.model_copy(update={"model": str(tiny_dir), "methods": methods("griffin:0.5+q4")})
+    report = caprese.recover(recipe)
+    kl = {name: report["variants"][name]["kl"] for name in ("efficient", "recovered")}
+    assert kl["recovered"] < kl["efficient"]
+    assert len(applied_ffns(caprese.load(str(tiny_dir), recipe.output))) == 3
