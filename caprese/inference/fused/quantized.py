@@ -57,18 +57,18 @@ class PackedRows(Packed):
         flat = x.flatten(0, -2)
         h = kernels.products(flat, self.first)
         first_bias: Any = self.first_bias
-        h = h if first_bias is None else h + first_bias
-        gate, z = h[:, : self.width], h[:, -self.width :]
+        h = (h if first_bias is None else h + first_bias).view(*x.shape[:-1], -1)
+        gate, z = h[..., : self.width], h[..., -self.width :]
         a = self.act(gate)
         z = a * z if self.wrapper[0].view.gated else a
         mask: Any = self.mask
-        if mask is not None:  # [S, 1, k], a sequence each
-            z = (z.view(*x.shape[:-1], -1) * mask).flatten(0, -2)
+        if mask is not None:
+            z = z * mask
         for i, method in enumerate(self.methods):
             keep = method.keep(a, z, getattr(self, f"choice_{i}"))
             if keep is not None:
                 z = z * keep
-        y = kernels.sums(z, self.second)
+        y = kernels.sums(z.flatten(0, -2), self.second)
         left: Any = self.left
         right: Any = self.right
         second_bias: Any = self.second_bias
