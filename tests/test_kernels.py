@@ -605,7 +605,11 @@ def _compile_all() -> None:
     flags = dict.fromkeys(
         ("HAS_GATE", "HAS_INDEX", "HAS_COUNT", "HAS_GATE_BIAS", "HAS_UP_BIAS", "HAS_BIAS", "ONE_THRESHOLD"), True
     )
-    flags |= {**dict.fromkeys(("HAS_A", "OWN", "SPARSE", "ATOMIC", "WIDEN", "DOT"), False), "HAS_ROWS": True, "GROUP": GROUP}
+    flags |= {
+        **dict.fromkeys(("HAS_A", "OWN", "SPARSE", "ATOMIC", "WIDEN", "DOT"), False),
+        "HAS_ROWS": True,
+        "GROUP": GROUP,
+    }
     matrix = {"DOT": True, "BATCH": 16}
     own = {"OWN": True, "BATCH": 2, "HAS_GATE": False, "HAS_A": True}
     kinds: list[tuple[Any, str, dict[str, Any]]] = [

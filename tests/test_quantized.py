@@ -41,6 +41,14 @@ def test_what_counts_more_is_rounded_better() -> None:
     assert aware < 0.9 * plain
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_transposed_weight_is_read_by_row(bits: int) -> None:
+    """down is stored transposed."""
+    weight, z = drawn(64, 96).T, drawn(2, 96)
+    stored = quantize(weight, bits)
+    assert torch.allclose(sums(z, stored), z @ stored.wide(torch.float32), atol=1e-3)
+
+
 def test_zeros_stay_zeros() -> None:
     for bits in (8, 4):
         stored = quantize(torch.zeros(3, 64), bits)

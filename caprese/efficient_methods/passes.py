@@ -73,6 +73,7 @@ class Phases:
         prefill: how prompts run.
         lean: whether the dense weights were let go.
         current: the pass that runs; None where all is dense and nothing is learned.
+        ended: the last pass, for what comes after the decoder: the head.
         dense: whether the teacher runs.
         only: layers that act, the others staying dense; None is all.
         observer: what is shown the completion tokens of every FFN, which then runs dense.
@@ -86,6 +87,7 @@ class Phases:
         self.prefill: Prefill = "dense"
         self.lean = False
         self.current: Pass | None = None
+        self.ended: Pass | None = None
         self.dense = False
         self.only: frozenset[int] | None = None
         self.observer: Observer | None = None
@@ -183,7 +185,7 @@ class Phases:
         """
         if self.compiled and torch.compiler.is_compiling():
             return
-        self.current = None
+        self.current = self.ended = None
         cache = kwargs.get("past_key_values")
         memory = memory_of(cache)
         if self.dense and (torch.compiler.is_compiling() or memory is None):
@@ -238,7 +240,7 @@ class Phases:
         """Leave what was learned on the cache that the pass made."""
         if self.compiled and torch.compiler.is_compiling():
             return
-        current = self.current
+        current = self.ended = self.current
         cache = getattr(output, "past_key_values", None)
         if current is not None and cache is not None:
             keep_memory(cache, current.memory)

@@ -121,6 +121,8 @@ class RoundedModule(nn.Module):
     rounded: QuantizedRows
     phases: Any
     layer: int | None
+    inner: ClassVar[int] = 1
+    """Dimensions of what it sees of one token."""
 
     @classmethod
     def put_on(cls, module: Any, rounded: QuantizedRows, phases: Any, layer: int | None) -> Callable[[], None]:
@@ -144,15 +146,23 @@ class RoundedModule(nn.Module):
         phases = self.phases
         if phases.compiled and torch.compiler.is_compiling():
             return self.few_bits(x)
-        current = phases.current
+        current = self.running()
         acts = phases.observer is None if self.layer is None else phases.acts_on(self.layer)
         if current is None or current.completion is None or not acts:
             return self.as_it_was(x)
         y = self.few_bits(x)
         if current.prompt is None:
             return y
-        dense, shape = self.as_it_was(x), (*current.shape, -1)
-        return torch.where(current.completion.unsqueeze(-1), y.view(shape), dense.view(shape)).view_as(y)
+        dense, batch = self.as_it_was(x), current.shape[0]
+        y, dense = y.view(batch, -1, y.shape[-1]), dense.view(batch, -1, y.shape[-1])
+        # the head may be asked for the last tokens alone
+        return torch.where(current.completion[:, -y.shape[1] :, None], y, dense).view(
+            *x.shape[: x.dim() - self.inner], -1
+        )
+
+    def running(self) -> Any:
+        """The pass that it takes part in (`passes.Pass`)."""
+        return self.phases.current
 
     def as_it_was(self, x: torch.Tensor) -> torch.Tensor:
         """What the module computes itself.
@@ -174,14 +184,16 @@ class _Linear(RoundedModule):
 
 
 class _Head(_Linear):
-    """It holds nothing of a KV cache, and comes after the pass: every token that is not the teacher's is rounded."""
+    """It comes after the decoder, and so after its pass."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.as_it_was(x) if self.phases.dense else self.few_bits(x)
+    def running(self) -> Any:
+        return self.phases.ended
 
 
 class _Embedding(RoundedModule):
     """An embedding that is also the head."""
+
+    inner: ClassVar[int] = 0
 
     def few_bits(self, x: torch.Tensor) -> torch.Tensor:
         scale = getattr(self, "embed_scale", 1.0)  # Gemma's

@@ -28,8 +28,8 @@ class QuantizedRows(nn.Module):
 
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
         super().__init__()
-        self.register_buffer("codes", codes, persistent=False)
-        self.register_buffer("scales", scales, persistent=False)
+        self.register_buffer("codes", codes.contiguous(), persistent=False)  # kernels read it by address
+        self.register_buffer("scales", scales.contiguous(), persistent=False)
 
     @property
     def bits(self) -> int:

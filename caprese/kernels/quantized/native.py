@@ -24,7 +24,16 @@ from caprese.kernels.quantized.codes import QuantizedRows
 
 SOURCE = Path(__file__).parent / "rows.c"
 # sums may be taken in another order; not -ffast-math, which would round denormals to zero in the whole process
-_FLAGS = ("-O3", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
+_FLAGS = (
+    "-O3",
+    "-fassociative-math",
+    "-fno-signed-zeros",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+    "-std=gnu11",
+)
 
 
 def _processor() -> str:
@@ -57,7 +66,13 @@ def library() -> Any:
     except (OSError, subprocess.SubprocessError):
         return None
     for function in (found.caprese_products, found.caprese_sums):
-        function.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 3, *[ctypes.c_long] * 2, *[ctypes.c_void_p] * 2, ctypes.c_long]
+        function.argtypes = [
+            ctypes.c_int,
+            *[ctypes.c_void_p] * 3,
+            *[ctypes.c_long] * 2,
+            *[ctypes.c_void_p] * 2,
+            ctypes.c_long,
+        ]
     found.caprese_products.restype, found.caprese_sums.restype = None, ctypes.c_int
     return found
 

@@ -95,9 +95,7 @@ def _products(
         y = tl.sum(y, 2)
     if BITS == 8:
         y *= tl.load(scales_ptr + rows, mask=valid, other=0.0)[None, :]
-    tl.store(
-        y_ptr + sequences[:, None] * k + places[None, :], y.to(y_ptr.dtype.element_ty), mask=live & valid[None, :]
-    )
+    tl.store(y_ptr + sequences[:, None] * k + places[None, :], y.to(y_ptr.dtype.element_ty), mask=live & valid[None, :])
 
 
 @triton.jit
