@@ -9,14 +9,14 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from caprese.adapters import save as save
+    from caprese.efficient_methods import Q4 as Q4
+    from caprese.efficient_methods import Q8 as Q8
     from caprese.efficient_methods import Cats as Cats
     from caprese.efficient_methods import Griffin as Griffin
     from caprese.efficient_methods import Int8 as Int8
     from caprese.efficient_methods import Mamba as Mamba
     from caprese.efficient_methods import Nf4 as Nf4
     from caprese.efficient_methods import Nothing as Nothing
-    from caprese.efficient_methods import Q4 as Q4
-    from caprese.efficient_methods import Q8 as Q8
     from caprese.efficient_methods import Static as Static
     from caprese.efficient_methods import Teal as Teal
     from caprese.efficient_methods import Tokens as Tokens

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import nn
 
 from caprese.efficient_methods.base import Method, Part, Reads
-from caprese.efficient_methods.stand_in import Acting
 from caprese.efficient_methods.passes import NO_DENSE
+from caprese.efficient_methods.stand_in import Acting
 from caprese.errors import CapreseError
 from caprese.kernels import GROUP, PackedFFN, QuantizedFFN, QuantizedRows, products, quantize
 from caprese.models import FFN, Site
@@ -128,7 +128,7 @@ class RoundedModule(nn.Module):
     def put_on(cls, module: Any, rounded: QuantizedRows, phases: Any, layer: int | None) -> Callable[[], None]:
         """Make a module a rounded one; returns the undoing."""
         before = type(module)
-        module.__class__ = _mixed(cls, before)
+        module.__class__ = _mixed(cast(Hashable, cls), cast(Hashable, before))
         module.rounded, module.phases, module.layer = rounded, phases, layer
 
         def undo() -> None:
@@ -172,7 +172,7 @@ class RoundedModule(nn.Module):
         """
         if self.phases.lean:
             raise CapreseError(NO_DENSE)
-        y: torch.Tensor = super().forward(x)  # type: ignore[misc]
+        y: torch.Tensor = super().forward(x)
         return y
 
 
@@ -196,8 +196,9 @@ class _Embedding(RoundedModule):
     inner: ClassVar[int] = 0
 
     def few_bits(self, x: torch.Tensor) -> torch.Tensor:
+        weight: Any = self.weight
         scale = getattr(self, "embed_scale", 1.0)  # Gemma's
-        return self.rounded.take(x.flatten()).wide(self.weight.dtype).view(*x.shape, -1) * scale
+        return self.rounded.take(x.flatten()).wide(weight.dtype).view(*x.shape, -1) * scale
 
 
 @functools.cache

@@ -24,7 +24,7 @@ def products(x: torch.Tensor, weight: QuantizedRows, rows: torch.Tensor | None =
     """
     _check("x", x, weight, rows, weight.columns)
     if uses_triton(x) and len(x) <= MAX_BATCH:
-        return triton.products(x, weight, rows)  # type: ignore[no-any-return]
+        return triton.products(x, weight, rows)
     if not _native(x):
         return naive.products(x, weight, rows)
     function = torch.ops.caprese.products if torch.compiler.is_compiling() else native.products
@@ -42,7 +42,7 @@ def sums(z: torch.Tensor, weight: QuantizedRows, rows: torch.Tensor | None = Non
     """
     _check("z", z, weight, rows, len(weight) if rows is None else len(rows))
     if uses_triton(z) and len(z) <= MAX_BATCH:
-        return triton.sums(z, weight, rows)  # type: ignore[no-any-return]
+        return triton.sums(z, weight, rows)
     if not _native(z):
         return naive.sums(z, weight, rows)
     function = torch.ops.caprese.sums if torch.compiler.is_compiling() else native.sums

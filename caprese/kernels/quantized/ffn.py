@@ -54,7 +54,7 @@ class QuantizedFFN(PackedFFN):
         bias: Any = self.bias
         taken.register_buffer("bias", None if bias is None else bias[both], persistent=False)
         taken.register_buffer("down_bias", self.down_bias, persistent=False)
-        return taken  # type: ignore[no-any-return]
+        return taken
 
     def neurons(self, x: torch.Tensor, x_up: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         if x_up is not None and x_up is not x and self.gated:

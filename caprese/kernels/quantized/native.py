@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from caprese.files import cache_dir
-from caprese.kernels.quantized.codes import QuantizedRows
 
 SOURCE = Path(__file__).parent / "rows.c"
 # sums may be taken in another order; not -ffast-math, which would round denormals to zero in the whole process

@@ -14,9 +14,9 @@ from caprese.kernels.tiles import CONFIGS, WIDEN, launch_options, on_device, pad
 
 @triton.jit
 def _product(y, x, w, DOT: tl.constexpr, WIDEN: tl.constexpr):
-    """y + x w' of x [BATCH, COLS] and w [ROWS, COLS]; the terms, [BATCH, ROWS, COLS], where no matrices are multiplied."""
+    """y + x w' of x [BATCH, COLS], w [ROWS, COLS]; its terms [BATCH, ROWS, COLS] where no matrices are multiplied."""
     if DOT:
-        x, w = x, w.to(x.dtype)
+        w = w.to(x.dtype)
         if WIDEN:
             x, w = x.to(tl.float32), w.to(tl.float32)
         y = tl.dot(x, tl.trans(w), y, input_precision="ieee")
@@ -27,9 +27,9 @@ def _product(y, x, w, DOT: tl.constexpr, WIDEN: tl.constexpr):
 
 @triton.jit
 def _sum(y, z, w, DOT: tl.constexpr, WIDEN: tl.constexpr):
-    """y + z w of z [BATCH, ROWS] and w [ROWS, COLS]; the terms, [BATCH, ROWS, COLS], where no matrices are multiplied."""
+    """y + z w of z [BATCH, ROWS], w [ROWS, COLS]; its terms [BATCH, ROWS, COLS] where no matrices are multiplied."""
     if DOT:
-        z, w = z, w.to(z.dtype)
+        w = w.to(z.dtype)
         if WIDEN:
             z, w = z.to(tl.float32), w.to(tl.float32)
         y = tl.dot(z, w, y, input_precision="ieee")
