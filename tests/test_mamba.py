@@ -239,7 +239,7 @@ def test_with_ffn_sparsity_and_a_branch_in_one_model():
     alone = caprese.apply(tiny_llama(), caprese.Griffin(sparsity=0.5))
     with torch.no_grad(), caprese.phases(alone, [3]):
         assert not torch.allclose(alone(input_ids=ids).logits, both)
-    with pytest.raises(caprese.CapreseError, match="one replaces the attention that the other would thin"):
+    with pytest.raises(caprese.CapreseError, match="one replaces the attention that the other would make cheaper"):
         caprese.apply(tiny_llama(), [caprese.Mamba(), caprese.Teal(where="attention")])
 
 

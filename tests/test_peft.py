@@ -284,7 +284,7 @@ def test_what_reads_rows_refuses_a_lora_below_and_a_later_one(method, tmp_path):
     known = chosen(tiny_llama(), method)
     below = tuned(tiny_llama(), ["v_proj", "down_proj"])
     before = dense(below, ids)
-    line = rf"{method.name} reads FFN weights by row, and layer 0: mlp\.down_proj carries an adapter .*merge_and_unload"
+    line = rf"{method.name} reads weights by row, and layer 0: mlp\.down_proj carries an adapter .*merge_and_unload"
     with pytest.raises(caprese.CapreseError, match=line):
         caprese.apply(below, method, calibration=known)
     assert torch.equal(dense(below, ids), before) and not applied_ffns(below)
