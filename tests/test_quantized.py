@@ -51,6 +51,15 @@ def test_a_transposed_weight_is_read_by_row(bits: int) -> None:
     assert torch.allclose(sums(z, stored), z @ stored.wide(torch.float32), atol=1e-3)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_model_that_changes_its_type_leaves_theirs(bits: int) -> None:
+    """Kernels read codes and scales by address."""
+    weight, x = quantize(drawn(24, 64), bits), drawn(1, 64)
+    before = products(x, weight)
+    for changed in (weight.bfloat16(), weight.float(), weight.double()):
+        assert torch.allclose(products(x, changed), before, rtol=0.02, atol=0.02 * float(before.abs().max()))
+
+
 def test_zeros_stay_zeros() -> None:
     for bits in (8, 4):
         stored = quantize(torch.zeros(3, 64), bits)

@@ -57,17 +57,7 @@ class Packed(Step):
     def _fill(self, choices: list[tuple[Method, torch.Tensor | None]], branch: Any) -> None:
         (wrapper,) = self.wrapper
         w = wrapper.transformed.weights()
-        rows = chosen_rows(choices)
-        masks = [(m, choice) for m, choice in choices if "neurons" in m.acts_on]
-        index: torch.Tensor | None = None
-        own: torch.Tensor | None = None
-        if rows is not None:
-            index, own = self._union(rows)
-        self.width = w.up.shape[0] if index is None else len(index)
-        self._hold("mask", own)
-        self.methods = [m for m, _ in masks]
-        for i, (_, choice) in enumerate(masks):
-            self._hold(f"choice_{i}", choice)
+        index = self._take_over(choices)
         left, right, extra = branch or (w.up[:0], w.down[:, :0], None)
         halves = [w.up] if w.gate is None else [w.gate, w.up]
         first = self._room("first", len(halves) * self.width + len(left), w.up.shape[1])
@@ -79,6 +69,18 @@ class Packed(Step):
         second[:, self.width :] = right
         self._hold("first_bias", self._first_bias(w, index, len(left)))
         self._hold("second_bias", extra if w.down_bias is None else w.down_bias + (0 if extra is None else extra))
+
+    def _take_over(self, choices: list[tuple[Method, torch.Tensor | None]]) -> torch.Tensor | None:
+        """The rows to gather, [k], None for all; sets the width, and what else decides about neurons."""
+        rows = chosen_rows(choices)
+        masks = [(m, choice) for m, choice in choices if "neurons" in m.acts_on]
+        index, own = (None, None) if rows is None else self._union(rows)
+        self.width = self.wrapper[0].transformed.width if index is None else len(index)
+        self._hold("mask", own)
+        self.methods = [m for m, _ in masks]
+        for i, (_, choice) in enumerate(masks):
+            self._hold(f"choice_{i}", choice)
+        return index
 
     def _room(self, name: str, *shape: int) -> torch.Tensor:
         """A buffer of this shape to write into: the last one if it fits."""

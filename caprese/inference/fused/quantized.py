@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from caprese import kernels
 from caprese.efficient_methods import Method
 from caprese.inference.fused.packed import Packed
-from caprese.inference.fused.step import chosen_rows
 from caprese.kernels import QuantizedFFN, QuantizedRows
 
 
@@ -24,13 +23,7 @@ class PackedRows(Packed):
         (wrapper,) = self.wrapper
         ffn = wrapper.transformed
         assert isinstance(ffn, QuantizedFFN)
-        rows = chosen_rows(choices)
-        index, own = (None, None) if rows is None else self._union(rows)
-        self.width = ffn.width if index is None else len(index)
-        self._hold("mask", own)
-        self.methods = [m for m, _ in choices if "neurons" in m.acts_on]
-        for i, choice in enumerate(choice for m, choice in choices if "neurons" in m.acts_on):
-            self._hold(f"choice_{i}", choice)
+        index = self._take_over(choices)
         both = index if index is None or not ffn.gated else torch.cat([index, index + ffn.width])
         self.first = self._taken("first", ffn.first, both)
         self.second = self._taken("second", ffn.second, index)

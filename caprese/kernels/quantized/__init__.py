@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from caprese.kernels.dispatch import MAX_BATCH, check_input, load_triton, uses_triton
@@ -23,13 +25,7 @@ def products(x: torch.Tensor, weight: QuantizedRows, rows: torch.Tensor | None =
     Returns: [B, k], sums in float32 (of float64 inputs: float64).
     """
     _check("x", x, weight, rows, weight.columns)
-    if uses_triton(x) and len(x) <= MAX_BATCH:
-        return triton.products(x, weight, rows)
-    if not _native(x):
-        return naive.products(x, weight, rows)
-    function = torch.ops.caprese.products if torch.compiler.is_compiling() else native.products
-    y: torch.Tensor = function(x, weight.codes, weight.scales, rows)
-    return y
+    return _run("products", x, weight, rows)
 
 
 def sums(z: torch.Tensor, weight: QuantizedRows, rows: torch.Tensor | None = None) -> torch.Tensor:
@@ -41,12 +37,18 @@ def sums(z: torch.Tensor, weight: QuantizedRows, rows: torch.Tensor | None = Non
     Returns: [B, C].
     """
     _check("z", z, weight, rows, len(weight) if rows is None else len(rows))
-    if uses_triton(z) and len(z) <= MAX_BATCH:
-        return triton.sums(z, weight, rows)
-    if not _native(z):
-        return naive.sums(z, weight, rows)
-    function = torch.ops.caprese.sums if torch.compiler.is_compiling() else native.sums
-    y: torch.Tensor = function(z, weight.codes, weight.scales, rows)
+    return _run("sums", z, weight, rows)
+
+
+def _run(name: str, x: torch.Tensor, weight: QuantizedRows, rows: torch.Tensor | None) -> torch.Tensor:
+    y: torch.Tensor
+    if uses_triton(x) and len(x) <= MAX_BATCH:
+        y = getattr(triton, name)(x, weight, rows)
+    elif _native(x):
+        place: Any = torch.ops.caprese if torch.compiler.is_compiling() else native
+        y = getattr(place, name)(x, weight.codes, weight.scales, rows)
+    else:
+        y = getattr(naive, name)(x, weight, rows)
     return y
 
 

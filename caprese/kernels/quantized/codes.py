@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -30,6 +33,13 @@ class QuantizedRows(nn.Module):
         super().__init__()
         self.register_buffer("codes", codes.contiguous(), persistent=False)  # kernels read it by address
         self.register_buffer("scales", scales.contiguous(), persistent=False)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedRows:
+        """A model that changes its type moves these along, and leaves theirs: kernels read them by address."""
+        kinds = self.codes.dtype, self.scales.dtype
+        super()._apply(fn, recurse)
+        self.codes, self.scales = self.codes.to(kinds[0]), self.scales.to(kinds[1])
+        return self
 
     @property
     def bits(self) -> int:
