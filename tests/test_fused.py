@@ -235,11 +235,13 @@ INDEXED = [
 ]
 
 
+@pytest.mark.parametrize("triton", [True, False], ids=["triton", "here"])
 @pytest.mark.parametrize("spec", INDEXED)
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "phi3", "gpt_neox", "opt", "gpt2"])
-def test_indexed_is_unfused(kind: str, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the kernels' references, where there is no GPU; families that it does not fit keep another form."""
-    monkeypatch.setattr("caprese.kernels.triton_runs", lambda device: True)
+def test_indexed_is_unfused(kind: str, spec: str, triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the references of Triton's kernels, and as a CPU runs it; families that it does not fit keep another form."""
+    if triton:
+        monkeypatch.setattr("caprese.kernels.triton_runs", lambda device: True)
     model = applied(kind, spec)
     weights = {name: p.clone() for name, p in model.named_parameters()}
     strides = {name: p.stride() for name, p in model.named_parameters()}
@@ -265,10 +267,11 @@ def test_indexed_holds_no_second_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sizes["packed"] > 0.45 * ffn and sizes["indexed"] < 0.1 * ffn
 
 
-def test_indexed_needs_a_gpu() -> None:
+def test_indexed_needs_a_gpu_or_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    with pytest.raises(caprese.CapreseError, match="needs Triton and a GPU"):
+    monkeypatch.setattr("caprese.kernels.quantized.native.library", lambda: None)
+    with pytest.raises(caprese.CapreseError, match="needs Triton and a GPU, or a C compiler"):
         caprese.fuse(applied("llama", "griffin:0.5"), "indexed")
 
 
@@ -422,7 +425,7 @@ def test_thresholds_keep_their_precision() -> None:
     for seed in range(6):
         ids = torch.randint(2, 258, (1, 9), generator=torch.Generator().manual_seed(seed))
         before = answer(model, ids, max_new_tokens=2)
-        caprese.fuse(model)
+        caprese.fuse(model, "packed")
         assert torch.equal(answer(model, ids, max_new_tokens=2), before)
         caprese.unfuse(model)
 

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from caprese.kernels.quantized import GROUP, naive, native, products, quantize, sums
+from caprese.kernels.activations import ACTIVATIONS
+from caprese.kernels.quantized import GROUP, naive, native, products, quantize, runs_whole, sums, whole_ffn
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -95,6 +96,77 @@ def test_products_are_those_with_the_weight(
             got = function(given_x, weight, index)
             assert got.dtype == dtype and got.shape == wanted.shape
             assert (got.double() - wanted).abs().max() <= room * wanted.abs().max()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    bits=st.sampled_from([4, 8, 16, 32]),
+    half=st.booleans(),
+    act=st.sampled_from(sorted(ACTIVATIONS)),
+    gated=st.booleans(),
+    biased=st.booleans(),
+    cut=st.sampled_from(["none", "keep", "threshold", "thresholds", "both"]),
+    beside=st.booleans(),
+    batch=st.integers(1, 9),
+    width=st.integers(1, 90),
+    groups=st.integers(1, 4),
+    odd=st.integers(0, 31),
+    chosen=st.integers(0, 40),
+    rank=st.integers(0, 5),
+    seed=st.integers(0, 9),
+)
+def test_a_whole_ffn(
+    bits: int,
+    half: bool,
+    act: str,
+    gated: bool,
+    biased: bool,
+    cut: str,
+    beside: bool,
+    batch: int,
+    width: int,
+    groups: int,
+    odd: int,
+    chosen: int,
+    rank: int,
+    seed: int,
+) -> None:
+    """Against float64, with what the codes stand for."""
+    if not native.library():
+        pytest.skip("there is no C compiler")
+    dtype, size = torch.bfloat16 if half else torch.float32, GROUP * groups + (odd if bits != 4 else 0)
+    first, second = drawn(2 * width if gated else width, size, seed=seed) / size**0.5, drawn(width, size, seed=seed + 1)
+    weights: list = [w.to(torch.bfloat16 if bits == 16 else torch.float32) for w in (first, second)]
+    weights = [quantize(w, bits) for w in weights] if bits < 16 else weights
+    wide, down = (w.double() if bits >= 16 else w.wide(torch.float64) for w in weights)
+    x = drawn(batch, size, seed=seed + 2).to(dtype)
+    rows = torch.randint(0, width, (chosen,), dtype=torch.int32) if chosen else None
+    count = chosen or width
+    bias, last = (drawn(len(wide), seed=3), drawn(size, seed=4)) if biased else (None, None)
+    keep = drawn(batch, count, seed=5) > 0 if cut in ("keep", "both") else None
+    threshold = drawn(batch if cut == "thresholds" else 1, seed=6).abs() / 4 if cut not in ("none", "keep") else None
+    left, right = (drawn(rank, size, seed=7).to(dtype), drawn(rank, size, seed=8).to(dtype))
+
+    taken = torch.arange(width) if rows is None else rows.long()
+    h = x.double() @ wide.T + (0 if bias is None else bias.double())
+    a = ACTIVATIONS[act](h[:, :width])[:, taken]
+    z = a * h[:, width:][:, taken] if gated else a
+    sure = torch.ones_like(a, dtype=torch.bool)
+    if keep is not None:
+        z = z * keep
+    if threshold is not None:
+        z, sure = z * (a.abs() >= threshold[:, None]), (a.abs() - threshold[:, None]).abs() > 1e-4
+    wanted = z @ down[taken] + x.double() @ left.double().T @ right.double() + (0 if last is None else last.double())
+    apart = None
+    if beside and gated and bits >= 16:
+        weights[0], apart = weights[0][:width].clone(), weights[0][width:].clone()
+    assert runs_whole(x, act)
+    more: dict = {"gated": gated, "beside": apart, "rows": rows, "bias": bias, "keep": keep, "threshold": threshold}
+    got = whole_ffn(x, *weights, act, branch=(left, right) if rank else None, last=last, **more)
+    assert got.dtype == dtype and got.shape == x.shape
+    if sure.all():
+        most = float(wanted.abs().max()) + float((z.abs() @ down[taken].abs()).max())
+        assert (got.double() - wanted).abs().max() <= (1e-2 if half else 2e-6) * most
 
 
 def test_gradients_come_through() -> None:

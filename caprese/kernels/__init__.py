@@ -7,7 +7,7 @@ from caprese.kernels.down import down
 from caprese.kernels.gate_up import gate_up
 from caprese.kernels.input_sparse import input_sparse
 from caprese.kernels.packed import PackedFFN, sparse_down
-from caprese.kernels.quantized import GROUP, QuantizedRows, products, quantize, sums
+from caprese.kernels.quantized import GROUP, QuantizedRows, products, quantize, runs_whole, sums, whole_ffn
 from caprese.kernels.quantized.ffn import QuantizedFFN
 
 __all__ = [
@@ -23,7 +23,9 @@ __all__ = [
     "input_sparse",
     "products",
     "quantize",
+    "runs_whole",
     "sparse_down",
     "sums",
     "triton_runs",
+    "whole_ffn",
 ]

@@ -18,7 +18,7 @@ from caprese.adapters import Adapter
 from caprese.adapters import load as load_adapter
 from caprese.efficient_methods import applied_ffns
 from caprese.errors import CapreseError
-from caprese.inference.fused.forms import Form, check_form, faster_form, forms_of
+from caprese.inference.fused.forms import Form, check_form, faster_form, forms_of, runs_here
 from caprese.inference.fused.step import branch_of
 
 __all__ = ["Form", "branch_of", "fuse", "is_fused", "load", "unfuse"]
@@ -32,8 +32,8 @@ def fuse(model: nn.Module, form: Form = "auto") -> nn.Module:
     `caprese.phases` run as before, and so does a batch with PEFT's `adapter_names`.
 
     Args:
-        form: "packed" gathers the chosen rows once after prefill; "indexed" reads them in place with Triton kernels
-            (GPU); "auto" takes the faster one, by measurement on a GPU. A layer that a form does not fit (4-bit
+        form: "packed" gathers the chosen rows once after prefill; "indexed" reads them in place, with Triton kernels on
+            a GPU and compiled C on a CPU; "auto" takes the faster one, by measurement. A layer that a form does not fit (4-bit
             weights, an unknown activation) takes packed, or keeps its own arithmetic with the branch added to it.
 
     Raises:
@@ -45,11 +45,12 @@ def fuse(model: nn.Module, form: Form = "auto") -> nn.Module:
         raise CapreseError("there is nothing to fuse: caprese.apply(model, caprese.Griffin()) or caprese.load first")
     unfuse(model)
     first = next(iter(wrappers.values()))
-    able = kernels.triton_runs(first.view.device)
-    if form == "indexed" and not able:
-        raise CapreseError(f"the indexed form needs Triton and a GPU, and this model is on {first.view.device.type}")
+    if form == "indexed" and not (kernels.triton_runs(first.view.device) or runs_here(first)):
+        raise CapreseError(
+            f"the indexed form needs Triton and a GPU, or a C compiler on a CPU; this model is on {first.view.device.type}"
+        )
     if form == "auto":
-        form = faster_form(first) if able and first.view.device.type != "cpu" else "packed"
+        form = faster_form(first)
     for wrapper in wrappers.values():
         forms = forms_of(wrapper)
         wrapper.fused = forms.get(form, forms["packed"])(wrapper)

@@ -12,11 +12,12 @@ from caprese import kernels
 from caprese.efficient_methods import EfficientFFN
 from caprese.efficient_methods.memory import LayerMemory, Seen
 from caprese.errors import CapreseError
+from caprese.inference.fused.by_row import ByRow, whole_is_faster
 from caprese.inference.fused.in_place import InPlace
 from caprese.inference.fused.indexed import Indexed
 from caprese.inference.fused.packed import Packed
-from caprese.inference.fused.quantized import PackedRows
 from caprese.inference.fused.step import Step
+from caprese.inference.generate import clock
 
 Form = Literal["auto", "packed", "indexed"]
 # inputs that one product of a whole decode step is timed on, where a form is chosen by measurement
@@ -34,20 +35,24 @@ def forms_of(wrapper: EfficientFFN) -> dict[Form, Callable[[EfficientFFN], Step]
     every = frozenset().union(*(m.acts_on for m in wrapper.methods))
     if not wrapper.view.row_wise:
         return {"packed": InPlace}
-    if isinstance(wrapper.transformed, kernels.QuantizedFFN):
-        return {"packed": InPlace if "inputs" in every else PackedRows}
-    rows_chosen = "rows" in every or "width" in every
-    forms: dict[Form, Callable[[EfficientFFN], Step]] = {
-        "packed": Packed if rows_chosen and not every & {"inputs", "weights"} else InPlace
-    }
-    if "weights" in every or kernels.activation_name(wrapper.transformed.act) is None:
+    ffn = wrapper.transformed
+    if isinstance(ffn, kernels.QuantizedFFN):
+        return {"packed": InPlace if "inputs" in every else ByRow}
+    forms: dict[Form, Callable[[EfficientFFN], Step]] = {"packed": InPlace}
+    act = kernels.activation_name(ffn.act)
+    if ("rows" in every or "width" in every) and not every & {"inputs", "weights"}:
+        whole = act is not None and whole_is_faster(ffn.width, ffn.hidden_size, wrapper.view.dtype, ffn.device)
+        forms["packed"] = ByRow if whole else Packed
+    if "weights" in every or act is None:
         return forms
-    base = wrapper.transformed is wrapper.view
+    base = ffn is wrapper.view
     gated, conv = wrapper.view.gated, not isinstance(wrapper.view.part("up"), nn.Linear)
     acting = every - {"width", "attention"}
     if conv or wrapper.view.part("down").__class__ is not nn.Linear:
         return forms
-    able = {"rows": True, "neurons": gated, "inputs": gated and base and not wrapper.view.fused}
+    apart = gated and not wrapper.view.fused
+    triton, whole = kernels.triton_runs(ffn.device), runs_here(wrapper)
+    able = {"rows": triton or whole, "neurons": gated and (triton or whole), "inputs": triton and base and apart}
     if len(acting) == 1 and able.get(next(iter(acting)), False):
         forms["indexed"] = Indexed
     return forms
@@ -59,26 +64,33 @@ def faster_form(wrapper: EfficientFFN) -> Form:
     forms = forms_of(wrapper)
     if len(forms) == 1:
         return "packed"
-    x = torch.randn(1, 1, wrapper.view.hidden_size, dtype=wrapper.view.dtype, device=wrapper.view.device)
+    device = wrapper.view.device
+    x = torch.randn(1, 1, wrapper.view.hidden_size, dtype=wrapper.view.dtype, device=device)
     times: dict[Form, float] = {}
     a, z = wrapper.view.neurons(x)
     if wrapper.rows is not None:
         a, z = a[..., wrapper.rows], z[..., wrapper.rows]
-    seen = Seen(0, x, a, z, torch.ones(1, 1, dtype=torch.bool, device=x.device))
+    seen = Seen(0, x, a, z, torch.ones(1, 1, dtype=torch.bool, device=device))
     for name, make in forms.items():
         memory = LayerMemory()
         memory.learn(wrapper.learners, seen)
         step = make(wrapper)
         try:
             step.follow(memory, 1)
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             for trial in range(_TRIALS + 3):
                 if trial == 3:
-                    begin.record()
+                    begin = clock(device)
                 step(x)
-            end.record()
-            torch.cuda.synchronize()
+            times[name] = clock(device) - begin
         finally:
             step.restore()
-        times[name] = begin.elapsed_time(end)
     return min(times, key=times.__getitem__)
+
+
+def runs_here(wrapper: EfficientFFN) -> bool:
+    """Whether a whole FFN of this kind runs in one call."""
+    view = wrapper.view
+    return view.dtype in (torch.float32, torch.bfloat16) and kernels.runs_whole(
+        torch.empty(1, view.hidden_size, dtype=view.dtype, device=view.device),
+        kernels.activation_name(wrapper.transformed.act),
+    )

@@ -19,10 +19,7 @@ class InPlace(Step):
         self.methods = [m for m, _ in choices]
         for i, (_, choice) in enumerate(choices):
             self._hold(f"choice_{i}", choice)
-        left, right, extra = branch or (None, None, None)
-        self._hold("left", left)
-        self._hold("right", None if right is None else right.T.contiguous())
-        self._hold("extra", extra)
+        self._hold_branch(branch, None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         (wrapper,) = self.wrapper
@@ -30,9 +27,9 @@ class InPlace(Step):
         y = sparse_down(wrapper.transformed, *wrapper.kept(x, wrapper.transformed, choices))
         left: Any = self.left
         right: Any = self.right
-        extra: Any = self.extra
+        last: Any = self.last_bias
         if left is None:
             return y
         # beside packed weights the branch is of another type than what it is added to
         flat = torch.addmm(y.flatten(0, 1).to(left.dtype), F.linear(x.to(left.dtype), left).flatten(0, 1), right)
-        return (flat if extra is None else flat + extra).view_as(y).to(y.dtype)
+        return (flat if last is None else flat + last).view_as(y).to(y.dtype)

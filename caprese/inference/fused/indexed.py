@@ -1,4 +1,4 @@
-"""The indexed form: Triton kernels that read the chosen rows where they lie."""
+"""The indexed form: the chosen rows are read where they lie, by Triton kernels or, on a CPU, in one call."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from caprese import kernels
 from caprese.efficient_methods import EfficientFFN, Method
 from caprese.inference.fused.step import Step, chosen_rows
+from caprese.models import Weights
 
 
 class Indexed(Step):
-    """Kernels that read the chosen rows of the base's weights in place: no second copy of the FFN.
+    """The chosen rows of the base's weights are read in place: no second copy of the FFN.
 
     down is stored transposed for it, one neuron a contiguous row; `restore` puts it back.
     """
@@ -24,6 +25,7 @@ class Indexed(Step):
         assert name is not None
         self.act_name = name
         acting = frozenset().union(*(m.acts_on for m in wrapper.methods))
+        self.whole = not kernels.triton_runs(wrapper.view.device)
         self.kind = next((part for part in ("inputs", "neurons") if part in acting), "rows")
         for tensor in self._transposed():
             tensor.data = tensor.data.T.contiguous().T
@@ -50,11 +52,14 @@ class Indexed(Step):
         elif self.kind == "rows":
             index = torch.arange(len(w.up), device=w.up.device, dtype=torch.int32)[None]
         self._hold("index", index)
-        self._hold("threshold", next((c for m, c in choices if m.acts_on & {"neurons", "inputs"}), None))
-        left, right, extra = branch or (None, None, None)
-        self._hold("left", left)
-        self._hold("right", None if right is None else right.T.contiguous())
-        self._hold("last_bias", extra if w.down_bias is None else w.down_bias + (0 if extra is None else extra))
+        threshold = next((c for m, c in choices if m.acts_on & {"neurons", "inputs"}), None)
+        if self.whole and threshold is not None:
+            threshold = threshold.flatten().float()
+        self._hold("threshold", threshold, None if threshold is None else threshold.dtype)
+        kind = torch.float32 if self.whole else None
+        self._hold_branch(branch, w.down_bias, kind)
+        biases = [b for b in (w.gate_bias, w.up_bias) if b is not None]
+        self._hold("first_bias", torch.cat(biases) if self.whole and biases else None, kind)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         w = self.wrapper[0].transformed.weights()  # not kept here: compiled, they are to be known as the model's own
@@ -63,6 +68,8 @@ class Indexed(Step):
         right: Any = self.right
         bias: Any = self.last_bias
         threshold: Any = self.threshold
+        if self.whole:
+            return self._whole(flat, w).view_as(x)
         assert w.gate is not None or self.kind == "rows"
         if self.kind == "inputs":
             gate, up = (
@@ -79,3 +86,22 @@ class Indexed(Step):
         rows = kernels.Rows(index, count)
         z = kernels.gate_up(flat, w.gate, w.up, rows, self.act_name, left, (w.gate_bias, w.up_bias), a)
         return kernels.down(z, w.down.T, rows, right, bias).view_as(x)
+
+    def _whole(self, x: torch.Tensor, w: Weights) -> torch.Tensor:
+        """A step in one call, or in one a sequence where each has rows of its own."""
+        index: Any = self.index
+        first, beside = (w.up, None) if w.gate is None else (w.gate, w.up)
+        left: Any = self.left
+        more: Any = {
+            "gated": w.gate is not None,
+            "beside": beside,
+            "bias": self.first_bias,
+            "branch": None if left is None else (left, self.right),
+            "last": self.last_bias,
+        }
+        threshold: Any = self.threshold
+        if index is None or len(index) == 1:
+            rows = None if index is None else index[0]
+            return kernels.whole_ffn(x, first, w.down.T, self.act_name, rows=rows, threshold=threshold, **more)
+        each = zip(x.split(1), index, strict=True)
+        return torch.cat([kernels.whole_ffn(own, first, w.down.T, self.act_name, rows=r, **more) for own, r in each])

@@ -66,10 +66,22 @@ class Step(nn.Module):
     def _fill(self, choices: list[tuple[Method, torch.Tensor | None]], branch: Any) -> None:
         raise NotImplementedError
 
-    def _hold(self, name: str, value: torch.Tensor | None) -> None:
-        """Keep a tensor where the last one of its kind was, if it fits there."""
-        if value is not None and value.is_floating_point() and not name.startswith(("choice", "threshold")):
-            value = value.to(self.wrapper[0].view.dtype)
+    def _hold_branch(
+        self,
+        branch: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """left [r, D] and right [r, D] of a branch, and its bias with that of down, in a type of its own."""
+        left, right, extra = branch or (None, None, None)
+        self._hold("left", left)
+        self._hold("right", None if right is None else right.T.contiguous())
+        self._hold("last_bias", extra if bias is None else bias + (0 if extra is None else extra), dtype)
+
+    def _hold(self, name: str, value: torch.Tensor | None, dtype: torch.dtype | None = None) -> None:
+        """Keep a tensor where the last one of its kind was, if it fits there; in the model's type or another."""
+        if value is not None and value.is_floating_point() and not name.startswith("choice"):
+            value = value.to(dtype or self.wrapper[0].view.dtype)
         held = getattr(self, name, None)
         if held is not None and value is not None and held.shape == value.shape and held.dtype == value.dtype:
             held.copy_(value)

@@ -12,7 +12,7 @@ from caprese.kernels.quantized.codes import GROUP, QuantizedRows, quantize
 
 triton = load_triton("quantized")
 
-__all__ = ["GROUP", "QuantizedRows", "products", "quantize", "sums"]
+__all__ = ["GROUP", "QuantizedRows", "products", "quantize", "runs_whole", "sums", "whole_ffn"]
 
 
 def products(x: torch.Tensor, weight: QuantizedRows, rows: torch.Tensor | None = None) -> torch.Tensor:
@@ -62,6 +62,65 @@ def _check(name: str, x: torch.Tensor, weight: QuantizedRows, rows: torch.Tensor
         raise ValueError(f"{name}: it is on {x.device}, the weight on {weight.codes.device}")
 
 
+def runs_whole(x: torch.Tensor, act: str | None) -> bool:
+    """Whether `whole_ffn` takes this input and activation here."""
+    return act in native.ACTIVATIONS and _native(x)
+
+
+def whole_ffn(
+    x: torch.Tensor,
+    first: QuantizedRows | torch.Tensor,
+    second: QuantizedRows | torch.Tensor,
+    act: str,
+    *,
+    gated: bool = True,
+    beside: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    keep: torch.Tensor | None = None,
+    threshold: torch.Tensor | None = None,
+    branch: tuple[torch.Tensor, torch.Tensor] | None = None,
+    last: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A whole FFN and the branch beside it, on a CPU, in one call: (act(x gate') * x up') down + x left' right + last.
+
+    Args:
+        x: [B, D]; float32 or bfloat16, the branch is of its type, and so are weights that are not in few bits.
+        first: gate over up, [2 F, D]; up alone where it is not `gated`; gate alone with up `beside` it, both as tensors.
+        second: down, one neuron a row, [F, D].
+        act: of `activation_name`, where `runs_whole`.
+        rows: int32 [k], the neurons of all sequences; each in range, which is not looked at.
+        bias: of gate and up, float32 [2 F] or [F].
+        keep: bool [B, k], of each sequence.
+        threshold: float32 [1] or [B]: of neurons with |act(gate)| below it, up and down are not read.
+        branch: left and right, [r, D] each.
+        last: float32 [D].
+    Returns: [B, D], sums in float32.
+    """
+    codes, scales = (first.codes, first.scales) if isinstance(first, QuantizedRows) else (first, None)
+    down, down_scales = (second.codes, second.scales) if isinstance(second, QuantizedRows) else (second, None)
+    left, right = branch or (None, None)
+    place: Any = torch.ops.caprese if torch.compiler.is_compiling() else native
+    y: torch.Tensor = place.whole_ffn(
+        x,
+        codes,
+        scales,
+        beside,
+        down,
+        down_scales,
+        rows,
+        bias,
+        keep,
+        threshold,
+        left,
+        right,
+        last,
+        native.ACTIVATIONS.index(act),
+        gated,
+    )
+    return y
+
+
 def _native(x: torch.Tensor) -> bool:
     """Few rows, and no gradient wanted: many are faster as one product of matrices."""
     if x.device.type != "cpu" or x.dtype == torch.float64 or not 0 < len(x) <= MAX_BATCH:
@@ -74,10 +133,14 @@ def _compiled() -> bool:
     return native.library() is not None
 
 
-# under torch.compile: opaque, and of known shape
-torch.library.custom_op("caprese::products", native.products, mutates_args=()).register_fake(
-    lambda x, codes, scales, rows: x.new_empty(len(x), len(codes) if rows is None else len(rows))
-)
-torch.library.custom_op("caprese::sums", native.sums, mutates_args=()).register_fake(
-    lambda z, codes, scales, rows: z.new_empty(len(z), codes.shape[1] * (1 if codes.dtype == torch.int8 else 2))
-)
+# Under torch.compile: opaque, and of known shape. Not `custom_op`, whose checks take as long as a small product.
+_LIBRARY = torch.library.Library("caprese", "DEF")
+for _name, _result in {
+    "products": lambda x, codes, scales, rows: x.new_empty(len(x), len(codes) if rows is None else len(rows)),
+    "sums": lambda z, codes, scales, rows: z.new_empty(len(z), codes.shape[1] * (1 if codes.dtype == torch.int8 else 2)),
+    "whole_ffn": lambda x, *_: torch.empty_like(x),
+}.items():
+    _function = getattr(native, _name)
+    _LIBRARY.define(_name + torch.library.infer_schema(_function, mutates_args=()))
+    _LIBRARY.impl(_name, _function, "CPU")
+    torch.library.register_fake(f"caprese::{_name}", _result, lib=_LIBRARY)

@@ -22,17 +22,10 @@ import torch
 from caprese.files import cache_dir
 
 SOURCE = Path(__file__).parent / "rows.c"
-# sums may be taken in another order; not -ffast-math, which would round denormals to zero in the whole process
-_FLAGS = (
-    "-O3",
-    "-fassociative-math",
-    "-fno-signed-zeros",
-    "-fno-trapping-math",
-    "-fopenmp",
-    "-shared",
-    "-fPIC",
-    "-std=gnu11",
-)
+_FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
+_LIBRARIES = ("-lm",)
+#: activations that the whole FFN knows, as `rows.c` counts them
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
 def _processor() -> str:
@@ -52,58 +45,114 @@ def library() -> Any:
         return None
     tuned = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     command = [*compiler.split(), *_FLAGS, tuned]
-    facts = "\n".join([SOURCE.read_text(), *command, _processor()])
+    facts = "\n".join([SOURCE.read_text(), *command, *_LIBRARIES, _processor()])
     at = cache_dir() / "kernels" / f"rows-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.so"
     try:
         if not at.exists():
             at.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=at.parent) as apart:
                 made = Path(apart) / at.name
-                subprocess.run([*command, str(SOURCE), "-o", str(made)], check=True, capture_output=True, timeout=120)
+                whole = [*command, str(SOURCE), "-o", str(made), *_LIBRARIES]
+                subprocess.run(whole, check=True, capture_output=True, timeout=120)
                 made.replace(at)
         found = ctypes.CDLL(str(at))
     except (OSError, subprocess.SubprocessError):
         return None
+    p, i, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
     for function in (found.caprese_products, found.caprese_sums):
-        function.argtypes = [
-            ctypes.c_int,
-            *[ctypes.c_void_p] * 3,
-            *[ctypes.c_long] * 2,
-            *[ctypes.c_void_p] * 2,
-            ctypes.c_long,
-        ]
-    found.caprese_products.restype, found.caprese_sums.restype = None, ctypes.c_int
+        function.argtypes = [i, p, p, p, n, n, p, p, i, n]
+    found.caprese_ffn.argtypes = [i, p, p, p, p, p, n, p, n, n, i, i, p, p, p, n, p, p, n, p, p, p, i, n]
     return found
 
 
 def products(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     """x [B, C] -> [B, k]; see `kernels.quantized.products`."""
-    wide = x.to(torch.float32).contiguous()
-    count = len(codes) if rows is None else len(rows)
-    y = torch.empty(len(x), count)
-    library().caprese_products(*_arguments(codes, scales, rows, count, wide.shape[1], wide, y))
-    return y.to(x.dtype)
+    count, columns = len(codes) if rows is None else len(rows), x.shape[1]
+    dtype = x.dtype
+    x, kind = _plain(x)
+    y = x.new_empty(len(x), count)
+    where = codes.data_ptr(), scales.data_ptr(), _address(rows)
+    _call("caprese_products", _BITS[codes.dtype], *where, count, columns, x.data_ptr(), y.data_ptr(), kind, len(x))
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 def sums(z: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     """z [B, k] -> [B, C]; see `kernels.quantized.sums`."""
-    wide = z.to(torch.float32).contiguous()
-    columns = codes.shape[1] * (1 if codes.dtype == torch.int8 else 2)
-    y = torch.empty(len(z), columns)
-    if library().caprese_sums(*_arguments(codes, scales, rows, wide.shape[1], columns, wide, y)):
-        raise MemoryError("no memory for one token's sums")
-    return y.to(z.dtype)
+    bits = _BITS[codes.dtype]
+    columns = codes.shape[1] * (2 if bits == 4 else 1)
+    dtype = z.dtype
+    z, kind = _plain(z)
+    y = z.new_empty(len(z), columns)
+    where = codes.data_ptr(), scales.data_ptr(), _address(rows)
+    _call("caprese_sums", bits, *where, z.shape[1], columns, z.data_ptr(), y.data_ptr(), kind, len(z))
+    return y if y.dtype == dtype else y.to(dtype)
 
 
-def _arguments(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    rows: torch.Tensor | None,
-    count: int,
-    columns: int,
+def whole_ffn(
     x: torch.Tensor,
-    y: torch.Tensor,
-) -> tuple[int | None, ...]:
-    bits = 8 if codes.dtype == torch.int8 else 4
-    where = None if rows is None else rows.data_ptr()
-    return bits, codes.data_ptr(), scales.data_ptr(), where, count, columns, x.data_ptr(), y.data_ptr(), len(x)
+    first: torch.Tensor,
+    first_scales: torch.Tensor | None,
+    beside: torch.Tensor | None,
+    second: torch.Tensor,
+    second_scales: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    keep: torch.Tensor | None,
+    threshold: torch.Tensor | None,
+    left: torch.Tensor | None,
+    right: torch.Tensor | None,
+    last: torch.Tensor | None,
+    act: int,
+    gated: bool,
+) -> torch.Tensor:
+    """x [B, D] -> [B, D]; see `kernels.quantized.whole_ffn`."""
+    x, kind = _plain(x)
+    y = torch.empty_like(x)
+    width = len(second)
+    _call(
+        "caprese_ffn",
+        _BITS[first.dtype],
+        first.data_ptr(),
+        _address(first_scales),
+        _address(beside),
+        second.data_ptr(),
+        _address(second_scales),
+        width,
+        _address(rows),
+        width if rows is None else len(rows),
+        x.shape[1],
+        gated,
+        act,
+        _address(bias),
+        _address(keep),
+        _address(threshold),
+        0 if threshold is None or threshold.numel() == 1 else 1,
+        _address(left),
+        _address(right),
+        0 if left is None else len(left),
+        _address(last),
+        x.data_ptr(),
+        y.data_ptr(),
+        kind,
+        len(x),
+    )
+    return y
+
+
+_BITS = {torch.uint8: 4, torch.int8: 8, torch.bfloat16: 16, torch.float32: 32}
+
+
+def _plain(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Inputs as C reads them, and their bits."""
+    if x.dtype == torch.bfloat16:
+        return x.contiguous(), 16
+    return x.float().contiguous(), 32
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _call(name: str, *arguments: int | None) -> None:
+    if getattr(library(), name)(*arguments):
+        raise MemoryError("no memory for one token's products")

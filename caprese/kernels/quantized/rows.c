@@ -1,8 +1,10 @@
-/* Products with a weight in few bits, on a CPU: few inputs at a time, each chosen row read once, where it lies.
+/* Products with rows of weights, on a CPU: few inputs at a time, each chosen row read once, where it lies.
 
-   8 bits: int8 [R, C], a float scale a row. 4 bits: two codes a byte [R, C / 2], a bfloat16 scale for 32 columns; of
-   32 columns the first 16 lie in the low halves, a code of 8 is zero. `rows` names the rows (NULL: the first `count`).
-   All sums are in float32, in an order that depends on the number of threads alone. */
+   32 bits: float [R, C]. 16 bits: bfloat16 [R, C]. 8 bits: int8 [R, C], a float scale a row. 4 bits: two codes a byte
+   [R, C / 2], a bfloat16 scale for 32 columns; of 32 columns the first 16 lie in the low halves, a code of 8 is zero.
+   `rows` names the rows (NULL: the first `count`). Inputs and outputs are float or bfloat16 (`type` 32 or 16). All sums
+   are in float, in an order that depends on the number of threads alone. */
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,20 +21,48 @@ static int omp_get_max_threads(void) { return 1; }
 
 #define LANES 16
 #define GROUP 32
-#define AHEAD 2  /* chosen rows that are fetched before they are read */
-#define LINE 64 /* bytes of a line of the cache */
+#define TILE 4    /* rows, and inputs, whose products are taken side by side */
 #define AT_ONCE 8 /* rows that are added up before the sum goes back to memory */
+#define BLOCK 64  /* results that are rounded together */
+#define AHEAD 2   /* chosen rows that are fetched before they are read */
+#define LINE 64   /* bytes of a line of the cache */
 #define inline static inline __attribute__((always_inline))
 
 typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(64), aligned(4), may_alias));
 typedef struct {
   int bits;
-  const void *codes, *scales;
+  const char *codes;
+  const void *scales;
   const int32_t *rows;
-  long columns, count;
+  long columns, first; /* the first row: what `rows` counts from */
 } weight;
 
 inline floats spread(float value) { return value - (floats){0}; }
+
+inline floats widened(const uint16_t *halves) {
+#ifdef __AVX512F__
+  return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)halves)), 16);
+#else
+  ints out;
+  for (int i = 0; i < LANES; i++) out[i] = (int32_t)((uint32_t)halves[i] << 16);
+  return (floats)out;
+#endif
+}
+
+inline float widen(uint16_t half) {
+  uint32_t bits = (uint32_t)half << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint16_t narrow(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  if (value != value) return (uint16_t)(bits >> 16 | 64);
+  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
 
 inline floats eight(const int8_t *codes) {
 #ifdef __AVX512F__
@@ -59,160 +89,324 @@ inline void four(const uint8_t *codes, floats *low, floats *high) {
 #endif
 }
 
-inline floats widened(const uint16_t *half) {
-#ifdef __AVX512F__
-  return (floats)_mm512_slli_epi32(_mm512_set1_epi16(*half), 16);
-#else
-  uint32_t bits = (uint32_t)*half << 16;
-  float value;
-  memcpy(&value, &bits, 4);
-  return spread(value);
-#endif
-}
-
 inline float sum(floats x) {
-  float total = 0;
-  for (int i = 0; i < LANES; i++) total += x[i];
-  return total;
+  float total[LANES];
+  memcpy(total, &x, sizeof x);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) total[i] += total[i + half];
+  return total[0];
 }
 
-inline long row_of(const weight *w, long place) { return w->rows ? w->rows[place] : place; }
+inline const char *row_at(const weight *w, long place) {
+  return w->codes + (w->first + (w->rows ? w->rows[place] : place)) * w->columns * w->bits / 8;
+}
 
-/* y[b] = scale * x[b] row, for n inputs; one row after the other, which is what memory is fastest at */
-inline void product(const weight *w, long row, const char *ahead, const float *x, float *y, long step, int n) {
+inline const void *scales_at(const weight *w, long place) {
+  long row = w->first + (w->rows ? w->rows[place] : place);
+  if (w->bits == 8) return (const float *)w->scales + row;
+  return w->bits == 4 ? (const uint16_t *)w->scales + row * (w->columns / GROUP) : NULL;
+}
+
+/* 32 codes from column c on, without their scale */
+inline void codes_at(int bits, const char *row, long c, floats *low, floats *high) {
+  if (bits == 4) four((const uint8_t *)row + c / 2, low, high);
+  if (bits == 8) *low = eight((const int8_t *)row + c), *high = eight((const int8_t *)row + c + LANES);
+  if (bits == 16) *low = widened((const uint16_t *)row + c), *high = widened((const uint16_t *)row + c + LANES);
+  if (bits == 32) *low = *(const floats *)((const float *)row + c), *high = *(const floats *)((const float *)row + c + LANES);
+}
+
+inline float code_at(int bits, const char *row, long c) { /* of the columns after the last 32: never 4 bits */
+  return bits == 8 ? ((const int8_t *)row)[c] : bits == 16 ? widen(((const uint16_t *)row)[c]) : ((const float *)row)[c];
+}
+
+/* out[b * step + r] = x[b] row r, for `many` rows and n inputs; one at a time, rows are read one after the other, which
+   is what memory is fastest at */
+inline void dots(const weight *w, int bits, long place, int many, const char *ahead, const float *x, int n, float *out,
+                 long step) {
   long C = w->columns, c = 0;
-  floats total[AT_ONCE] = {0};
-  if (w->bits == 8) {
-    const int8_t *codes = (const int8_t *)w->codes + row * C;
-    for (; c + LANES <= C; c += LANES) {
-      if (ahead && c % LINE == 0) __builtin_prefetch(ahead + c);
-      floats v = eight(codes + c);
-      for (int b = 0; b < n; b++) total[b] += v * *(const floats *)(x + b * C + c);
-    }
-    for (int b = 0; b < n; b++) {
-      float all = sum(total[b]);
-      for (long i = c; i < C; i++) all += codes[i] * x[b * C + i];
-      y[b * step] = all * ((const float *)w->scales)[row];
-    }
-    return;
-  }
-  const uint8_t *codes = (const uint8_t *)w->codes + row * (C / 2);
-  const uint16_t *scales = (const uint16_t *)w->scales + row * (C / GROUP);
-  for (; c < C; c += GROUP) {
-    floats low, high, scale = widened(scales + c / GROUP);
-    if (ahead && c / 2 % LINE == 0) __builtin_prefetch(ahead + c / 2);
-    four(codes + c / 2, &low, &high);
-    if (n > 1) low *= scale, high *= scale;
-    for (int b = 0; b < n; b++) {
-      const floats *in = (const floats *)(x + b * C + c);
-      floats own = low * in[0];
-      own += high * in[1];
-      if (n == 1) own *= scale;
-      total[b] += own;
+  floats total[TILE][TILE] = {0};
+  const char *row[TILE];
+  const void *scale[TILE];
+  for (int r = 0; r < many; r++) row[r] = row_at(w, place + r), scale[r] = scales_at(w, place + r);
+  for (; c + GROUP <= C; c += GROUP) {
+    for (int r = 0; r < many; r++) {
+      floats low, high, factor = {0};
+      codes_at(bits, row[r], c, &low, &high);
+      if (many == 1 && ahead && c * bits / 8 % LINE == 0) __builtin_prefetch(ahead + c * bits / 8);
+      if (bits == 4) factor = spread(widen(((const uint16_t *)scale[r])[c / GROUP]));
+      if (bits == 4 && n > 1) low *= factor, high *= factor;
+      for (int b = 0; b < n; b++) {
+        floats own = low * *(const floats *)(x + b * C + c);
+        own += high * *(const floats *)(x + b * C + c + LANES);
+        if (bits == 4 && n == 1) own *= factor;
+        total[r][b] += own;
+      }
     }
   }
-  for (int b = 0; b < n; b++) y[b * step] = sum(total[b]);
+  for (int r = 0; r < many; r++)
+    for (int b = 0; b < n; b++) {
+      float all = sum(total[r][b]);
+      for (long i = c; i < C; i++) all += code_at(bits, row[r], i) * x[b * C + i];
+      out[b * step + r] = bits == 8 ? all * *(const float *)scale[r] : all;
+    }
 }
 
-/* y[b] += sum over `many` places of z[b, place] scale row, for n inputs. The rows after them are fetched meanwhile:
+/* y[b] += sum over `many` places of z[b * step + r] row r, for n inputs. The rows after them are fetched meanwhile:
    several streams at a time are more than the processor sees coming. */
-inline void add(const weight *w, long place, int many, const float *z, long step, float *y, int n) {
-  long C = w->columns, c = 0, row[AT_ONCE];
-  const char *ahead[AT_ONCE];
+inline void add(const weight *w, int bits, long place, int many, long end, const float *z, long step, float *y, int n) {
+  long C = w->columns, c = 0;
+  const char *row[AT_ONCE], *ahead[AT_ONCE];
+  const void *scale[AT_ONCE];
+  float factor[AT_ONCE][AT_ONCE];
   for (int r = 0; r < many; r++) {
-    long next = place + many + r < w->count ? row_of(w, place + many + r) : row_of(w, place + r);
-    row[r] = row_of(w, place + r);
-    ahead[r] = (const char *)w->codes + next * C * w->bits / 8;
+    row[r] = row_at(w, place + r), scale[r] = scales_at(w, place + r);
+    ahead[r] = row_at(w, place + many + r < end ? place + many + r : place + r);
+    for (int b = 0; b < n; b++) factor[b][r] = z[b * step + r] * (bits == 8 ? *(const float *)scale[r] : 1);
   }
-  if (w->bits == 8) {
-    float factor[AT_ONCE][AT_ONCE];
-    for (int b = 0; b < n; b++)
-      for (int r = 0; r < many; r++) factor[b][r] = z[b * step + place + r] * ((const float *)w->scales)[row[r]];
-    for (; c + LANES <= C; c += LANES) {
-      floats total[AT_ONCE];
-      for (int b = 0; b < n; b++) total[b] = *(floats *)(y + b * C + c);
-      for (int r = 0; r < many; r++) {
-        if (c % LINE == 0) __builtin_prefetch(ahead[r] + c);
-        floats v = eight((const int8_t *)w->codes + row[r] * C + c);
-        for (int b = 0; b < n; b++) total[b] += v * factor[b][r];
-      }
-      for (int b = 0; b < n; b++) *(floats *)(y + b * C + c) = total[b];
-    }
-    for (; c < C; c++)
-      for (int b = 0; b < n; b++)
-        for (int r = 0; r < many; r++) y[b * C + c] += factor[b][r] * ((const int8_t *)w->codes)[row[r] * C + c];
-    return;
-  }
-  for (; c < C; c += GROUP) {
+  for (; c + GROUP <= C; c += GROUP) {
     floats low[AT_ONCE], high[AT_ONCE];
     for (int b = 0; b < n; b++) low[b] = *(floats *)(y + b * C + c), high[b] = *(floats *)(y + b * C + c + LANES);
     for (int r = 0; r < many; r++) {
-      floats l, h, scale = widened((const uint16_t *)w->scales + row[r] * (C / GROUP) + c / GROUP);
-      if (c / 2 % LINE == 0) __builtin_prefetch(ahead[r] + c / 2);
-      four((const uint8_t *)w->codes + (row[r] * C + c) / 2, &l, &h);
+      floats l, h, own = {0};
+      if (c * bits / 8 % LINE == 0) __builtin_prefetch(ahead[r] + c * bits / 8);
+      codes_at(bits, row[r], c, &l, &h);
+      if (bits == 4) own = spread(widen(((const uint16_t *)scale[r])[c / GROUP]));
       for (int b = 0; b < n; b++) {
-        floats factor = scale * z[b * step + place + r];
-        low[b] += l * factor, high[b] += h * factor;
+        floats by = spread(factor[b][r]);
+        if (bits == 4) by *= own;
+        low[b] += l * by, high[b] += h * by;
       }
     }
     for (int b = 0; b < n; b++) *(floats *)(y + b * C + c) = low[b], *(floats *)(y + b * C + c + LANES) = high[b];
   }
+  for (; c < C; c++)
+    for (int b = 0; b < n; b++)
+      for (int r = 0; r < many; r++) y[b * C + c] += factor[b][r] * code_at(bits, row[r], c);
 }
 
-/* the number of inputs known to the compiler, so that their sums stay in registers */
-#define FOR_INPUTS(B, b, call)                \
-  for (long b = 0, n; b < B; b += n) {        \
-    if (B - b >= 8) { n = 8; call(8); }       \
-    else if (B - b >= 4) { n = 4; call(4); }  \
-    else if (B - b >= 2) { n = 2; call(2); }  \
-    else { n = 1; call(1); }                  \
+/* what is constant for the compiler, so that sums stay in registers */
+#define FOR_BITS(w, call) \
+  switch ((w)->bits) {    \
+    case 4: call(4) break; \
+    case 8: call(8) break; \
+    case 16: call(16) break; \
+    default: call(32)     \
   }
+#define INPUTS(n, most, bits, call)                             \
+  if (most >= 8 && (n) >= 8) { call(bits, 8, most) }            \
+  else if ((n) >= 4) { call(bits, 4, most) }                    \
+  else if ((n) >= 2) { call(bits, 2, most) }                    \
+  else { call(bits, 1, most) }
 
-/* y [B, count] = x [B, C] with `count` rows */
-void caprese_products(int bits, const void *codes, const void *scales, const int32_t *rows, long count, long C,
-                      const float *x, float *y, long B) {
-  const weight w = {bits, codes, scales, rows, C, count};
-#pragma omp parallel for schedule(static)
-  for (long r = 0; r < count; r++) {
-    long row = row_of(&w, r);
-    const char *ahead = rows && r + AHEAD < count ? (const char *)codes + rows[r + AHEAD] * C * bits / 8 : NULL;
-#define CALL(n) product(&w, row, ahead, x + b * C, y + b * count + r, count, n)
-    FOR_INPUTS(B, b, CALL)
+/* y[b * step + place - from] = x[b] row, for places from `from` to `to` */
+static void many_dots(const weight *w, long from, long to, const float *x, float *y, long step, long B) {
+  long n;
+  for (long b = 0; b < B; b += n) {
+    const float *own = x + b * w->columns;
+    float *out = y + b * step - from;
+#define CALL(bits, count, most)                                                                                      \
+  n = count;                                                                                                         \
+  long p = from;                                                                                                     \
+  if (n > 1)                                                                                                         \
+    for (; p + TILE <= to; p += TILE) dots(w, bits, p, TILE, NULL, own, count, out + p, step);                       \
+  for (; p < to; p++)                                                                                                \
+    dots(w, bits, p, 1, w->rows && p + AHEAD < to ? row_at(w, p + AHEAD) : NULL, own, count, out + p, step);
+#define BITS(bits) INPUTS(B - b, TILE, bits, CALL)
+    FOR_BITS(w, BITS)
 #undef CALL
+#undef BITS
   }
 }
 
-/* y [B, C] = z [B, count] times `count` rows; returns 0, or 1 where there is no memory */
+/* y[b] += z[b * step + place - from] row, for places from `from` to `to` */
+static void many_adds(const weight *w, long from, long to, long end, const float *z, long step, float *y, long B) {
+  long n;
+  for (long b = 0; b < B; b += n) {
+    const float *in = z + b * step - from;
+    float *own = y + b * w->columns;
+#define CALL(bits, count, most)                                                                      \
+  n = count;                                                                                         \
+  long p = from;                                                                                     \
+  for (; p + AT_ONCE <= to; p += AT_ONCE) add(w, bits, p, AT_ONCE, end, in + p, step, own, count);   \
+  for (; p < to; p++) add(w, bits, p, 1, end, in + p, step, own, count);
+#define BITS(bits) INPUTS(B - b, AT_ONCE, bits, CALL)
+    FOR_BITS(w, BITS)
+#undef CALL
+#undef BITS
+  }
+}
+
+/* inputs as floats; `into` where they are not */
+static const float *read_in(const void *x, int type, long count, float *into) {
+  if (type == 32) return x;
+  for (long i = 0; i < count; i++) into[i] = widen(((const uint16_t *)x)[i]);
+  return into;
+}
+
+static void write_out(void *y, int type, long i, float value) {
+  if (type == 32) ((float *)y)[i] = value;
+  else ((uint16_t *)y)[i] = narrow(value);
+}
+
+/* this thread's part of `count` places, in whole units */
+static void own_part(long count, long unit, long *from, long *to) {
+  long units = (count + unit - 1) / unit, threads = omp_get_num_threads(), at = omp_get_thread_num();
+  *from = units * at / threads * unit, *to = units * (at + 1) / threads * unit;
+  if (*to > count) *to = count;
+}
+
+/* the sum of every thread's part [B, C], and a bias */
+static void reduce(const float *parts, long many, const float *bias, void *y, int type, long C, long B) {
+  int threads = omp_get_num_threads();
+#pragma omp for schedule(static)
+  for (long i = 0; i < B * C; i++) {
+    float total = bias ? bias[i % C] : 0;
+    for (int t = 0; t < threads; t++) total += parts[t * many + i];
+    write_out(y, type, i, total);
+  }
+}
+
+/* y [B, count] = x [B, C] with `count` rows; returns 0, or 1 where there is no memory */
+int caprese_products(int bits, const void *codes, const void *scales, const int32_t *rows, long count, long C,
+                     const void *x, void *y, int type, long B) {
+  const weight w = {bits, codes, scales, rows, C, 0};
+  float *room = type == 32 ? NULL : malloc(sizeof(float) * B * C);
+  if (type != 32 && !room) return 1;
+  const float *in = read_in(x, type, B * C, room);
+#pragma omp parallel
+  {
+    long from, to;
+    own_part(count, AT_ONCE, &from, &to);
+    if (type == 32) many_dots(&w, from, to, in, (float *)y + from, count, B);
+    else
+      for (long p = from; p < to; p += BLOCK) {
+        float out[BLOCK * 64];
+        long end = p + BLOCK < to ? p + BLOCK : to;
+        for (long b = 0; b < B; b += 64) {
+          long n = B - b < 64 ? B - b : 64;
+          many_dots(&w, p, end, in + b * C, out, BLOCK, n);
+          for (long i = 0; i < n; i++)
+            for (long q = p; q < end; q++) write_out(y, type, (b + i) * count + q, out[i * BLOCK + q - p]);
+        }
+      }
+  }
+  free(room);
+  return 0;
+}
+
+/* y [B, C] = z [B, count] times `count` rows; returns as above */
 int caprese_sums(int bits, const void *codes, const void *scales, const int32_t *rows, long count, long C,
-                 const float *z, float *y, long B) {
-  const weight w = {bits, codes, scales, rows, C, count};
-  int threads = omp_get_max_threads(), used = 1;
-  float *parts = calloc((size_t)threads * B * C, sizeof(float));
+                 const void *z, void *y, int type, long B) {
+  const weight w = {bits, codes, scales, rows, C, 0};
+  int threads = omp_get_max_threads();
+  float *parts = malloc(sizeof(float) * (threads * B * C + (type == 32 ? 0 : B * count)));
   if (!parts) return 1;
+  const float *in = read_in(z, type, B * count, parts + threads * B * C);
 #pragma omp parallel num_threads(threads)
   {
-    float *own = parts + (size_t)omp_get_thread_num() * B * C;
-#pragma omp single
-    used = omp_get_num_threads();
-#pragma omp for schedule(static)
-    for (long block = 0; block < (count + AT_ONCE - 1) / AT_ONCE; block++) {
-      long place = block * AT_ONCE;
-      if (count - place >= AT_ONCE) {
-#define CALL(n) add(&w, place, AT_ONCE, z + b * count, count, own + b * C, n)
-        FOR_INPUTS(B, b, CALL)
-#undef CALL
-      } else {
-        for (; place < count; place++)
-          for (long b = 0; b < B; b++) add(&w, place, 1, z + b * count, count, own + b * C, 1);
-      }
-    }
-#pragma omp for schedule(static)
-    for (long i = 0; i < B * C; i++) {
-      float total = 0;
-      for (int t = 0; t < used; t++) total += parts[(size_t)t * B * C + i];
-      y[i] = total;
-    }
+    long from, to;
+    float *own = parts + omp_get_thread_num() * B * C;
+    memset(own, 0, sizeof(float) * B * C);
+    own_part(count, AT_ONCE, &from, &to);
+    many_adds(&w, from, to, to, in + from, count, own, B);
+#pragma omp barrier
+    reduce(parts, B * C, NULL, y, type, C, B);
   }
+  free(parts);
+  return 0;
+}
+
+/* e^x within 2 units of the last place; as a polynomial, because a library's takes one value at a time */
+inline floats exponential(floats x) {
+  const float most = 88.0f, least = -87.0f;
+  for (int i = 0; i < LANES; i++) x[i] = x[i] > most ? most : x[i] < least ? least : x[i];
+  floats shifted = x * 1.44269504f + 12582912.0f, whole = shifted - 12582912.0f; /* 1.5 * 2^23: rounds to integers */
+  ints exponent = (ints)shifted - 0x4b400000;
+  floats r = x - whole * 0.693359375f - whole * -2.12194440e-4f;
+  floats p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * (floats)((exponent + 127) << 23);
+}
+
+enum { SILU, GELU, GELU_TANH, RELU };
+
+inline floats activated(floats v, int act) {
+  if (act == SILU) return v / (1.0f + exponential(-v));
+  /* (1 + tanh(u)) / 2 = 1 / (1 + e^-2u) */
+  if (act == GELU_TANH) return v / (1.0f + exponential(-1.5957691216057308f * (v + 0.044715f * v * v * v)));
+  for (int i = 0; i < LANES; i++)
+    v[i] = act == RELU ? (v[i] > 0 ? v[i] : 0) : 0.5f * v[i] * (1.0f + erff(v[i] * 0.70710678f));
+  return v;
+}
+
+/* An FFN of `count` neurons out of `width`, and the branch beside it: y [B, D] = act(x gate) (x up) down + x left right.
+
+   first: gate over up [2 width, D], or up alone (gated 0), or gate alone, with up `beside` it; second: down, a neuron a
+   row [width, D]; bias: float, of gate and up, or NULL; keep: a byte a neuron [B, count], or NULL; threshold: one an input, `apart` places apart: of what
+   |act(gate)| is below it, up and down are not read, or NULL; left, right: [rank, D] of `type`; last: float [D] or
+   NULL. Returns as above. */
+int caprese_ffn(int bits, const void *first, const void *first_scales, const void *beside, const void *second,
+                const void *second_scales, long width, const int32_t *rows, long count, long D, int gated, int act,
+                const float *bias, const uint8_t *keep, const float *threshold, long apart, const void *left,
+                const void *right, long rank, const float *last, const void *x, void *y, int type, long B) {
+  const weight gate = {bits, first, first_scales, rows, D, 0};
+  const weight up = {bits, beside ? beside : first, first_scales, rows, D, beside ? 0 : width};
+  const weight down = {bits, second, second_scales, rows, D, 0};
+  const weight in_branch = {type, left, NULL, NULL, D, 0}, out_branch = {type, right, NULL, NULL, D, 0};
+  int threads = omp_get_max_threads();
+  long step = (count + LANES - 1) / LANES * LANES;
+  float *parts = malloc(sizeof(float) * ((threads + 1) * B * D + 2 * B * step + B * rank));
+  int32_t *kept = threshold ? malloc(sizeof(int32_t) * count) : NULL;
+  if (!parts || (threshold && !kept)) return free(parts), 1;
+  float *a = parts + (threads + 1) * B * D, *z = a + B * step, *inner = z + B * step;
+  const float *in = read_in(x, type, B * D, parts + threads * B * D);
+#pragma omp parallel num_threads(threads)
+  {
+    float *own = parts + omp_get_thread_num() * B * D;
+    long from, to;
+    memset(own, 0, sizeof(float) * B * D);
+    own_part(count, LANES, &from, &to);
+    if (from < to) {
+      for (long b = 0; b < B; b++) memset(a + b * step + to, 0, sizeof(float) * (-to & (LANES - 1)));
+      many_dots(&gate, from, to, in, a + from, step, B);
+      if (gated && !threshold) many_dots(&up, from, to, in, z + from, step, B);
+    }
+    for (long b = 0; b < B; b++) {
+      float *own_a = a + b * step, *own_z = z + b * step;
+      for (long p = from; bias && p < to; p++) own_a[p] += bias[rows ? rows[p] : p];
+      for (long p = from; p < to; p += LANES) *(floats *)(own_a + p) = activated(*(floats *)(own_a + p), act);
+      if (!threshold) {
+        for (long p = from; p < to; p++) {
+          if (keep && !keep[b * count + p]) own_z[p] = 0;
+          else if (gated) own_z[p] = own_a[p] * (own_z[p] + (bias ? bias[width + (rows ? rows[p] : p)] : 0));
+          else own_z[p] = own_a[p];
+        }
+        continue;
+      }
+      weight some_up = up, some_down = down;
+      long many = 0;
+      int32_t *row = kept + from;
+      for (long p = from; p < to; p++)
+        if (fabsf(own_a[p]) >= threshold[b * apart] && !(keep && !keep[b * count + p]))
+          own_a[from + many] = own_a[p], row[many++] = rows ? rows[p] : (int32_t)p;
+      some_up.rows = some_down.rows = row;
+      if (gated) many_dots(&some_up, 0, many, in + b * D, own_z + from, step, 1);
+      for (long i = 0; i < many; i++)
+        own_z[from + i] = own_a[from + i] * (gated ? own_z[from + i] + (bias ? bias[width + row[i]] : 0) : 1);
+      many_adds(&some_down, 0, many, many, own_z + from, step, own + b * D, 1);
+    }
+    if (!threshold) many_adds(&down, from, to, to, z + from, step, own, B);
+    own_part(rank, 1, &from, &to);
+    many_dots(&in_branch, from, to, in, inner + from, rank, B);
+    many_adds(&out_branch, from, to, to, inner + from, rank, own, B);
+#pragma omp barrier
+    reduce(parts, B * D, last, y, type, D, B);
+  }
+  free(kept);
   free(parts);
   return 0;
 }
