@@ -310,6 +310,8 @@ COMPILE._compile_all_devices = True
         ("cats:0.5", PROMPT),
         ("static:0.3", PROMPT),
         ("griffin:0.5+teal:0.4:where=attention", PROMPT),
+        ("griffin:0.5+q8:head=true", PROMPT),
+        ("griffin:0.5+q4", PADDED),
         ("griffin:0.5", PADDED),
         ("griffin:0.8", PADDED),  # a union of three that is less than all
         ("griffin:0.5:shared_choice=true", PADDED),

@@ -151,7 +151,7 @@ class Phases:
         """A compiled decode step with the bookkeeping done before it, so that it is not part of the graph."""
         if not all(method.static_cache for method in self.methods):
             return model
-        wrappers: list[Any] = [m for m in model.modules() if getattr(m, "phases", None) is self]
+        wrappers: list[Any] = [m for m in model.modules() if getattr(m, "phases", None) is self and hasattr(m, "fused")]
         decoder = model.get_decoder()
 
         def run(**kwargs: Any) -> Any:
