@@ -2,17 +2,31 @@
 
 from caprese.kernels.activations import activation_name
 from caprese.kernels.cats_select import cats_select
-from caprese.kernels.dispatch import Rows, triton_runs
+from caprese.kernels.dispatch import MAX_BATCH, Rows, triton_runs
 from caprese.kernels.down import down
 from caprese.kernels.gate_up import gate_up
 from caprese.kernels.input_sparse import input_sparse
 from caprese.kernels.packed import PackedFFN, sparse_down
-from caprese.kernels.quantized import GROUP, QuantizedRows, products, quantize, runs_whole, sums, whole_ffn
+from caprese.kernels.quantized import (
+    GROUP,
+    QuantizedRows,
+    products,
+    quantize,
+    runs_whole,
+    sums,
+    whole_ffn,
+    whole_ffn_structure,
+)
 from caprese.kernels.quantized.ffn import QuantizedFFN
+from caprese.kernels.quantized.layer import DecoderLayer, DecoderLayers, Projection
 
 __all__ = [
     "GROUP",
+    "MAX_BATCH",
+    "DecoderLayer",
+    "DecoderLayers",
     "PackedFFN",
+    "Projection",
     "QuantizedFFN",
     "QuantizedRows",
     "Rows",
@@ -28,4 +42,5 @@ __all__ = [
     "sums",
     "triton_runs",
     "whole_ffn",
+    "whole_ffn_structure",
 ]

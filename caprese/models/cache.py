@@ -32,12 +32,22 @@ class RoomyLayer(DynamicLayer):
         """New keys and values [B, H, T, d] -> all of them, as views."""
         if self.keys is None or self.values is None or not self.keys.numel():
             return super().update(key_states, value_states, *args, **kwargs)
-        self.keys = self._append("keys", self.keys, key_states)
-        self.values = self._append("values", self.values, value_states)
+        count = key_states.shape[-2]
+        keys, values = self.extend(count)
+        keys.narrow(-2, keys.shape[-2] - count, count).copy_(key_states)
+        values.narrow(-2, values.shape[-2] - count, count).copy_(value_states)
+        return keys, values
+
+    def extend(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for more tokens: keys and values [B, H, T + count, d], of which the caller writes the last."""
+        assert self.keys is not None and self.values is not None
+        self.keys = self._extended("keys", self.keys, count)
+        self.values = self._extended("values", self.values, count)
         return self.keys, self.values
 
-    def _append(self, name: str, known: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        length, total = known.shape[-2], known.shape[-2] + new.shape[-2]
+    def _extended(self, name: str, known: torch.Tensor, count: int) -> torch.Tensor:
+        length = known.shape[-2]
+        total = length + count
         room = self.rooms.get(name)
         # what cropped the cache left a view of the room; what reordered it left another tensor
         if (
@@ -49,8 +59,7 @@ class RoomyLayer(DynamicLayer):
             room = known.new_empty(*known.shape[:-2], total + max(64, total // 4), known.shape[-1])
             room[..., :length, :] = known
             self.rooms[name] = room
-        room[..., length:total, :] = new
-        return room[..., :total, :]
+        return room.narrow(-2, 0, total)
 
     def __copy__(self) -> RoomyLayer:
         """Neither goes on in the room that both see."""

@@ -18,8 +18,11 @@ from caprese.adapters import Adapter
 from caprese.adapters import load as load_adapter
 from caprese.efficient_methods import applied_ffns
 from caprese.errors import CapreseError
-from caprese.inference.fused.forms import Form, check_form, faster_form, forms_of, runs_here
+from caprese.inference.fused.by_row import runs_here
+from caprese.inference.fused.forms import Form, check_form, faster_form, forms_of
+from caprese.inference.fused.layer import put_on
 from caprese.inference.fused.step import branch_of
+from caprese.models import unwrap
 
 __all__ = ["Form", "branch_of", "fuse", "is_fused", "load", "unfuse"]
 
@@ -54,6 +57,7 @@ def fuse(model: nn.Module, form: Form = "auto") -> nn.Module:
     for wrapper in wrappers.values():
         forms = forms_of(wrapper)
         wrapper.fused = forms.get(form, forms["packed"])(wrapper)
+    put_on(unwrap(model), list(wrappers.values()))
     return model
 
 

@@ -14,6 +14,15 @@ from caprese.inference.fused.packed import Packed, fastest, take_columns, take_r
 from caprese.kernels import QuantizedFFN, QuantizedRows
 
 
+def runs_here(wrapper: EfficientFFN) -> bool:
+    """Whether a whole FFN of this kind runs in one call."""
+    view = wrapper.view
+    return view.dtype in (torch.float32, torch.bfloat16) and kernels.runs_whole(
+        torch.empty(1, view.hidden_size, dtype=view.dtype, device=view.device),
+        kernels.activation_name(wrapper.transformed.act),
+    )
+
+
 @functools.cache
 @torch.no_grad()
 def whole_is_faster(width: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -22,11 +31,15 @@ def whole_is_faster(width: int, size: int, dtype: torch.dtype, device: torch.dev
     if dtype not in (torch.float32, torch.bfloat16) or device.type != "cpu" or not width:
         return False
     x, h = torch.ones(1, size, dtype=dtype), torch.ones(1, width, dtype=dtype)
-    return kernels.runs_whole(x, "silu") and 0 == fastest(
-        3 * width * size * dtype.itemsize,
-        lambda: (torch.ones(2 * width, size, dtype=dtype), torch.ones(width, size, dtype=dtype)),
-        lambda first, second: kernels.whole_ffn(x, first, second, "silu"),
-        lambda first, second: (F.linear(x, first), F.linear(h, second.T)),
+    return (
+        kernels.runs_whole(x, "silu")
+        and fastest(
+            3 * width * size * dtype.itemsize,
+            lambda: (torch.ones(2 * width, size, dtype=dtype), torch.ones(width, size, dtype=dtype)),
+            lambda first, second: kernels.whole_ffn(x, first, second, "silu"),
+            lambda first, second: (F.linear(x, first), F.linear(h, second.T)),
+        )
+        == 0
     )
 
 
@@ -42,6 +55,8 @@ class ByRow(Packed):
     def __init__(self, wrapper: EfficientFFN) -> None:
         super().__init__(wrapper)
         self.act_name = kernels.activation_name(self.act)
+        if not runs_here(wrapper):
+            self.whole = None  # type: ignore[assignment]
 
     def _fill(self, choices: list[tuple[Method, torch.Tensor | None]], branch: Any) -> None:
         (wrapper,) = self.wrapper
@@ -90,19 +105,33 @@ class ByRow(Packed):
             else:
                 take_columns(out.T, part.T, index)
 
+    def whole(self, dtype: torch.dtype) -> Any:
+        first, second, act, more = self._arguments()
+        return kernels.whole_ffn_structure(dtype, first, second, act, **more)
+
+    def _arguments(self) -> tuple[Any, Any, str, dict[str, Any]]:
+        left: Any = self.left
+        assert self.act_name is not None
+        more = {
+            "gated": self.wrapper[0].view.gated,
+            "bias": self.first_bias,
+            "keep": self.keep,
+            "threshold": self.threshold,
+            "branch": None if left is None else (left, self.right),
+            "last": self.last_bias,
+        }
+        return self.first, self.second, self.act_name, more
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.flatten(0, -2)
+        if kernels.runs_whole(flat, self.act_name):
+            first, second, act, more = self._arguments()
+            return kernels.whole_ffn(flat, first, second, act, **more).view(x.shape)
         first_bias: Any = self.first_bias
         left: Any = self.left
         right: Any = self.right
         last: Any = self.last_bias
         gated = self.wrapper[0].view.gated
-        if kernels.runs_whole(flat, self.act_name):
-            assert self.act_name is not None
-            branch = None if left is None else (left, right)
-            more: Any = {"bias": first_bias, "keep": self.keep, "threshold": self.threshold, "last": last}
-            y = kernels.whole_ffn(flat, self.first, self.second, self.act_name, gated=gated, branch=branch, **more)
-            return y.view(x.shape)
         h = _products(flat, self.first)
         h = (h if first_bias is None else h + first_bias.to(h.dtype)).view(*x.shape[:-1], -1)
         gate, z = h[..., : self.width], h[..., -self.width :]

@@ -12,7 +12,7 @@ from caprese import kernels
 from caprese.efficient_methods import EfficientFFN
 from caprese.efficient_methods.memory import LayerMemory, Seen
 from caprese.errors import CapreseError
-from caprese.inference.fused.by_row import ByRow, whole_is_faster
+from caprese.inference.fused.by_row import ByRow, runs_here, whole_is_faster
 from caprese.inference.fused.in_place import InPlace
 from caprese.inference.fused.indexed import Indexed
 from caprese.inference.fused.packed import Packed
@@ -85,12 +85,3 @@ def faster_form(wrapper: EfficientFFN) -> Form:
         finally:
             step.restore()
     return min(times, key=times.__getitem__)
-
-
-def runs_here(wrapper: EfficientFFN) -> bool:
-    """Whether a whole FFN of this kind runs in one call."""
-    view = wrapper.view
-    return view.dtype in (torch.float32, torch.bfloat16) and kernels.runs_whole(
-        torch.empty(1, view.hidden_size, dtype=view.dtype, device=view.device),
-        kernels.activation_name(wrapper.transformed.act),
-    )

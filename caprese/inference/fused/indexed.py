@@ -25,12 +25,15 @@ class Indexed(Step):
         assert name is not None
         self.act_name = name
         acting = frozenset().union(*(m.acts_on for m in wrapper.methods))
-        self.whole = not kernels.triton_runs(wrapper.view.device)
+        self.compiled = not kernels.triton_runs(wrapper.view.device)
+        if not self.compiled:
+            self.whole = None  # type: ignore[assignment]
         self.kind = next((part for part in ("inputs", "neurons") if part in acting), "rows")
         for tensor in self._transposed():
             tensor.data = tensor.data.T.contiguous().T
 
     def restore(self) -> None:
+        super().restore()
         for tensor in self._transposed():
             tensor.data = tensor.data.contiguous()
 
@@ -53,13 +56,13 @@ class Indexed(Step):
             index = torch.arange(len(w.up), device=w.up.device, dtype=torch.int32)[None]
         self._hold("index", index)
         threshold = next((c for m, c in choices if m.acts_on & {"neurons", "inputs"}), None)
-        if self.whole and threshold is not None:
+        if self.compiled and threshold is not None:
             threshold = threshold.flatten().float()
         self._hold("threshold", threshold, None if threshold is None else threshold.dtype)
-        kind = torch.float32 if self.whole else None
+        kind = torch.float32 if self.compiled else None
         self._hold_branch(branch, w.down_bias, kind)
         biases = [b for b in (w.gate_bias, w.up_bias) if b is not None]
-        self._hold("first_bias", torch.cat(biases) if self.whole and biases else None, kind)
+        self._hold("first_bias", torch.cat(biases) if self.compiled and biases else None, kind)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         w = self.wrapper[0].transformed.weights()  # not kept here: compiled, they are to be known as the model's own
@@ -68,8 +71,8 @@ class Indexed(Step):
         right: Any = self.right
         bias: Any = self.last_bias
         threshold: Any = self.threshold
-        if self.whole:
-            return self._whole(flat, w).view_as(x)
+        if self.compiled:
+            return self._called(flat, w).view_as(x)
         assert w.gate is not None or self.kind == "rows"
         if self.kind == "inputs":
             gate, up = (
@@ -87,21 +90,36 @@ class Indexed(Step):
         z = kernels.gate_up(flat, w.gate, w.up, rows, self.act_name, left, (w.gate_bias, w.up_bias), a)
         return kernels.down(z, w.down.T, rows, right, bias).view_as(x)
 
-    def _whole(self, x: torch.Tensor, w: Weights) -> torch.Tensor:
+    def _called(self, x: torch.Tensor, w: Weights) -> torch.Tensor:
         """A step in one call, or in one a sequence where each has rows of its own."""
         index: Any = self.index
-        first, beside = (w.up, None) if w.gate is None else (w.gate, w.up)
-        left: Any = self.left
-        more: Any = {
-            "gated": w.gate is not None,
-            "beside": beside,
-            "bias": self.first_bias,
-            "branch": None if left is None else (left, self.right),
-            "last": self.last_bias,
-        }
-        threshold: Any = self.threshold
+        first, second, more = self._arguments(w)
         if index is None or len(index) == 1:
             rows = None if index is None else index[0]
-            return kernels.whole_ffn(x, first, w.down.T, self.act_name, rows=rows, threshold=threshold, **more)
+            return kernels.whole_ffn(x, first, second, self.act_name, rows=rows, **more)
         each = zip(x.split(1), index, strict=True)
-        return torch.cat([kernels.whole_ffn(own, first, w.down.T, self.act_name, rows=r, **more) for own, r in each])
+        return torch.cat([kernels.whole_ffn(own, first, second, self.act_name, rows=r, **more) for own, r in each])
+
+    def whole(self, dtype: torch.dtype) -> Any:
+        index: Any = self.index
+        if index is not None and len(index) > 1:
+            return None
+        first, second, more = self._arguments(self.wrapper[0].transformed.weights())
+        rows = None if index is None else index[0]
+        return kernels.whole_ffn_structure(dtype, first, second, self.act_name, rows=rows, **more)
+
+    def _arguments(self, w: Weights) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        left: Any = self.left
+        first, beside = (w.up, None) if w.gate is None else (w.gate, w.up)
+        return (
+            first,
+            w.down.T,
+            {
+                "gated": w.gate is not None,
+                "beside": beside,
+                "bias": self.first_bias,
+                "threshold": self.threshold,
+                "branch": None if left is None else (left, self.right),
+                "last": self.last_bias,
+            },
+        )

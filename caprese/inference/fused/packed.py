@@ -53,11 +53,14 @@ def by_column(rows: int, columns: int, dtype: torch.dtype, device: torch.device)
     if device.type != "cpu" or not rows or not columns:
         return False
     x = torch.ones(1, columns, dtype=dtype)
-    return 1 == fastest(
-        rows * columns * dtype.itemsize,
-        lambda: (torch.ones(rows, columns, dtype=dtype), torch.ones(columns, rows, dtype=dtype).T),
-        lambda weight, turned: F.linear(x, weight),
-        lambda weight, turned: F.linear(x, turned),
+    return (
+        fastest(
+            rows * columns * dtype.itemsize,
+            lambda: (torch.ones(rows, columns, dtype=dtype), torch.ones(columns, rows, dtype=dtype).T),
+            lambda weight, turned: F.linear(x, weight),
+            lambda weight, turned: F.linear(x, turned),
+        )
+        == 1
     )
 
 

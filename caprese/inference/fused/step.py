@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,16 +28,23 @@ def _version(recovery: Any) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
     names = getattr(recovery, "active_adapters", None)
     if names is None or recovery.disable_adapters:
         return (), []
-    layers = [m[n] for n in names for m in (recovery.lora_A, recovery.lora_B) if n in m]
-    tensors = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
-    facts = ((id(p), p.data_ptr(), p._version) for p in tensors)
-    return (tuple(names), *(recovery.scaling.get(n) for n in names), *facts), tensors
+    # of every token and layer: straight to what a ModuleDict holds, and a Linear
+    halves = recovery.lora_A._modules, recovery.lora_B._modules
+    layers = [half[name]._parameters for name in names for half in halves if name in half]
+    tensors = [p for layer in layers for p in (layer["weight"], layer["bias"]) if p is not None]
+    scaling = recovery.scaling
+    facts = [(id(p), p.data_ptr(), p._version) for p in tensors]
+    return (names, [scaling.get(n) for n in names], facts), tensors
 
 
 class Step(nn.Module):
     """What a decode step of one FFN runs: x [B, 1, D] -> [B, 1, D].
 
     Subclasses say in `_fill` what they take from a choice, and in `forward` compute from that alone.
+
+    Attributes:
+        fills: how often it was filled.
+        undo: what takes off again what was put on the model for it.
     """
 
     def __init__(self, wrapper: EfficientFFN) -> None:
@@ -46,6 +54,8 @@ class Step(nn.Module):
         self.source: Any = None  # the choices these tensors were filled from
         self.version: Any = None
         self.tensors: list[torch.Tensor] = []
+        self.fills = 0
+        self.undo: list[Callable[[], None]] = []
 
     def follow(self, memory: LayerMemory, batch: int) -> None:
         """Take over the choice of the cache that decodes now, and the adapter as it is now; cheap if nothing changed.
@@ -62,6 +72,7 @@ class Step(nn.Module):
             choices = wrapper.choices(memory, batch)
             self._fill(list(zip(wrapper.methods, choices, strict=True)), branch_of(wrapper.recovery))
         self.source, self.version, self.tensors = memory.choices, version, tensors
+        self.fills += 1
 
     def _fill(self, choices: list[tuple[Method, torch.Tensor | None]], branch: Any) -> None:
         raise NotImplementedError
@@ -88,8 +99,14 @@ class Step(nn.Module):
         else:
             self.register_buffer(name, None if value is None else value.detach().clone(), persistent=False)
 
+    whole: Callable[[torch.dtype], Any] | None = None
+    """What `kernels.DecoderLayer` takes for this FFN, for inputs of a type, as it was last filled; it may give None."""
+
     def restore(self) -> None:
         """Put back what was moved in the model."""
+        for each in self.undo:
+            each()
+        self.undo.clear()
 
     @property
     def nbytes(self) -> int:

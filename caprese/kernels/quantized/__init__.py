@@ -12,7 +12,7 @@ from caprese.kernels.quantized.codes import GROUP, QuantizedRows, quantize
 
 triton = load_triton("quantized")
 
-__all__ = ["GROUP", "QuantizedRows", "products", "quantize", "runs_whole", "sums", "whole_ffn"]
+__all__ = ["GROUP", "QuantizedRows", "products", "quantize", "runs_whole", "sums", "whole_ffn", "whole_ffn_structure"]
 
 
 def products(x: torch.Tensor, weight: QuantizedRows, rows: torch.Tensor | None = None) -> torch.Tensor:
@@ -97,28 +97,53 @@ def whole_ffn(
         last: float32 [D].
     Returns: [B, D], sums in float32.
     """
+    place: Any = torch.ops.caprese if torch.compiler.is_compiling() else native
+    y: torch.Tensor = place.whole_ffn(
+        x, *_tensors(first, second, act, gated, beside, rows, bias, keep, threshold, branch, last)
+    )
+    return y
+
+
+def whole_ffn_structure(
+    dtype: torch.dtype,
+    first: QuantizedRows | torch.Tensor,
+    second: QuantizedRows | torch.Tensor,
+    act: str,
+    *,
+    gated: bool = True,
+    beside: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    keep: torch.Tensor | None = None,
+    threshold: torch.Tensor | None = None,
+    branch: tuple[torch.Tensor, torch.Tensor] | None = None,
+    last: torch.Tensor | None = None,
+) -> native.FFN:
+    """What `whole_ffn` hands to C, for inputs of a type; the tensors are to live as long."""
+    codes, scales, apart, down, down_scales, *more = _tensors(
+        first, second, act, gated, beside, rows, bias, keep, threshold, branch, last
+    )
+    return native.FFN.of((codes, scales), apart, (down, down_scales), *more, native.bits_of(dtype))
+
+
+def _tensors(
+    first: QuantizedRows | torch.Tensor,
+    second: QuantizedRows | torch.Tensor,
+    act: str,
+    gated: bool,
+    beside: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    keep: torch.Tensor | None,
+    threshold: torch.Tensor | None,
+    branch: tuple[torch.Tensor, torch.Tensor] | None,
+    last: torch.Tensor | None,
+) -> tuple[Any, ...]:
     codes, scales = (first.codes, first.scales) if isinstance(first, QuantizedRows) else (first, None)
     down, down_scales = (second.codes, second.scales) if isinstance(second, QuantizedRows) else (second, None)
     left, right = branch or (None, None)
-    place: Any = torch.ops.caprese if torch.compiler.is_compiling() else native
-    y: torch.Tensor = place.whole_ffn(
-        x,
-        codes,
-        scales,
-        beside,
-        down,
-        down_scales,
-        rows,
-        bias,
-        keep,
-        threshold,
-        left,
-        right,
-        last,
-        native.ACTIVATIONS.index(act),
-        gated,
-    )
-    return y
+    name = native.ACTIVATIONS.index(act)
+    return codes, scales, beside, down, down_scales, rows, bias, keep, threshold, left, right, last, name, gated
 
 
 def _native(x: torch.Tensor) -> bool:
@@ -137,7 +162,9 @@ def _compiled() -> bool:
 _LIBRARY = torch.library.Library("caprese", "DEF")
 for _name, _result in {
     "products": lambda x, codes, scales, rows: x.new_empty(len(x), len(codes) if rows is None else len(rows)),
-    "sums": lambda z, codes, scales, rows: z.new_empty(len(z), codes.shape[1] * (1 if codes.dtype == torch.int8 else 2)),
+    "sums": lambda z, codes, scales, rows: z.new_empty(
+        len(z), codes.shape[1] * (1 if codes.dtype == torch.int8 else 2)
+    ),
     "whole_ffn": lambda x, *_: torch.empty_like(x),
 }.items():
     _function = getattr(native, _name)

@@ -1,4 +1,4 @@
-"""The products on a CPU: `rows.c`, compiled once for a machine by its C compiler.
+"""The products on a CPU: C, compiled once for a machine by its C compiler.
 
 Plain C on vectors, called by address: no header of torch's is compiled, so it takes two seconds and is kept in the
 cache directory. It runs on the OpenMP that torch has loaded, and with as many threads as torch.
@@ -21,10 +21,11 @@ import torch
 
 from caprese.files import cache_dir
 
-SOURCE = Path(__file__).parent / "rows.c"
+_HERE = Path(__file__).parent
+SOURCES = (_HERE / "rows.c", _HERE / "layer.c")
 _FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
 _LIBRARIES = ("-lm",)
-#: activations that the whole FFN knows, as `rows.c` counts them
+#: activations that the whole FFN knows, as `rows.h` counts them
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
@@ -45,14 +46,16 @@ def library() -> Any:
         return None
     tuned = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     command = [*compiler.split(), *_FLAGS, tuned]
-    facts = "\n".join([SOURCE.read_text(), *command, *_LIBRARIES, _processor()])
+    facts = "\n".join(
+        [*(file.read_text() for file in (_HERE / "rows.h", *SOURCES)), *command, *_LIBRARIES, _processor()]
+    )
     at = cache_dir() / "kernels" / f"rows-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.so"
     try:
         if not at.exists():
             at.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=at.parent) as apart:
                 made = Path(apart) / at.name
-                whole = [*command, str(SOURCE), "-o", str(made), *_LIBRARIES]
+                whole = [*command, *map(str, SOURCES), "-o", str(made), *_LIBRARIES]
                 subprocess.run(whole, check=True, capture_output=True, timeout=120)
                 made.replace(at)
         found = ctypes.CDLL(str(at))
@@ -61,7 +64,10 @@ def library() -> Any:
     p, i, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
     for function in (found.caprese_products, found.caprese_sums):
         function.argtypes = [i, p, p, p, n, n, p, p, i, n]
-    found.caprese_ffn.argtypes = [i, p, p, p, p, p, n, p, n, n, i, i, p, p, p, n, p, p, n, p, p, p, i, n]
+    found.caprese_ffn.argtypes = [p, p, p, n]
+    found.caprese_layer_begin.argtypes = [p, p, p, p, n, p, p, p, n, n]
+    found.caprese_layer_end.argtypes = [p, p, p, p, p, p, n, p, n, p, n]
+    found.caprese_layers.argtypes = [p, n, p, p, p, n, n, p, n, p, n]
     return found
 
 
@@ -72,7 +78,7 @@ def products(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, rows: t
     x, kind = _plain(x)
     y = x.new_empty(len(x), count)
     where = codes.data_ptr(), scales.data_ptr(), _address(rows)
-    _call("caprese_products", _BITS[codes.dtype], *where, count, columns, x.data_ptr(), y.data_ptr(), kind, len(x))
+    call("caprese_products", _BITS[codes.dtype], *where, count, columns, x.data_ptr(), y.data_ptr(), kind, len(x))
     return y if y.dtype == dtype else y.to(dtype)
 
 
@@ -84,7 +90,7 @@ def sums(z: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, rows: torch
     z, kind = _plain(z)
     y = z.new_empty(len(z), columns)
     where = codes.data_ptr(), scales.data_ptr(), _address(rows)
-    _call("caprese_sums", bits, *where, z.shape[1], columns, z.data_ptr(), y.data_ptr(), kind, len(z))
+    call("caprese_sums", bits, *where, z.shape[1], columns, z.data_ptr(), y.data_ptr(), kind, len(z))
     return y if y.dtype == dtype else y.to(dtype)
 
 
@@ -106,40 +112,82 @@ def whole_ffn(
     gated: bool,
 ) -> torch.Tensor:
     """x [B, D] -> [B, D]; see `kernels.quantized.whole_ffn`."""
+    dtype = x.dtype
     x, kind = _plain(x)
     y = torch.empty_like(x)
-    width = len(second)
-    _call(
-        "caprese_ffn",
-        _BITS[first.dtype],
-        first.data_ptr(),
-        _address(first_scales),
-        _address(beside),
-        second.data_ptr(),
-        _address(second_scales),
-        width,
-        _address(rows),
-        width if rows is None else len(rows),
-        x.shape[1],
-        gated,
-        act,
-        _address(bias),
-        _address(keep),
-        _address(threshold),
-        0 if threshold is None or threshold.numel() == 1 else 1,
-        _address(left),
-        _address(right),
-        0 if left is None else len(left),
-        _address(last),
-        x.data_ptr(),
-        y.data_ptr(),
-        kind,
-        len(x),
+    weights = (first, first_scales), beside, (second, second_scales)
+    whole = FFN.of(*weights, rows, bias, keep, threshold, left, right, last, act, gated, kind)
+    call("caprese_ffn", ctypes.addressof(whole), x.data_ptr(), y.data_ptr(), len(x))
+    return y if y.dtype == dtype else y.to(dtype)
+
+
+class Weight(ctypes.Structure):
+    """`weight` of rows.h."""
+
+    _fields_ = (
+        ("bits", ctypes.c_int),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("columns", ctypes.c_long),
+        ("first", ctypes.c_long),
     )
-    return y
+
+    @classmethod
+    def of(
+        cls, codes: torch.Tensor, scales: torch.Tensor | None, rows: torch.Tensor | None = None, first: int = 0
+    ) -> Weight:
+        bits = _BITS[codes.dtype]
+        columns = codes.shape[1] * (2 if bits == 4 else 1)
+        return cls(bits, codes.data_ptr(), _address(scales), _address(rows), columns, first)
+
+
+class FFN(ctypes.Structure):
+    """`ffn` of rows.h."""
+
+    _fields_ = (
+        *((name, Weight) for name in ("gate", "up", "down", "left", "right")),
+        *((name, ctypes.c_long) for name in ("count", "rank", "apart")),
+        *((name, ctypes.c_int) for name in ("gated", "act", "type")),
+        *((name, ctypes.c_void_p) for name in ("bias", "keep", "threshold", "last")),
+        ("width", ctypes.c_long),
+    )
+
+    @classmethod
+    def of(
+        cls,
+        first: tuple[torch.Tensor, torch.Tensor | None],
+        beside: torch.Tensor | None,
+        second: tuple[torch.Tensor, torch.Tensor | None],
+        rows: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        keep: torch.Tensor | None,
+        threshold: torch.Tensor | None,
+        left: torch.Tensor | None,
+        right: torch.Tensor | None,
+        last: torch.Tensor | None,
+        act: int,
+        gated: bool,
+        kind: int,
+    ) -> FFN:
+        """The tensors are to live as long as it; see `kernels.quantized.whole_ffn`."""
+        width = len(second[0])
+        gate = Weight.of(*first, rows)
+        up = Weight.of(*first, rows, width) if beside is None else Weight.of(beside, None, rows)
+        branch = [Weight() if part is None else Weight.of(part, None) for part in (left, right)]
+        count, rank = width if rows is None else len(rows), 0 if left is None else len(left)
+        apart = 0 if threshold is None or threshold.numel() == 1 else 1
+        more = _address(bias), _address(keep), _address(threshold), _address(last)
+        down = Weight.of(*second, rows)
+        return cls(gate, up, down, *branch, count, rank, apart, gated, act, kind, *more, width)
 
 
 _BITS = {torch.uint8: 4, torch.int8: 8, torch.bfloat16: 16, torch.float32: 32}
+
+
+def bits_of(dtype: torch.dtype) -> int:
+    """How C tells types apart."""
+    return _BITS[dtype]
 
 
 def _plain(x: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -153,6 +201,11 @@ def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _call(name: str, *arguments: int | None) -> None:
+def call(name: str, *arguments: int | None) -> None:
+    """Run a function of the library.
+
+    Raises:
+        MemoryError: there was none.
+    """
     if getattr(library(), name)(*arguments):
         raise MemoryError("no memory for one token's products")

@@ -1,0 +1,266 @@
+"""Whole decoder layers in two calls on a CPU, where a layer is of the kind that they compute (`kernels.DecoderLayer`).
+
+What is not weights costs a small model more than its weights do: some forty operations a layer. Which layers are of that
+kind is found by trying: their attention is run beside ours on the same numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from caprese import kernels
+from caprese.efficient_methods import EfficientFFN
+from caprese.efficient_methods.memory import PromptMemory
+from caprese.efficient_methods.passes import Pass
+from caprese.efficient_methods.rounded import RoundedModule
+from caprese.inference.fused.step import Step
+from caprese.kernels import DecoderLayer, DecoderLayers, Projection
+from caprese.models import family_of
+from caprese.models.cache import RoomyLayer
+
+_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+# how far from the layer's own arithmetic, over the largest value; sums are taken in another order
+_WITHIN = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+
+def put_on(model: Any, wrappers: Sequence[EfficientFFN]) -> None:
+    """Have decoder layers run whole, those that can, whenever the FFN's step runs."""
+    rotary = getattr(model.get_decoder(), "rotary_emb", None)
+    plans = [made for wrapper in wrappers if (made := _plan(wrapper, rotary)) is not None]
+    layers = model.get_submodule(family_of(model.config).layers)
+    alike = len({*(getattr(model.config, "layer_types", None) or ())}) < 2
+    if alike and len(plans) == len(layers):
+        together = Together(plans)
+        for made in plans:
+            made.together = together
+
+
+def _plan(wrapper: EfficientFFN, rotary: Any) -> Plan | None:
+    layer: Any = wrapper.site.layer
+    step: Step = wrapper.fused
+    if step.whole is None or not _looks_alike(layer, wrapper):
+        return None
+    made = Plan(layer)
+    if not made.is_right(rotary):
+        return None
+    before = type(layer)
+    layer.__class__ = _mixed(cast(Hashable, before))
+    layer.plan = made
+
+    def undo() -> None:
+        layer.__class__ = before
+        del layer.plan
+
+    step.undo.append(undo)
+    return made
+
+
+class WholeLayer(nn.Module):
+    """Mixed into the class of a decoder layer: one more token runs in two calls."""
+
+    plan: Plan
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        y = None if args or torch.compiler.is_compiling() else self.plan.one_token(hidden_states, **kwargs)
+        return super().forward(hidden_states, *args, **kwargs) if y is None else y
+
+
+class Plan:
+    """What C is given of a layer; made anew for a copy of the layer."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self.wrapper: Any = layer.mlp
+        self.linears = [layer.self_attn._modules[name] for name in _PROJECTIONS]
+        self.dtype: torch.dtype = layer.input_layernorm.weight.dtype
+        self.weights: DecoderLayer | None = None
+        self.filled: Any = None
+        self.ffn: Any = None
+        self.together: Together | None = None
+
+    def one_token(
+        self,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        position_embeddings: Any = None,
+        output_attentions: bool | None = False,
+        **_: Any,
+    ) -> torch.Tensor | None:
+        """The layer's output; None where the layer itself is to compute it."""
+        wrapper, together = self.wrapper, self.together
+        current, step = wrapper.phases.current, wrapper.fused
+        if current is not None and together is not None and together.done is current:
+            if self is together.plans[-1]:
+                together.done = None
+            return x
+        if current is None or current.prompt is not None or current.shape[1] != 1 or output_attentions:
+            return None
+        if step is None or not wrapper.can_decode_fused or self.layer.training or len(x) > kernels.MAX_BATCH:
+            return None
+        if past_key_values is None or position_embeddings is None or not self.takes(x):
+            return None
+        mask = attention_mask
+        if mask is not None:
+            if mask.dtype != torch.bool or mask.shape[1:3] != (1, 1):
+                return None
+            mask = mask.flatten(1)
+        if together is not None and self is together.plans[0]:
+            y = together.run(x, position_embeddings, past_key_values, mask, current)
+            if y is not None:
+                return y
+        if not self.follow(current):
+            return None
+        return self._run(x, position_embeddings, past_key_values, mask)
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether the layer is still what it was, and its input where and what it was."""
+        own = self.layer.self_attn._modules
+        return x.dtype == self.dtype and x.device.type == "cpu" and [own[n] for n in _PROJECTIONS] == self.linears
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        # the copy of the layer is being made; it is known to `memo` by the time it is asked for
+        copied = Plan.__new__(Plan)
+        copied.layer, copied.dtype = memo[id(self.layer)], self.dtype
+        copied.wrapper = memo[id(self.wrapper)]
+        copied.linears = [memo[id(linear)] for linear in self.linears]
+        copied.weights = copied.filled = copied.ffn = copied.together = None
+        return copied
+
+    def made(self) -> DecoderLayer:
+        if self.weights is None:
+            attention, layer = self.layer.self_attn, self.layer
+            norms = layer.input_layernorm, layer.post_attention_layernorm
+            self.weights = DecoderLayer(
+                *(_projection(getattr(attention, name)) for name in _PROJECTIONS),
+                *(norm.weight for norm in norms),
+                (norms[0].variance_epsilon, norms[1].variance_epsilon),
+                attention.head_dim,
+                attention.scaling,
+                self.dtype,
+            )
+        return self.weights
+
+    def follow(self, current: Pass) -> bool:
+        """Take over the choice and the branch of a pass; whether there is something to run."""
+        step = self.wrapper.fused
+        step.follow(current.memory.layer(self.wrapper.layer), current.shape[0])
+        if self.filled != (step, step.fills):
+            self.ffn, self.filled = step.whole(self.dtype), (step, step.fills)
+        return self.ffn is not None
+
+    def _run(
+        self, x: torch.Tensor, turned: tuple[torch.Tensor, torch.Tensor], cache: Any, mask: Any
+    ) -> torch.Tensor:
+        """x [B, 1, D] -> [B, 1, D], with the token's keys and values added to the cache."""
+        weights = self.made()
+        x = x.contiguous()
+        q, k, v = weights.begin(x, *turned)
+        keys, values = cache.update(k, v, self.layer.self_attn.layer_idx)
+        return weights.end(x, q, keys, values, mask, self.ffn)
+
+    @torch.no_grad()
+    def is_right(self, rotary: Any) -> bool:
+        """Whether the layer's attention and norms compute what ours do."""
+        layer, dtype, batch = self.layer, self.dtype, 2
+        generator = torch.Generator().manual_seed(0)
+        size = layer.self_attn.q_proj.in_features
+        ours, theirs = DynamicCache(), DynamicCache()
+        phases, index = layer.mlp.phases, layer.self_attn.layer_idx
+        try:
+            weights = self.made()
+            for token in range(3):
+                x = torch.randn(batch, 1, size, generator=generator).to(dtype)
+                turned = rotary(x, torch.tensor([[token], [token + 5]]))
+                current = Pass(None, torch.ones(batch, 1, dtype=torch.bool), PromptMemory({}), (batch, 1), token)
+                with phases.within(current):
+                    wanted = layer.self_attn(
+                        hidden_states=layer.input_layernorm(x),
+                        position_embeddings=turned,
+                        attention_mask=None,
+                        past_key_values=theirs,
+                    )[0]
+                q, k, v = weights.begin(x, *turned)
+                got = weights.end(x, q, *ours.update(k, v, index))
+                if not _close(got, x + wanted):
+                    return False
+            by, eps = layer.post_attention_layernorm.weight.float(), layer.post_attention_layernorm.variance_epsilon
+            wide = x.float()
+            normed = by * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+            return _close(layer.post_attention_layernorm(x), normed.to(dtype))
+        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            return False  # another kind of layer
+
+
+class Together:
+    """Every layer of a model in one call: the first runs all, and the others hand on what they are given.
+
+    Attributes:
+        done: the pass that the layers after the first are in.
+    """
+
+    def __init__(self, plans: list[Plan]) -> None:
+        self.plans = plans
+        self.done: Any = None
+        self.layers: DecoderLayers | None = None
+
+    def run(self, x: torch.Tensor, turned: Any, cache: Any, mask: Any, current: Pass) -> torch.Tensor | None:
+        """The last layer's output for x [B, 1, D]; None where one of them, or the cache, is not for it."""
+        plans = self.plans
+        held = [cache.layers[plan.layer.self_attn.layer_idx] for plan in plans]
+        if not all(type(layer) is RoomyLayer and layer.keys is not None for layer in held):
+            return None
+        # what is put on a layer for a while, such as to see its output, is to see its own
+        if any(plan.layer._forward_hooks or "forward" in vars(plan.layer) for plan in plans):
+            return None
+        if not all(p.takes(x) and p.wrapper.can_decode_fused and p.wrapper.fused is not None for p in plans):
+            return None
+        if self.layers is None:
+            self.layers = DecoderLayers([plan.made() for plan in plans])
+        if not all([plan.follow(current) for plan in plans]):
+            return None
+        ffns = [plan.ffn for plan in plans]
+        self.done = current if len(plans) > 1 else None
+        return self.layers.run(x.contiguous(), *turned, ffns, [layer.extend(1) for layer in held], mask)
+
+
+def _close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
+    if got.shape != wanted.shape:
+        return False
+    return bool((got.float() - wanted.float()).abs().max() <= _WITHIN[got.dtype] * wanted.float().abs().max())
+
+
+def _looks_alike(layer: Any, wrapper: EfficientFFN) -> bool:
+    """Whether a layer has the parts, and nothing that runs beside them."""
+    if {name for name, _ in layer.named_children()} != _PARTS or layer.mlp is not wrapper:
+        return False
+    attention = layer.self_attn
+    if {name for name, _ in attention.named_children()} != set(_PROJECTIONS):
+        return False
+    if layer.input_layernorm.weight.dtype not in _WITHIN:
+        return False
+    linears = [getattr(attention, name) for name in _PROJECTIONS]
+    for linear in linears:
+        rounded = isinstance(linear, RoundedModule) and nn.Linear in type(linear).__bases__
+        if not rounded and (type(linear) is not nn.Linear or linear.weight.dtype != layer.input_layernorm.weight.dtype):
+            return False
+    parts = [attention, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm, *linears]
+    return not any(part._forward_pre_hooks or part._forward_hooks or "forward" in vars(part) for part in parts)
+
+
+def _projection(linear: Any) -> Projection:
+    return Projection(linear.rounded if isinstance(linear, RoundedModule) else linear.weight, linear.bias)
+
+
+@functools.cache
+def _mixed(kind: Hashable) -> type:
+    """The class of a decoder layer of this kind, whole."""
+    assert isinstance(kind, type)
+    return type(f"Whole{kind.__name__}", (WholeLayer, kind), {"__module__": __name__})
