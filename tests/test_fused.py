@@ -239,7 +239,7 @@ INDEXED = [
 @pytest.mark.parametrize("spec", INDEXED)
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "phi3", "gpt_neox", "opt", "gpt2"])
 def test_indexed_is_unfused(kind: str, spec: str, triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the references of Triton's kernels, and as a CPU runs it; families that it does not fit keep another form."""
+    """With the references of Triton's kernels, and as a CPU runs it; families it does not fit keep another form."""
     if triton:
         monkeypatch.setattr("caprese.kernels.triton_runs", lambda device: True)
     model = applied(kind, spec)

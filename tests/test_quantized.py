@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from caprese.kernels.activations import ACTIVATIONS
-from caprese.kernels.quantized import GROUP, naive, native, products, quantize, runs_whole, sums, whole_ffn
+from caprese.kernels.quantized import GROUP, WholeFFN, naive, native, products, quantize, runs_whole, sums, whole_ffn
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -162,7 +162,7 @@ def test_a_whole_ffn(
         weights[0], apart = weights[0][:width].clone(), weights[0][width:].clone()
     assert runs_whole(x, act)
     more: dict = {"gated": gated, "beside": apart, "rows": rows, "bias": bias, "keep": keep, "threshold": threshold}
-    got = whole_ffn(x, *weights, act, branch=(left, right) if rank else None, last=last, **more)
+    got = whole_ffn(x, WholeFFN(*weights, act, branch=(left, right) if rank else None, last=last, **more))
     assert got.dtype == dtype and got.shape == x.shape
     if sure.all():
         most = float(wanted.abs().max()) + float((z.abs() @ down[taken].abs()).max())

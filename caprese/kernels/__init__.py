@@ -10,26 +10,28 @@ from caprese.kernels.packed import PackedFFN, sparse_down
 from caprese.kernels.quantized import (
     GROUP,
     QuantizedRows,
+    WholeFFN,
     products,
     quantize,
     runs_whole,
     sums,
     whole_ffn,
-    whole_ffn_structure,
 )
 from caprese.kernels.quantized.ffn import QuantizedFFN
-from caprese.kernels.quantized.layer import DecoderLayer, DecoderLayers, Projection
+from caprese.kernels.quantized.layer import DecoderLayer, DecoderLayers, LayerWeights, Projection
 
 __all__ = [
     "GROUP",
     "MAX_BATCH",
     "DecoderLayer",
     "DecoderLayers",
+    "LayerWeights",
     "PackedFFN",
     "Projection",
     "QuantizedFFN",
     "QuantizedRows",
     "Rows",
+    "WholeFFN",
     "activation_name",
     "cats_select",
     "down",
@@ -42,5 +44,4 @@ __all__ = [
     "sums",
     "triton_runs",
     "whole_ffn",
-    "whole_ffn_structure",
 ]

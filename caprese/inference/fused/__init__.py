@@ -31,13 +31,15 @@ def fuse(model: nn.Module, form: Form = "auto") -> nn.Module:
     """Turn every applied FFN and what is in its slot into one decode step, in place; returns the model.
 
     A generated token then runs two products in each FFN, also under `torch.compile` and CUDA graphs (generate with a
-    static cache). The choice, the adapter that is active and its weights are followed. Prefill, training and
-    `caprese.phases` run as before, and so does a batch with PEFT's `adapter_names`.
+    static cache). On a CPU with a C compiler it runs whole decoder layers, where they are of the Llama kind, which is
+    found by trying; in caprese's own decode loop all of them in one call. The choice, the adapter that is active and
+    its weights are followed. Prefill, training and `caprese.phases` run as before, and so does a batch with PEFT's
+    `adapter_names`.
 
     Args:
         form: "packed" gathers the chosen rows once after prefill; "indexed" reads them in place, with Triton kernels on
-            a GPU and compiled C on a CPU; "auto" takes the faster one, by measurement. A layer that a form does not fit (4-bit
-            weights, an unknown activation) takes packed, or keeps its own arithmetic with the branch added to it.
+            a GPU and compiled C on a CPU; "auto" takes the faster one, by measurement. A layer that a form does not
+            fit (4-bit weights, an unknown activation) takes packed, or keeps its own arithmetic with the branch added.
 
     Raises:
         CapreseError: no method is applied, or the indexed form is asked for where its kernels do not run.
@@ -50,7 +52,8 @@ def fuse(model: nn.Module, form: Form = "auto") -> nn.Module:
     first = next(iter(wrappers.values()))
     if form == "indexed" and not (kernels.triton_runs(first.view.device) or runs_here(first)):
         raise CapreseError(
-            f"the indexed form needs Triton and a GPU, or a C compiler on a CPU; this model is on {first.view.device.type}"
+            "the indexed form needs Triton and a GPU, or a C compiler on a CPU; this model is on "
+            f"{first.view.device.type}"
         )
     if form == "auto":
         form = faster_form(first)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from caprese import kernels
 from caprese.efficient_methods import EfficientFFN, Method
 from caprese.inference.fused.packed import Packed, fastest, take_columns, take_rows
-from caprese.kernels import QuantizedFFN, QuantizedRows
+from caprese.kernels import QuantizedFFN, QuantizedRows, WholeFFN
 
 
 def runs_here(wrapper: EfficientFFN) -> bool:
@@ -36,7 +36,7 @@ def whole_is_faster(width: int, size: int, dtype: torch.dtype, device: torch.dev
         and fastest(
             3 * width * size * dtype.itemsize,
             lambda: (torch.ones(2 * width, size, dtype=dtype), torch.ones(width, size, dtype=dtype)),
-            lambda first, second: kernels.whole_ffn(x, first, second, "silu"),
+            lambda first, second: kernels.whole_ffn(x, WholeFFN(first, second, "silu")),
             lambda first, second: (F.linear(x, first), F.linear(h, second.T)),
         )
         == 0
@@ -66,7 +66,8 @@ class ByRow(Packed):
             both = index if index is None or not ffn.gated else torch.cat([index, index + ffn.width])
             self.first, self.second = self._taken("first", ffn.first, both), self._taken("second", ffn.second, index)
             bias: Any = ffn.bias
-            bias, down = bias if bias is None or both is None else bias[both], ffn.down_bias
+            bias = bias if bias is None or both is None else bias[both]
+            down: Any = ffn.down_bias
         else:
             w = ffn.weights()
             halves = [w.up] if w.gate is None else [w.gate, w.up]
@@ -106,27 +107,20 @@ class ByRow(Packed):
                 take_columns(out.T, part.T, index)
 
     def whole(self, dtype: torch.dtype) -> Any:
-        first, second, act, more = self._arguments()
-        return kernels.whole_ffn_structure(dtype, first, second, act, **more)
+        return self._whole().structure(dtype)
 
-    def _arguments(self) -> tuple[Any, Any, str, dict[str, Any]]:
+    def _whole(self) -> WholeFFN:
         left: Any = self.left
         assert self.act_name is not None
-        more = {
-            "gated": self.wrapper[0].view.gated,
-            "bias": self.first_bias,
-            "keep": self.keep,
-            "threshold": self.threshold,
-            "branch": None if left is None else (left, self.right),
-            "last": self.last_bias,
-        }
-        return self.first, self.second, self.act_name, more
+        more: Any = {"bias": self.first_bias, "keep": self.keep, "threshold": self.threshold, "last": self.last_bias}
+        branch: Any = None if left is None else (left, self.right)
+        gated = self.wrapper[0].view.gated
+        return WholeFFN(self.first, self.second, self.act_name, gated, branch=branch, **more)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.flatten(0, -2)
         if kernels.runs_whole(flat, self.act_name):
-            first, second, act, more = self._arguments()
-            return kernels.whole_ffn(flat, first, second, act, **more).view(x.shape)
+            return kernels.whole_ffn(flat, self._whole()).view(x.shape)
         first_bias: Any = self.first_bias
         left: Any = self.left
         right: Any = self.right

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from caprese import kernels
 from caprese.efficient_methods import EfficientFFN, Method
 from caprese.inference.fused.step import Step, chosen_rows
+from caprese.kernels import WholeFFN
 from caprese.models import Weights
 
 
@@ -93,33 +94,20 @@ class Indexed(Step):
     def _called(self, x: torch.Tensor, w: Weights) -> torch.Tensor:
         """A step in one call, or in one a sequence where each has rows of its own."""
         index: Any = self.index
-        first, second, more = self._arguments(w)
         if index is None or len(index) == 1:
-            rows = None if index is None else index[0]
-            return kernels.whole_ffn(x, first, second, self.act_name, rows=rows, **more)
+            return kernels.whole_ffn(x, self._whole(w, None if index is None else index[0]))
         each = zip(x.split(1), index, strict=True)
-        return torch.cat([kernels.whole_ffn(own, first, second, self.act_name, rows=r, **more) for own, r in each])
+        return torch.cat([kernels.whole_ffn(own, self._whole(w, rows)) for own, rows in each])
 
     def whole(self, dtype: torch.dtype) -> Any:
         index: Any = self.index
         if index is not None and len(index) > 1:
             return None
-        first, second, more = self._arguments(self.wrapper[0].transformed.weights())
-        rows = None if index is None else index[0]
-        return kernels.whole_ffn_structure(dtype, first, second, self.act_name, rows=rows, **more)
+        return self._whole(self.wrapper[0].transformed.weights(), None if index is None else index[0]).structure(dtype)
 
-    def _arguments(self, w: Weights) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    def _whole(self, w: Weights, rows: torch.Tensor | None) -> WholeFFN:
         left: Any = self.left
         first, beside = (w.up, None) if w.gate is None else (w.gate, w.up)
-        return (
-            first,
-            w.down.T,
-            {
-                "gated": w.gate is not None,
-                "beside": beside,
-                "bias": self.first_bias,
-                "threshold": self.threshold,
-                "branch": None if left is None else (left, self.right),
-                "last": self.last_bias,
-            },
-        )
+        branch: Any = None if left is None else (left, self.right)
+        more: Any = {"bias": self.first_bias, "threshold": self.threshold, "last": self.last_bias}
+        return WholeFFN(first, w.down.T, self.act_name, w.gate is not None, beside, rows, branch=branch, **more)

@@ -1,7 +1,7 @@
 """Whole decoder layers in two calls on a CPU, where a layer is of the kind that they compute (`kernels.DecoderLayer`).
 
-What is not weights costs a small model more than its weights do: some forty operations a layer. Which layers are of that
-kind is found by trying: their attention is run beside ours on the same numbers.
+What is not weights costs a small model more than its weights do: some forty operations a layer. Which layers are of
+that kind is found by trying: their attention is run beside ours on the same numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from caprese.efficient_methods.memory import PromptMemory
 from caprese.efficient_methods.passes import Pass
 from caprese.efficient_methods.rounded import RoundedModule
 from caprese.inference.fused.step import Step
-from caprese.kernels import DecoderLayer, DecoderLayers, Projection
+from caprese.kernels import DecoderLayer, DecoderLayers, LayerWeights, Projection
 from caprese.models import family_of
 from caprese.models.cache import RoomyLayer
 
@@ -138,14 +138,19 @@ class Plan:
         if self.weights is None:
             attention, layer = self.layer.self_attn, self.layer
             norms = layer.input_layernorm, layer.post_attention_layernorm
-            self.weights = DecoderLayer(
-                *(_projection(getattr(attention, name)) for name in _PROJECTIONS),
-                *(norm.weight for norm in norms),
-                (norms[0].variance_epsilon, norms[1].variance_epsilon),
-                attention.head_dim,
-                attention.scaling,
-                self.dtype,
+            q, k, v, o = (_projection(getattr(attention, name)) for name in _PROJECTIONS)
+            weights = LayerWeights(
+                q,
+                k,
+                v,
+                o,
+                norm=norms[0].weight,
+                ffn_norm=norms[1].weight,
+                eps=(norms[0].variance_epsilon, norms[1].variance_epsilon),
+                size=attention.head_dim,
+                scaling=attention.scaling,
             )
+            self.weights = DecoderLayer(weights, self.dtype)
         return self.weights
 
     def follow(self, current: Pass) -> bool:
@@ -156,9 +161,7 @@ class Plan:
             self.ffn, self.filled = step.whole(self.dtype), (step, step.fills)
         return self.ffn is not None
 
-    def _run(
-        self, x: torch.Tensor, turned: tuple[torch.Tensor, torch.Tensor], cache: Any, mask: Any
-    ) -> torch.Tensor:
+    def _run(self, x: torch.Tensor, turned: tuple[torch.Tensor, torch.Tensor], cache: Any, mask: Any) -> torch.Tensor:
         """x [B, 1, D] -> [B, 1, D], with the token's keys and values added to the cache."""
         weights = self.made()
         x = x.contiguous()
@@ -228,7 +231,8 @@ class Together:
             return None
         ffns = [plan.ffn for plan in plans]
         self.done = current if len(plans) > 1 else None
-        return self.layers.run(x.contiguous(), *turned, ffns, [layer.extend(1) for layer in held], mask)
+        states = [layer.extend(1) for layer in held]
+        return self.layers.run(x.contiguous(), turned[0], turned[1], ffns, states, mask)
 
 
 def _close(got: torch.Tensor, wanted: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from caprese.kernels.quantized.codes import GROUP, QuantizedRows, quantize
 
 triton = load_triton("quantized")
 
-__all__ = ["GROUP", "QuantizedRows", "products", "quantize", "runs_whole", "sums", "whole_ffn", "whole_ffn_structure"]
+__all__ = ["GROUP", "QuantizedRows", "WholeFFN", "products", "quantize", "runs_whole", "sums", "whole_ffn"]
 
 
 def products(x: torch.Tensor, weight: QuantizedRows, rows: torch.Tensor | None = None) -> torch.Tensor:
@@ -67,83 +68,54 @@ def runs_whole(x: torch.Tensor, act: str | None) -> bool:
     return act in native.ACTIVATIONS and _native(x)
 
 
-def whole_ffn(
-    x: torch.Tensor,
-    first: QuantizedRows | torch.Tensor,
-    second: QuantizedRows | torch.Tensor,
-    act: str,
-    *,
-    gated: bool = True,
-    beside: torch.Tensor | None = None,
-    rows: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    keep: torch.Tensor | None = None,
-    threshold: torch.Tensor | None = None,
-    branch: tuple[torch.Tensor, torch.Tensor] | None = None,
-    last: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """A whole FFN and the branch beside it, on a CPU, in one call: (act(x gate') * x up') down + x left' right + last.
+@dataclass(frozen=True)
+class WholeFFN:
+    """An FFN of F neurons and the branch beside it: (act(x gate') * x up') down + x left' right + last."""
+
+    first: QuantizedRows | torch.Tensor
+    """Gate over up, [2 F, D]; up alone where it is not `gated`; gate alone with up `beside` it, both tensors."""
+    second: QuantizedRows | torch.Tensor
+    """Down, one neuron a row, [F, D]."""
+    act: str
+    """Of `activation_name`, where `runs_whole`."""
+    gated: bool = True
+    beside: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+    """int32 [k], the neurons of all sequences; each in range, which is not looked at."""
+    bias: torch.Tensor | None = None
+    """Of gate and up, float32 [2 F] or [F]."""
+    keep: torch.Tensor | None = None
+    """bool [B, k], of each sequence."""
+    threshold: torch.Tensor | None = None
+    """float32 [1] or [B]: of neurons with |act(gate)| below it, up and down are not read."""
+    branch: tuple[torch.Tensor, torch.Tensor] | None = None
+    """left and right, [r, D] each."""
+    last: torch.Tensor | None = None
+    """float32 [D]."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        """In C's order."""
+        first, second = (
+            (w.codes, w.scales) if isinstance(w, QuantizedRows) else (w, None) for w in (self.first, self.second)
+        )
+        tensors = self.rows, self.bias, self.keep, self.threshold, *(self.branch or (None, None)), self.last
+        return *first, self.beside, *second, *tensors, native.ACTIVATIONS.index(self.act), self.gated
+
+    def structure(self, dtype: torch.dtype) -> native.FFN:
+        """What C reads, for inputs of a type; the tensors are to live as long."""
+        return native.FFN.of(self.arguments(), native.bits_of(dtype))
+
+
+def whole_ffn(x: torch.Tensor, ffn: WholeFFN) -> torch.Tensor:
+    """A whole FFN on a CPU, in one call.
 
     Args:
         x: [B, D]; float32 or bfloat16, the branch is of its type, and so are weights that are not in few bits.
-        first: gate over up, [2 F, D]; up alone where it is not `gated`; gate alone with up `beside` it, both as tensors.
-        second: down, one neuron a row, [F, D].
-        act: of `activation_name`, where `runs_whole`.
-        rows: int32 [k], the neurons of all sequences; each in range, which is not looked at.
-        bias: of gate and up, float32 [2 F] or [F].
-        keep: bool [B, k], of each sequence.
-        threshold: float32 [1] or [B]: of neurons with |act(gate)| below it, up and down are not read.
-        branch: left and right, [r, D] each.
-        last: float32 [D].
     Returns: [B, D], sums in float32.
     """
     place: Any = torch.ops.caprese if torch.compiler.is_compiling() else native
-    y: torch.Tensor = place.whole_ffn(
-        x, *_tensors(first, second, act, gated, beside, rows, bias, keep, threshold, branch, last)
-    )
+    y: torch.Tensor = place.whole_ffn(x, *ffn.arguments())
     return y
-
-
-def whole_ffn_structure(
-    dtype: torch.dtype,
-    first: QuantizedRows | torch.Tensor,
-    second: QuantizedRows | torch.Tensor,
-    act: str,
-    *,
-    gated: bool = True,
-    beside: torch.Tensor | None = None,
-    rows: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    keep: torch.Tensor | None = None,
-    threshold: torch.Tensor | None = None,
-    branch: tuple[torch.Tensor, torch.Tensor] | None = None,
-    last: torch.Tensor | None = None,
-) -> native.FFN:
-    """What `whole_ffn` hands to C, for inputs of a type; the tensors are to live as long."""
-    codes, scales, apart, down, down_scales, *more = _tensors(
-        first, second, act, gated, beside, rows, bias, keep, threshold, branch, last
-    )
-    return native.FFN.of((codes, scales), apart, (down, down_scales), *more, native.bits_of(dtype))
-
-
-def _tensors(
-    first: QuantizedRows | torch.Tensor,
-    second: QuantizedRows | torch.Tensor,
-    act: str,
-    gated: bool,
-    beside: torch.Tensor | None,
-    rows: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    keep: torch.Tensor | None,
-    threshold: torch.Tensor | None,
-    branch: tuple[torch.Tensor, torch.Tensor] | None,
-    last: torch.Tensor | None,
-) -> tuple[Any, ...]:
-    codes, scales = (first.codes, first.scales) if isinstance(first, QuantizedRows) else (first, None)
-    down, down_scales = (second.codes, second.scales) if isinstance(second, QuantizedRows) else (second, None)
-    left, right = branch or (None, None)
-    name = native.ACTIVATIONS.index(act)
-    return codes, scales, beside, down, down_scales, rows, bias, keep, threshold, left, right, last, name, gated
 
 
 def _native(x: torch.Tensor) -> bool:
@@ -159,15 +131,18 @@ def _compiled() -> bool:
 
 
 # Under torch.compile: opaque, and of known shape. Not `custom_op`, whose checks take as long as a small product.
+_ROWS = "(Tensor x, Tensor codes, Tensor scales, Tensor? rows) -> Tensor"
+_FFN = (
+    "(Tensor x, Tensor first, Tensor? first_scales, Tensor? beside, Tensor second, Tensor? second_scales, "
+    "Tensor? rows, Tensor? bias, Tensor? keep, Tensor? threshold, Tensor? left, Tensor? right, Tensor? last, int act, "
+    "bool gated) -> Tensor"
+)
 _LIBRARY = torch.library.Library("caprese", "DEF")
-for _name, _result in {
-    "products": lambda x, codes, scales, rows: x.new_empty(len(x), len(codes) if rows is None else len(rows)),
-    "sums": lambda z, codes, scales, rows: z.new_empty(
-        len(z), codes.shape[1] * (1 if codes.dtype == torch.int8 else 2)
-    ),
-    "whole_ffn": lambda x, *_: torch.empty_like(x),
-}.items():
-    _function = getattr(native, _name)
-    _LIBRARY.define(_name + torch.library.infer_schema(_function, mutates_args=()))
-    _LIBRARY.impl(_name, _function, "CPU")
+for _name, _schema, _result in (
+    ("products", _ROWS, lambda x, codes, scales, rows: x.new_empty(len(x), len(codes if rows is None else rows))),
+    ("sums", _ROWS, lambda z, codes, *_: z.new_empty(len(z), codes.shape[1] * (1 + (codes.dtype == torch.uint8)))),
+    ("whole_ffn", _FFN, lambda x, *_: torch.empty_like(x)),
+):
+    _LIBRARY.define(_name + _schema)
+    _LIBRARY.impl(_name, getattr(native, _name), "CPU")
     torch.library.register_fake(f"caprese::{_name}", _result, lib=_LIBRARY)

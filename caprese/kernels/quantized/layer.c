@@ -1,5 +1,5 @@
 /* A decoder layer of the Llama kind for one more token of a few sequences: norm, attention, norm, FFN. */
-#include "rows.h"
+#include "ffn.h"
 
 typedef struct {
   weight q, k, v, o;
@@ -41,7 +41,7 @@ static void normed(const void *x, int type, const float *by, float eps, float *o
 }
 
 /* those of the places from..to that are the weight's own, which start at `at` of `total` outputs */
-static void projected(const weight *w, long rows, long at, long from, long to, const float *in, float *out, long total,
+static void projected(const weight *w, long rows, long at, long from, long to, const inputs *in, float *out, long total,
                       long B) {
   long low = from > at ? from - at : 0, high = to - at < rows ? to - at : rows;
   if (low < high) many_dots(w, low, high, in, out + at + low, total, B);
@@ -53,17 +53,19 @@ int caprese_layer_begin(const layer *at, const void *x, const void *cos, const v
                         const states *k, const states *v, long place, long B) {
   int threads = omp_get_max_threads();
   long D = at->q.columns, d = at->size, heads = at->heads, kv = at->kv_heads, all = heads + 2 * kv, total = all * d;
-  float *room = malloc(sizeof(float) * (threads * B * D + B * total)), *h = room + threads * B * D;
+  long each = B * D + inputs_room(D, B);
+  float *room = malloc(sizeof(float) * (threads * each + B * total)), *h = room + threads * each;
   if (!room) return 1;
 #pragma omp parallel num_threads(threads)
   {
-    float *in = room + omp_get_thread_num() * B * D; /* each its own: less than waiting for one another */
+    float *own = room + omp_get_thread_num() * each; /* each its own: less than waiting for one another */
     long from, to;
-    normed(x, at->type, at->norm, at->eps, in, D, B);
+    normed(x, at->type, at->norm, at->eps, own, D, B);
+    inputs in = prepare(at->q.bits, at->type, own, D, B, own + B * D);
     own_part(total, AT_ONCE, &from, &to);
-    projected(&at->q, heads * d, 0, from, to, in, h, total, B);
-    projected(&at->k, kv * d, heads * d, from, to, in, h, total, B);
-    projected(&at->v, kv * d, (heads + kv) * d, from, to, in, h, total, B);
+    projected(&at->q, heads * d, 0, from, to, &in, h, total, B);
+    projected(&at->k, kv * d, heads * d, from, to, &in, h, total, B);
+    projected(&at->v, kv * d, (heads + kv) * d, from, to, &in, h, total, B);
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (long i = 0; i < B * all; i++) {
@@ -143,15 +145,17 @@ int caprese_layer_end(const layer *at, const ffn *f, const void *x, const void *
                       const states *values, long S, const uint8_t *mask, long apart, void *y, long B) {
   int threads = omp_get_max_threads(), type = at->type;
   long D = at->q.columns, d = at->size, heads = at->heads, width = heads * d, room_S = (S + LANES) / LANES * LANES;
-  float *parts = malloc(sizeof(float) * (2 * threads * B * D + threads * (room_S + d) + B * width + B * D +
+  long each = inputs_room(D > width ? D : width, B);
+  float *parts = malloc(sizeof(float) * (2 * threads * B * D + threads * (room_S + d + each) + B * width + B * D +
                                          (f ? ffn_room(f, B) : 0)));
   if (!parts) return 1;
-  float *norms = parts + threads * B * D, *scores = norms + threads * B * D, *mixed = scores + threads * (room_S + d);
+  float *norms = parts + threads * B * D, *scores = norms + threads * B * D, *mixed = scores + threads * (room_S + d + each);
   float *hidden = mixed + B * width, *room = hidden + B * D;
 #pragma omp parallel num_threads(threads)
   {
     int me = omp_get_thread_num();
-    float *own = parts + me * B * D, *in = norms + me * B * D, *score = scores + me * (room_S + d);
+    float *own = parts + me * B * D, *in = norms + me * B * D, *score = scores + me * (room_S + d + each);
+    float *planes = score + room_S + d;
     long from, to;
 #pragma omp for schedule(static)
     for (long i = 0; i < B * heads; i++) {
@@ -165,7 +169,8 @@ int caprese_layer_end(const layer *at, const ffn *f, const void *x, const void *
                  mask ? mask + b * apart : NULL, at->scaling, d, score, mixed + i * d);
     }
     own_part(D, AT_ONCE, &from, &to);
-    many_dots(&at->o, from, to, mixed, hidden + from, D, B);
+    inputs mix = prepare(at->o.bits, type, mixed, width, B, planes);
+    many_dots(&at->o, from, to, &mix, hidden + from, D, B);
     for (long b = 0; b < B; b++)
       for (long i = from; i < to; i++) {
         float value = hidden[b * D + i] + (at->o_bias ? at->o_bias[i] : 0);
@@ -176,7 +181,8 @@ int caprese_layer_end(const layer *at, const ffn *f, const void *x, const void *
 #pragma omp barrier
     if (f) {
       normed(hidden, 32, at->ffn_norm, at->ffn_eps, in, D, B);
-      ffn_part(f, in, room, own, B);
+      inputs seen = prepare(f->gate.bits, type, in, D, B, planes);
+      ffn_part(f, &seen, room, own, B);
     }
 #pragma omp barrier
     reduce(parts, hidden, f ? f->last : NULL, y, type, D, B);

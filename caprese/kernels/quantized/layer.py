@@ -23,6 +23,26 @@ class Projection(NamedTuple):
     bias: torch.Tensor | None
 
 
+class LayerWeights(NamedTuple):
+    """Of a decoder layer with H heads of `size`, and K of keys and values."""
+
+    q: Projection
+    """[H size, D]"""
+    k: Projection
+    """[K size, D]"""
+    v: Projection
+    o: Projection
+    """[D, H size]"""
+    norm: torch.Tensor
+    """[D]"""
+    ffn_norm: torch.Tensor
+    eps: tuple[float, float]
+    """Of both norms."""
+    size: int
+    scaling: float
+    """Of scores."""
+
+
 class _Layer(ctypes.Structure):
     """`layer` of layer.c."""
 
@@ -55,33 +75,16 @@ class _One(ctypes.Structure):
 class DecoderLayer:
     """The weights of a layer, as C reads them. They are read where they lie, and held."""
 
-    def __init__(
-        self,
-        q: Projection,
-        k: Projection,
-        v: Projection,
-        o: Projection,
-        norm: torch.Tensor,
-        ffn_norm: torch.Tensor,
-        eps: tuple[float, float],
-        size: int,
-        scaling: float,
-        dtype: torch.dtype,
-    ) -> None:
-        """
-        Args:
-            q, k, v, o: [H size, D], [K size, D] twice, [D, H size].
-            norm, ffn_norm: [D] each, and `eps` of both.
-            size: of a head.
-            dtype: of inputs, outputs, keys and values: float32 or bfloat16.
-        """
+    def __init__(self, weights: LayerWeights, dtype: torch.dtype) -> None:
+        """dtype: of inputs, outputs, keys and values: float32 or bfloat16."""
+        q, k, v, o, norm, ffn_norm, eps, size, scaling = weights
         self.dtype, self.size = dtype, size
         self.heads, self.kv_heads = len(q.weight) // size, len(k.weight) // size
         self._held: list[Any] = []
-        weights = [native.Weight.of(*self._hold(each.weight)) for each in (q, k, v, o)]
+        rows = [native.Weight.of(*self._hold(each.weight)) for each in (q, k, v, o)]
         vectors = [self._vector(t) for t in (q.bias, k.bias, v.bias, o.bias, norm, ffn_norm)]
         kind = native.bits_of(dtype)
-        self._layer = _Layer(*weights, *vectors, self.heads, self.kv_heads, size, *eps, scaling, kind)
+        self._layer = _Layer(*rows, *vectors, self.heads, self.kv_heads, size, *eps, scaling, kind)
         self._address = ctypes.addressof(self._layer)
 
     def _hold(self, weight: QuantizedRows | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

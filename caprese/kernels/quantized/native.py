@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from caprese.files import cache_dir
 
 _HERE = Path(__file__).parent
 SOURCES = (_HERE / "rows.c", _HERE / "layer.c")
+_HEADERS = (_HERE / "codes.h", _HERE / "products.h", _HERE / "ffn.h")
 _FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
 _LIBRARIES = ("-lm",)
-#: activations that the whole FFN knows, as `rows.h` counts them
+#: activations that the whole FFN knows, as `ffn.h` counts them
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
@@ -46,9 +48,7 @@ def library() -> Any:
         return None
     tuned = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     command = [*compiler.split(), *_FLAGS, tuned]
-    facts = "\n".join(
-        [*(file.read_text() for file in (_HERE / "rows.h", *SOURCES)), *command, *_LIBRARIES, _processor()]
-    )
+    facts = "\n".join([*(file.read_text() for file in (*_HEADERS, *SOURCES)), *command, *_LIBRARIES, _processor()])
     at = cache_dir() / "kernels" / f"rows-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.so"
     try:
         if not at.exists():
@@ -94,35 +94,18 @@ def sums(z: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, rows: torch
     return y if y.dtype == dtype else y.to(dtype)
 
 
-def whole_ffn(
-    x: torch.Tensor,
-    first: torch.Tensor,
-    first_scales: torch.Tensor | None,
-    beside: torch.Tensor | None,
-    second: torch.Tensor,
-    second_scales: torch.Tensor | None,
-    rows: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    keep: torch.Tensor | None,
-    threshold: torch.Tensor | None,
-    left: torch.Tensor | None,
-    right: torch.Tensor | None,
-    last: torch.Tensor | None,
-    act: int,
-    gated: bool,
-) -> torch.Tensor:
-    """x [B, D] -> [B, D]; see `kernels.quantized.whole_ffn`."""
+def whole_ffn(x: torch.Tensor, *ffn: Any) -> torch.Tensor:
+    """x [B, D] -> [B, D]; ffn: `kernels.quantized.WholeFFN.arguments`."""
     dtype = x.dtype
     x, kind = _plain(x)
     y = torch.empty_like(x)
-    weights = (first, first_scales), beside, (second, second_scales)
-    whole = FFN.of(*weights, rows, bias, keep, threshold, left, right, last, act, gated, kind)
+    whole = FFN.of(ffn, kind)
     call("caprese_ffn", ctypes.addressof(whole), x.data_ptr(), y.data_ptr(), len(x))
     return y if y.dtype == dtype else y.to(dtype)
 
 
 class Weight(ctypes.Structure):
-    """`weight` of rows.h."""
+    """`weight` of codes.h."""
 
     _fields_ = (
         ("bits", ctypes.c_int),
@@ -143,7 +126,7 @@ class Weight(ctypes.Structure):
 
 
 class FFN(ctypes.Structure):
-    """`ffn` of rows.h."""
+    """`ffn` of ffn.h."""
 
     _fields_ = (
         *((name, Weight) for name in ("gate", "up", "down", "left", "right")),
@@ -154,23 +137,10 @@ class FFN(ctypes.Structure):
     )
 
     @classmethod
-    def of(
-        cls,
-        first: tuple[torch.Tensor, torch.Tensor | None],
-        beside: torch.Tensor | None,
-        second: tuple[torch.Tensor, torch.Tensor | None],
-        rows: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        keep: torch.Tensor | None,
-        threshold: torch.Tensor | None,
-        left: torch.Tensor | None,
-        right: torch.Tensor | None,
-        last: torch.Tensor | None,
-        act: int,
-        gated: bool,
-        kind: int,
-    ) -> FFN:
-        """The tensors are to live as long as it; see `kernels.quantized.whole_ffn`."""
+    def of(cls, arguments: Sequence[Any], kind: int) -> FFN:
+        """arguments: of `kernels.quantized.WholeFFN`, to live as long as this; kind: bits of the inputs' type."""
+        codes, scales, beside, *second, rows, bias, keep, threshold, left, right, last, act, gated = arguments
+        first: tuple[torch.Tensor, torch.Tensor | None] = codes, scales
         width = len(second[0])
         gate = Weight.of(*first, rows)
         up = Weight.of(*first, rows, width) if beside is None else Weight.of(beside, None, rows)
@@ -178,7 +148,7 @@ class FFN(ctypes.Structure):
         count, rank = width if rows is None else len(rows), 0 if left is None else len(left)
         apart = 0 if threshold is None or threshold.numel() == 1 else 1
         more = _address(bias), _address(keep), _address(threshold), _address(last)
-        down = Weight.of(*second, rows)
+        down = Weight.of(second[0], second[1], rows)
         return cls(gate, up, down, *branch, count, rank, apart, gated, act, kind, *more, width)
 
 
