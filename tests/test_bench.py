@@ -16,9 +16,11 @@ from caprese.cli import app
 from caprese.efficient_methods import Griffin, Nf4
 from caprese.models import random_model, shape_config
 from caprese.studies import ROWS, bench
-from caprese.studies.bench import Contender, rows_of, weights_read
+from caprese.studies.bench import Contender, weights_read
+from caprese.studies.rows import rows_of
 
-EAGER = [r for r in ROWS if not r.endswith("compiled")]
+MADE = rows_of([Griffin()], dtype=torch.float32)
+EAGER = [r for r in MADE if not r.endswith("compiled")]
 
 
 def test_rows_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +39,7 @@ def test_rows_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Contender, "advance", advance)
     model, rank, new_tokens = tiny("llama"), 4, 5
     result = bench(model, [Griffin(sparsity=0.5)], rank=rank, prompt_tokens=8, new_tokens=new_tokens)
-    assert [row["name"] for row in result["rows"]] == list(ROWS)
+    assert [row["name"] for row in result["rows"]] == MADE
     assert result["rank"] == 4 and result["sparsity"] == 0.5 and result["dtype"] == "float32"
     c = model.config
     read = sum(p.numel() for p in model.parameters())
@@ -50,12 +52,15 @@ def test_rows_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
         name, dense = row["name"], took["dense_compiled" if row["name"].endswith("compiled") else "dense"]
         assert row["ttnt_ms"] == took[name] and row["ratio_same_engine"] == took[name] / dense
         assert row["ratio_dense_eager"] == took[name] / took["dense"]
+        assert row["ratio_best_dense"] == took[name] / min(t for n, t in took.items() if n.startswith("dense"))
         assert row["tokens_per_second"] == pytest.approx(1000 / took[name])
         if name.removesuffix("_compiled") in known:
             weights = known[name.removesuffix("_compiled")]
             assert row["bytes_per_token"] == 4 * weights
             assert row["efficiency"] == pytest.approx(weights / read * dense / took[name])
-        assert row["peak_bytes"] > 4 * read
+        assert row["peak_bytes"] > (2 if "bfloat16" in name else 4) * read
+        if name == "dense_bfloat16":
+            assert row["bytes_per_token"] == 2 * read
     assert result["floor_ratio"] == pytest.approx(known["fused"] / read)
     by_name = {row["name"]: row for row in result["rows"]}
     assert by_name["fused"]["selection_ms"] > 0 and by_name["fused_compiled"]["compile_s"] > 0
@@ -185,3 +190,18 @@ def test_dry_run_needs_no_weights() -> None:
 def test_bad_input(args: list[str], says: str) -> None:
     code, out = run(*args)
     assert code == 1 and says in " ".join(out.split())
+
+
+def test_other_engines_are_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny("llama").save_pretrained(tmp_path / "model")
+    model = ("--model", str(tmp_path / "model"))
+    for args, said in (
+        ((*model, "--engine", "onnx"), "--engine onnx: llama.cpp is what runs beside ours"),
+        (("--random-weights", "llama-3.2-1b", "--engine", "llama.cpp"), "wants a tokenizer"),
+        ((*model, "--gguf", str(tmp_path / "none.gguf")), "there is no such file"),
+    ):
+        code, out = run(*args)
+        assert code == 1 and said in " ".join(out.split()), out
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, out = run(*model, "--engine", "llama.cpp")
+    assert code == 1 and "pip install llama-cpp-python" in " ".join(out.split())

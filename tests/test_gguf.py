@@ -10,7 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import caprese
+from caprese.efficient_methods import Griffin
+from caprese.efficient_methods.rounded import Q8
+from caprese.exports import dense_ggufs
+from caprese.models import count_parameters
 from caprese.recipes import resolve_recipe
+from caprese.studies import bench
+from caprese.studies.engines import LlamaCpp
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -81,3 +87,33 @@ def test_llama_cpp_writes_what_transformers_writes(exported, outtype, monkeypatc
         expected = expected.replace("\ufffd", "")  # of half a character one prints this, the other nothing
         got = engine.create_completion(prompt, max_tokens=32, temperature=0.0)["choices"][0]["text"]
         assert got == expected, prompt
+
+
+@pytest.fixture
+def converter(monkeypatch):
+    pytest.importorskip("llama_cpp", reason="make llama-cpp")
+    if not os.environ.get("LLAMA_CPP"):
+        found = sorted((ROOT / ".venv" / "src").glob("llama_cpp_python-*/vendor/llama.cpp"))
+        monkeypatch.setenv("LLAMA_CPP", str(found[-1]) if found else "")
+
+
+def test_llama_cpp_runs_beside_ours(converter, tmp_path):
+    model, tokenizer = caprese.load_base("smollm2-135m", dtype="float32")
+    files = dense_ggufs(model, tokenizer, ["q8_0", "q4_k_m"], tmp_path)
+    sizes = [path.stat().st_size for path in files.values()]
+    assert 0.5 * count_parameters(model) < sizes[1] < sizes[0] < 1.2 * count_parameters(model)
+    ggufs = {f"llama.cpp {kind}": path for kind, path in files.items()}
+    how = {"rank": 4, "prompt_tokens": 8, "new_tokens": 6, "rows": ["dense", "fused"]}
+    result = bench(model, [Griffin(), Q8()], (1, 2), ggufs, **how)
+    rows = {row["name"]: row for row in result["rows"]}
+    assert list(rows) == ["dense", "fused", "llama.cpp q8_0", "llama.cpp q4_k_m"]
+    for name in ("llama.cpp q8_0", "llama.cpp q4_k_m"):
+        assert rows[name]["ttnt_ms"] > 0
+        assert rows[name]["ratio_dense_eager"] == pytest.approx(rows[name]["ttnt_ms"] / rows["dense"]["ttnt_ms"])
+    assert [row["name"] for row in result["batches"][1]["rows"]] == ["dense", "fused"]
+
+
+def test_a_file_that_is_no_gguf(converter, tmp_path):
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF but not really")
+    with pytest.raises(caprese.CapreseError, match=r"llama\.cpp ended with bad\.gguf"):
+        LlamaCpp("bad", tmp_path / "bad.gguf", [1, 2], 1)

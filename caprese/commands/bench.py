@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,6 +33,11 @@ class Flags:
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Also the compiled rows.")] = True
     rows: Annotated[str | None, typer.Option(help="Only these rows, with commas.")] = None
     form: Annotated[str, typer.Option(help="auto, packed or indexed (see caprese.fuse).")] = "auto"
+    engine: Annotated[
+        str | None, typer.Option(help="llama.cpp: the dense model as its --engine-types beside ours, at batch 1.")
+    ] = None
+    engine_types: Annotated[str, typer.Option(help="GGUF types of the dense model, with commas.")] = "q8_0,q4_0,q4_k_m"
+    gguf: Annotated[list[str] | None, typer.Option(help="A GGUF file to run beside ours; several by repeating.")] = None
     output: Annotated[str | None, typer.Option("--output", "-o", help="Directory for bench.json and bench.png.")] = None
     revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None
     dtype: Dtype = "auto"
@@ -45,10 +50,12 @@ def bench(flags: Flags) -> None:
     """Time to next token, side by side: dense, efficient, LoRA of equal size, recovered, fused; eager and compiled."""
     import shlex
     import sys
+    import tempfile
 
     import torch
 
     from caprese.efficient_methods import describe_methods
+    from caprese.exports import dense_ggufs
     from caprese.files import check_writable, write_json
     from caprese.models import load_base, load_config, random_model, shape_config
     from caprese.models.loading import pick_device, pick_dtype
@@ -56,7 +63,8 @@ def bench(flags: Flags) -> None:
     from caprese.report.bench import describe_bench, plot_bench
     from caprese.report.tables import figures_table
     from caprese.studies.bench import bench as measure
-    from caprese.studies.bench import bench_plan, rows_of
+    from caprese.studies.bench import bench_plan
+    from caprese.studies.rows import rows_of
 
     name = flags.model or flags.random_weights
     if name is None or (flags.model and flags.random_weights):
@@ -75,6 +83,11 @@ def bench(flags: Flags) -> None:
         return
     if flags.output is not None:
         check_writable(Path(flags.output))
+    files = {Path(name).stem: Path(name) for name in flags.gguf or []}
+    if missing := [str(path) for path in files.values() if not path.is_file()]:
+        raise CapreseError(f"--gguf {missing[0]}: there is no such file")
+    types = _engine_types(flags)
+    tokenizer: Any = None
     if flags.random_weights:
         place = pick_device(flags.device)
         config = shape_config(flags.random_weights)
@@ -82,19 +95,50 @@ def bench(flags: Flags) -> None:
         kind = pick_dtype(flags.dtype, place) or (torch.float32 if place == "cpu" else torch.bfloat16)
         loaded = random_model(config, kind, place)
     else:
-        loaded, _ = load_base(name, revision=flags.revision, dtype=flags.dtype, device=flags.device)
-    result = measure(
-        loaded,
-        methods,
-        batches,
-        rank=flags.rank,
-        prompt_tokens=flags.prompt_tokens,
-        new_tokens=flags.new_tokens,
-        rows=flags.rows.split(",") if flags.rows else rows_of(methods, flags.compiled),
-        form=flags.form,
-    )
+        loaded, tokenizer = load_base(name, revision=flags.revision, dtype=flags.dtype, device=flags.device)
+    with tempfile.TemporaryDirectory(prefix="caprese-bench-") as made:
+        if types:
+            say(f"the dense model as {', '.join(types)} for llama.cpp")
+            found = dense_ggufs(loaded, tokenizer, types, Path(made))
+            files = {f"llama.cpp {kind}": path for kind, path in found.items()} | files
+        result = measure(
+            loaded,
+            methods,
+            batches,
+            rank=flags.rank,
+            prompt_tokens=flags.prompt_tokens,
+            new_tokens=flags.new_tokens,
+            rows=flags.rows.split(",")
+            if flags.rows
+            else rows_of(methods, flags.compiled, dtype=loaded.dtype, device=loaded.device.type),
+            form=flags.form,
+            ggufs=files,
+        )
     result = {"command": shlex.join(["caprese", *sys.argv[1:]]), "shape": name, **result}
     if flags.output is not None:
         write_json(Path(flags.output) / "bench.json", result)
         plot_bench(result, Path(flags.output) / "bench.png")
     show(result, flags.as_json, describe_bench)
+
+
+def _engine_types(flags: Flags) -> list[str]:
+    """GGUF types to make of the dense model.
+
+    Raises:
+        CapreseError: an engine or a type that there is not, or nothing to make them of.
+    """
+    from caprese.exports.gguf import check_llama_cpp, check_outtype
+
+    if flags.gguf:
+        check_llama_cpp()
+    if flags.engine is None:
+        return []
+    if flags.engine != "llama.cpp":
+        raise CapreseError(f"--engine {flags.engine}: llama.cpp is what runs beside ours")
+    if flags.random_weights:
+        raise CapreseError("--engine llama.cpp wants a tokenizer, which --random-weights has not; give --model")
+    check_llama_cpp()
+    types = flags.engine_types.split(",")
+    for kind in types:
+        check_outtype(kind)
+    return types

@@ -22,7 +22,7 @@ class Flags:
     to: Annotated[str, typer.Option(help="Directory for the checkpoint.")]
     model: Annotated[str | None, typer.Option("--model", "-m", help="The base, where it was a local directory.")] = None
     format: Annotated[str, typer.Option(help="hf, or gguf for llama.cpp.")] = "hf"
-    outtype: Annotated[str, typer.Option(help="Of a GGUF: f32, f16, bf16, q8_0.")] = "f16"
+    outtype: Annotated[str, typer.Option(help="Of a GGUF: f32, f16, bf16, q8_0, q4_0, q4_k_m, q5_k_m, q6_k.")] = "f16"
     dtype: Annotated[str, typer.Option(help="Of the weights: auto (the checkpoint's), float32, bfloat16.")] = "auto"
     samples: Annotated[
         int, typer.Option(help="Prompts of each kind that the checkpoint is measured on; 0 skips it.", min=0)

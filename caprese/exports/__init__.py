@@ -1,5 +1,6 @@
 """A recovered model as an ordinary checkpoint that needs no caprese."""
 
 from caprese.exports.checkpoint import export, plan_export
+from caprese.exports.gguf import dense_ggufs
 
-__all__ = ["export", "plan_export"]
+__all__ = ["dense_ggufs", "export", "plan_export"]

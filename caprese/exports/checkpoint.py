@@ -209,7 +209,7 @@ def export(
         to: a directory that is not there yet, or empty.
         format: "hf", or "gguf" for llama.cpp, by its own converter.
         dtype: of the weights written; None as in the base's checkpoint.
-        outtype: of the GGUF: f32, f16, bf16, q8_0.
+        outtype: of the GGUF: f32, f16, bf16, q8_0, and by llama.cpp's quantiser q4_0, q4_k_m, q5_k_m, q6_k.
         measure: what of the written checkpoint is to stand on its card, by kind of prompts: asked before it takes its
             place, with its directory.
 
@@ -225,7 +225,7 @@ def export(
     check_exportable(base.config, phases_of(model).methods, any(part is not None for part in parts.values()))
     target = Path(to).expanduser()
     _check_target(target, Path(base_of(model).source), overwrite)
-    converter = find_converter() if format == "gguf" else []
+    converter = find_converter(outtype) if format == "gguf" else []
     check_writable(target.parent)
     ids = _ids(base, tokenizer)
     with phases(model, [0] * len(ids)):

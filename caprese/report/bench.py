@@ -18,7 +18,7 @@ def describe_bench(result: dict[str, Any]) -> list[Any]:
         title += f"{result['device']}, batch {each['batch']}: byte floor {each['floor_ratio']:.3f} of dense"
         table = Table(title=title, title_justify="left")
         table.add_column("", no_wrap=True, min_width=14)
-        for column in ("ms", "±", "tok/s", "same engine", "dense eager", "MB/tok", "eff.", "GB"):
+        for column in ("ms", "±", "tok/s", "same engine", "dense eager", "best dense", "MB/tok", "eff.", "GB"):
             table.add_column(column, justify="right")
         for row in each["rows"]:
             table.add_row(
@@ -26,16 +26,17 @@ def describe_bench(result: dict[str, Any]) -> list[Any]:
                 f"{row['ttnt_ms']:.2f}",
                 f"{row['spread_ms'] / 2:.2f}",
                 f"{row['tokens_per_second']:.1f}",
-                f"{row['ratio_same_engine']:.3f}",
+                "" if row["ratio_same_engine"] is None else f"{row['ratio_same_engine']:.3f}",
                 f"{row['ratio_dense_eager']:.3f}",
+                f"{row['ratio_best_dense']:.3f}",
                 f"{row['bytes_per_token'] / 1e6:.0f}",
                 f"{row['efficiency']:.2f}",
                 f"{row['peak_bytes'] / 1e9:.2f}",
             )
         parts.append(table)
     parts.append(
-        "ms: time to next token. same engine, dense eager: of dense's. MB/tok: weights read. eff.: the byte floor's "
-        "ratio over the measured one; above 1 where rows lie better than dense's. GB: held"
+        "ms: time to next token. same engine, dense eager, best dense: of dense's. MB/tok: weights read. eff.: the "
+        "byte floor's ratio over the measured one; above 1 where rows lie better than dense's. GB: held"
     )
     return parts
 
@@ -54,6 +55,8 @@ def plot_bench(result: dict[str, Any], path: Path) -> None:
         if batches:
             sizes = [b["batch"] for b in batches]
             for i, row in enumerate(batches[0]["rows"]):
+                if row["ratio_same_engine"] is None:  # another engine's, at batch 1 alone
+                    continue
                 ratios = [b["rows"][i]["ratio_same_engine"] for b in batches]
                 if not row["name"].startswith("dense"):
                     axes.plot(sizes, ratios, marker="o", markersize=3, label=row["name"])

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, CompileConfig, PretrainedConfig, PreTrainedModel, StaticCache
 
 from caprese.adapters import attach_adapter
 from caprese.efficient_methods import (
-    EfficientFFN,
     Method,
     Tokens,
     applied_ffns,
@@ -35,55 +34,14 @@ from caprese.evaluation.latency import TURN
 from caprese.inference import Form, fuse
 from caprese.inference.fused.forms import check_form
 from caprese.inference.fused.indexed import Indexed
-from caprese.inference.fused.packed import Packed
 from caprese.inference.generate import NewTokens, clock, generate
 from caprese.kernels import triton_runs
 from caprese.models import context_of, count_parameters, device_of, find_ffns, unwrap
 from caprese.models.cache import roomy_cache
 from caprese.progress import bar
-
-ROWS = ("dense", "dense_compiled", "efficient", "efficient_lora", "recovered", "fused", "fused_compiled")
-
-
-class _LoraStep(Packed):
-    """What equal-size LoRA on gate, up and down costs a decode step (arXiv 2505.07861's comparison).
-
-    Each linear layer's own product and its two, scaled and added, as PEFT runs LoRA; unmerged, since the chosen rows
-    change with every prompt. They are gathered as for the branch.
-    """
-
-    def __init__(self, wrapper: EfficientFFN, rank: int) -> None:
-        super().__init__(wrapper)
-        self.rank = rank
-
-    def _fill(self, choices: list[tuple[Method, torch.Tensor | None]], branch: Any) -> None:
-        super()._fill(choices, None)
-        (wrapper,) = self.wrapper
-        d, k, like = wrapper.view.hidden_size, self.width, wrapper.transformed.weights().down
-        shapes = {"gate": (d, k), "up": (d, k), "down": (k, d)}
-        for name, (fan_in, fan_out) in shapes.items():
-            self.register_buffer(f"{name}_A", like.new_empty(self.rank, fan_in).normal_(), persistent=False)
-            self.register_buffer(f"{name}_B", like.new_empty(fan_out, self.rank).normal_(), persistent=False)
-
-    def _linear(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        lora = F.linear(F.linear(x, getattr(self, f"{name}_A")), getattr(self, f"{name}_B"))
-        return F.linear(x, weight, bias) + lora * 1.0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first: Any = self.first
-        bias: Any = self.first_bias
-        second: Any = self.second
-        second_bias: Any = self.second_bias
-        k = self.width
-        z = self._linear("up", x, first[-k:], None if bias is None else bias[-k:])
-        if self.wrapper[0].view.gated:
-            z = self.act(self._linear("gate", x, first[:k], None if bias is None else bias[:k])) * z
-        else:
-            z = self.act(z)
-        mask: Any = self.mask
-        if mask is not None:
-            z = z * mask
-        return self._linear("down", z, second, second_bias)
+from caprese.studies.engines import LlamaCpp
+from caprese.studies.lora_step import LoraStep
+from caprese.studies.rows import ROWS, other_type, rows_of
 
 
 @dataclass
@@ -105,15 +63,6 @@ class Contender:
         """Milliseconds that the next token takes; the first one's are those of the prompt."""
         begin = clock(device_of(self.model))
         return 1000 * (next(self.loop).moment - begin)
-
-
-def rows_of(methods: Sequence[Method], compiled: bool = True) -> list[str]:
-    """The rows there are for these methods: packed weights have no rows for LoRA to gather, and where no FFN is touched
-    none are."""
-    lora = not any("weights" in method.acts_on for method in methods) and not idle_branches(methods)
-    missing = [] if lora else ["efficient_lora"]
-    missing += [] if all(method.static_cache for method in methods) else ["fused_compiled"]
-    return [r for r in ROWS if (compiled or "compiled" not in r) and r not in missing]
 
 
 def _twin(model: nn.Module) -> Any:
@@ -144,7 +93,7 @@ class Bench:
         Raises:
             CapreseError: a row that is not in ROWS, no tokens, or what apply and attach_adapter refuse.
         """
-        able = rows_of(methods)
+        able = rows_of(methods, dtype=model.dtype, device=model.device.type)
         rows = able if rows is None else rows
         if refused := [r for r in rows if r in ROWS and r not in able]:
             raise CapreseError(f"{describe_methods(methods)} has no row {', '.join(refused)}; leave it out of `rows`")
@@ -162,9 +111,8 @@ class Bench:
         self.prompt_tokens, self.new_tokens, self.rows, self.seed = prompt_tokens, new_tokens, rows, seed
         self.device = next(model.parameters()).device
         self.dtype = model.dtype
-        sites = find_ffns(model)
-        self.layers = len(sites)
-        self.apart: Any = None
+        self.apart: Any = None  # in another storage order, and in another type
+        self.other: Any = None
         self.calibration = None
         if needs_calibration(methods):
             ids = self._tokens(4, 64)
@@ -176,6 +124,11 @@ class Bench:
 
     def _contender(self, name: str) -> Contender:
         model = _twin(self.model)
+        if (dtype := other_type(name)) is not None:
+            if self.other is None:
+                self.other = copy.deepcopy(self.model)
+                self.other.to(dtype)
+            model = _twin(self.other)
         if name in ("efficient", "fused", "fused_compiled") and triton_runs(self.device):
             if self.apart is None:  # the indexed form stores them in another order, which is not to slow dense
                 self.apart = _twin(model)
@@ -201,7 +154,7 @@ class Bench:
                     self.form = "indexed" if any(isinstance(step, Indexed) for step in steps) else "packed"
             if name == "efficient_lora":
                 for wrapper in applied_ffns(model).values():
-                    wrapper.fused = _LoraStep(wrapper, lora_rank(wrapper.view, self.rank))
+                    wrapper.fused = LoraStep(wrapper, lora_rank(wrapper.view, self.rank))
         bare = unwrap(model)
         step: Callable[..., Any] | None = None
         if name.endswith("compiled"):
@@ -210,10 +163,11 @@ class Bench:
             step = bare.get_compiled_call(config)
         return Contender(name, bare, step)
 
-    def run(self, batch: int = 1) -> dict[str, Any]:
+    def run(self, batch: int = 1, ggufs: Mapping[str, Path] | None = None) -> dict[str, Any]:
         """TTNT of every row at one batch size; see `bench`."""
         prompts = self._tokens(batch, self.prompt_tokens).tolist()
-        contenders = []
+        contenders: list[Contender] = []
+        others: list[LlamaCpp] = []
         steps = self.new_tokens
         tokens = steps + 4 * TURN + steps // (TURN - 1) + 8
         with bar(f"batch {batch}: prefill and warm-up", len(self.rows), "rows") as advance:
@@ -226,8 +180,19 @@ class Bench:
                 self._start(c, batch)
                 contenders.append(c)
                 advance(1)
+        try:
+            for name, path in (ggufs or {}).items() if batch == 1 else ():
+                others.append(LlamaCpp(name, path, prompts[0], torch.get_num_threads()))
+            self._decode([*contenders, *others], batch)
+            return self._result(contenders, others, batch)
+        finally:
+            for other in others:
+                other.close()
+
+    def _decode(self, contenders: Sequence[Contender | LlamaCpp], batch: int) -> None:
+        """Take turns token by token until each has decoded enough."""
+        steps, turn = self.new_tokens, 0
         with bar(f"batch {batch}: decoding", steps, "tokens") as advance:
-            turn = 0
             while len(contenders[0].times) < steps:
                 for offset in range(len(contenders)):  # nobody is always first
                     contender = contenders[(turn + offset) % len(contenders)]
@@ -236,7 +201,6 @@ class Bench:
                         contender.times.append(contender.advance())
                 advance(min(TURN - 1, steps - turn * (TURN - 1)))
                 turn += 1
-        return self._result(contenders, batch)
 
     def _start(self, contender: Contender, batch: int) -> None:
         """The prompt, the choice, what has to be compiled, and some tokens to warm up."""
@@ -274,16 +238,17 @@ class Bench:
     def reads(self, name: str, batch: int) -> int:
         return weights_read(self.model, self.methods, self.rank, name, batch)
 
-    def _result(self, contenders: Sequence[Contender], batch: int) -> dict[str, Any]:
+    def _result(self, contenders: Sequence[Contender], others: Sequence[LlamaCpp], batch: int) -> dict[str, Any]:
         by_name = {c.name: c for c in contenders}
         medians = {c.name: statistics.median(c.times) for c in contenders}
+        best = min(median for name, median in medians.items() if name.startswith("dense"))
         dense_bytes = self.reads("dense", batch) * self.dtype.itemsize
         rows = []
         for c in contenders:
             times = c.times * 2 if len(c.times) == 1 else c.times
             low, ttnt, high = statistics.quantiles(times, n=4)
             engine = "dense_compiled" if c.name.endswith("compiled") and "dense_compiled" in by_name else "dense"
-            read = self.reads(c.name, batch) * self.dtype.itemsize
+            read = self.reads(c.name, batch) * (other_type(c.name) or self.dtype).itemsize
             ratio = ttnt / medians[engine]
             rows.append(
                 {
@@ -293,12 +258,32 @@ class Bench:
                     "tokens_per_second": 1000 * batch / ttnt,
                     "ratio_same_engine": ratio,
                     "ratio_dense_eager": ttnt / medians["dense"],
+                    "ratio_best_dense": ttnt / best,
                     "bytes_per_token": read / batch,
                     "efficiency": read / dense_bytes / ratio,
                     "peak_bytes": _held(c) + c.temporary,
                     "prefill_ms": c.prefill_ms,
                     "selection_ms": c.selection_ms,
                     "compile_s": c.compile_s if c.name.endswith("compiled") else 0.0,
+                }
+            )
+        for other in others:
+            times = other.times * 2 if len(other.times) == 1 else other.times
+            low, ttnt, high = statistics.quantiles(times, n=4)
+            size = other.path.stat().st_size
+            ratio = ttnt / medians["dense"]
+            rows.append(
+                {
+                    "name": other.name,
+                    "ttnt_ms": ttnt,
+                    "spread_ms": high - low,
+                    "tokens_per_second": 1000 / ttnt,
+                    "ratio_same_engine": None,
+                    "ratio_dense_eager": ratio,
+                    "ratio_best_dense": ttnt / best,
+                    "bytes_per_token": size,  # about: the file, of which a token reads all but the embeddings' rows
+                    "efficiency": size / dense_bytes / ratio,
+                    "peak_bytes": size,
                 }
             )
         return {
@@ -363,13 +348,20 @@ def bench_plan(
     }
 
 
-def bench(model: PreTrainedModel, methods: Sequence[Method], batch: Sequence[int] = (1,), **how: Any) -> dict:
+def bench(
+    model: PreTrainedModel,
+    methods: Sequence[Method],
+    batch: Sequence[int] = (1,),
+    ggufs: Mapping[str, Path] | None = None,
+    **how: Any,
+) -> dict:
     """Time to next token of dense, efficient and recovered, eager and compiled, taking turns token by token.
 
     Args:
         model: a bare transformers model; every row is a twin of it that shares its weights.
         methods: what makes it cheaper.
         batch: sequences decoded together, one measurement for each.
+        ggufs: files that llama.cpp runs beside them, at batch 1, by the names of their rows.
         how: see `Bench`.
 
     Returns: the facts of the run, and floor_ratio and rows of the first batch size; if there are several, all of them
@@ -382,6 +374,6 @@ def bench(model: PreTrainedModel, methods: Sequence[Method], batch: Sequence[int
     if not batch or min(batch) < 1:
         raise CapreseError("`batch` takes numbers from 1, such as 1,2,4,8,16")
     runner = Bench(model, methods, **how)
-    results = [runner.run(size) for size in batch]
+    results = [runner.run(size, ggufs) for size in batch]
     facts = runner.facts() | results[0]
     return facts | ({"batches": results} if len(results) > 1 else {})
