@@ -31,7 +31,7 @@ class LlamaCpp:
         check_llama_cpp()
         self.name, self.path = name, path
         self.times: list[float] = []
-        self._errors: IO[str] = tempfile.TemporaryFile("w+")
+        self._errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
         command = [sys.executable, str(_WORKER), str(path), str(threads)]
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
         self._process = subprocess.Popen(command, text=True, **pipes)
