@@ -13,7 +13,7 @@ import caprese
 from caprese.efficient_methods import applied_ffns
 from caprese.inference.fused.layer import WholeLayer
 from caprese.inference.generate import completions, generate
-from caprese.kernels.quantized import native
+from caprese.kernels.quantized import native, products, quantize
 from caprese.models import unwrap
 from caprese.models.cache import roomy_cache
 
@@ -151,3 +151,57 @@ def test_sequences_that_end_leave() -> None:
     ended = completions(generate(model, PROMPTS, 8, ends=[end]), 2)
     for row, tokens in enumerate(one):
         assert ended[row] == (tokens[: tokens.index(end) + 1] if end in tokens else tokens)
+
+
+def test_a_copy_is_unfused_by_itself() -> None:
+    model = applied("llama", "griffin:0.5+q8")
+    caprese.fuse(model)
+    twin = copy.deepcopy(model)
+    caprese.unfuse(twin)
+    assert not whole(twin) and len(whole(model)) == len(applied_ffns(model))
+    caprese.fuse(twin)
+    same(scores(twin), scores(model))
+    caprese.unfuse(model)
+    assert not whole(model)
+
+
+def test_weights_that_move_or_change_are_read_anew() -> None:
+    model = applied("llama", "griffin:0.5+q8:where=ffn")
+    caprese.fuse(model)
+    wanted = scores(model)
+    same(scores(model.double().float()), wanted)
+    base = unwrap(model)
+    with torch.no_grad():
+        base.model.layers[0].input_layernorm.weight.mul_(1.5)
+        base.model.layers[1].self_attn.k_proj.weight.data = base.model.layers[1].self_attn.k_proj.weight * 0.5
+    changed = scores(model)
+    assert (changed - wanted).abs().max() > 1e-3
+    caprese.unfuse(model)
+    same(changed, scores(model))
+
+
+def test_another_cache_is_not_written_into() -> None:
+    """Of another type, or of other sequences: what torch says is heard."""
+    model = applied("llama", "static:0.3+q8")
+    caprese.fuse(model)
+    base, ids = unwrap(model), torch.tensor(PROMPTS[:1])
+    with torch.no_grad():
+        cache = roomy_cache(model)
+        base(ids, past_key_values=cache)
+        with pytest.raises(RuntimeError):
+            base(torch.tensor([[7], [8]]), past_key_values=cache)
+        cache = roomy_cache(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            base(ids, past_key_values=cache)
+        assert torch.isfinite(base(torch.tensor([[7]]), past_key_values=cache).logits).all()
+
+
+def test_what_is_no_number_stays_none() -> None:
+    """Inputs that are rounded to whole numbers."""
+    for bits in (8, 4):
+        weight = quantize(torch.randn(40, 96), bits)
+        for value in (float("nan"), float("inf")):
+            x = torch.ones(3, 96).bfloat16()
+            x[1, 3] = value
+            y = products(x, weight)
+            assert not torch.isfinite(y[1]).any() and torch.isfinite(y[[0, 2]]).all()

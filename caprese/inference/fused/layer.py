@@ -19,6 +19,7 @@ from caprese.efficient_methods import EfficientFFN
 from caprese.efficient_methods.memory import PromptMemory
 from caprese.efficient_methods.passes import Pass
 from caprese.efficient_methods.rounded import RoundedModule
+from caprese.errors import CapreseError
 from caprese.inference.fused.step import Step
 from caprese.kernels import DecoderLayer, DecoderLayers, LayerWeights, Projection
 from caprese.models import family_of
@@ -54,12 +55,13 @@ def _plan(wrapper: EfficientFFN, rotary: Any) -> Plan | None:
     layer.__class__ = _mixed(cast(Hashable, before))
     layer.plan = made
 
-    def undo() -> None:
-        layer.__class__ = before
-        del layer.plan
-
-    step.undo.append(undo)
+    step.undo.append(functools.partial(_take_off, layer, before))  # no closure: a deep copy then has its own
     return made
+
+
+def _take_off(layer: Any, before: type) -> None:
+    layer.__class__ = before
+    del layer.plan
 
 
 class WholeLayer(nn.Module):
@@ -81,6 +83,7 @@ class Plan:
         self.linears = [layer.self_attn._modules[name] for name in _PROJECTIONS]
         self.dtype: torch.dtype = layer.input_layernorm.weight.dtype
         self.weights: DecoderLayer | None = None
+        self.places: Any = None
         self.filled: Any = None
         self.ffn: Any = None
         self.together: Together | None = None
@@ -97,6 +100,8 @@ class Plan:
         """The layer's output; None where the layer itself is to compute it."""
         wrapper, together = self.wrapper, self.together
         current, step = wrapper.phases.current, wrapper.fused
+        if together is not None and self is together.plans[0]:
+            together.done = None
         if current is not None and together is not None and together.done is current:
             if self is together.plans[-1]:
                 together.done = None
@@ -107,11 +112,15 @@ class Plan:
             return None
         if past_key_values is None or position_embeddings is None or not self.takes(x):
             return None
+        if any(t.dtype != self.dtype or t.shape[-1] != self.made().size for t in position_embeddings):
+            return None
         mask = attention_mask
         if mask is not None:
-            if mask.dtype != torch.bool or mask.shape[1:3] != (1, 1):
+            if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.shape[1:3] != (1, 1):
                 return None
-            mask = mask.flatten(1)
+            if mask.dim() != 4 or len(mask) not in (1, len(x)):
+                return None
+            mask = mask.flatten(1).contiguous()
         if together is not None and self is together.plans[0]:
             y = together.run(x, position_embeddings, past_key_values, mask, current)
             if y is not None:
@@ -123,15 +132,33 @@ class Plan:
     def takes(self, x: torch.Tensor) -> bool:
         """Whether the layer is still what it was, and its input where and what it was."""
         own = self.layer.self_attn._modules
-        return x.dtype == self.dtype and x.device.type == "cpu" and [own[n] for n in _PROJECTIONS] == self.linears
+        if x.dtype != self.dtype or x.device.type != "cpu" or [own[n] for n in _PROJECTIONS] != self.linears:
+            return False
+        if self.weights is not None and self._places() != self.places:
+            self.weights = self.filled = None
+            if self.together is not None:
+                self.together.layers = None
+        return True
+
+    def _places(self) -> list[tuple[int, int]]:
+        """Where what was read of the layer lies now, and how often it was written: looked at for every token."""
+        layer = self.layer
+        held = [linear._modules["rounded"]._buffers["codes"] for linear in self.linears if "rounded" in linear._modules]
+        held += [
+            t
+            for part in (*self.linears, layer.input_layernorm, layer.post_attention_layernorm)
+            for t in part._parameters.values()
+            if t is not None
+        ]
+        return [(t.data_ptr(), t._version) for t in held]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
         # the copy of the layer is being made; it is known to `memo` by the time it is asked for
         copied = Plan.__new__(Plan)
         copied.layer, copied.dtype = memo[id(self.layer)], self.dtype
         copied.wrapper = memo[id(self.wrapper)]
-        copied.linears = [memo[id(linear)] for linear in self.linears]
-        copied.weights = copied.filled = copied.ffn = copied.together = None
+        copied.linears = [memo.get(id(linear)) for linear in self.linears]
+        copied.weights = copied.filled = copied.ffn = copied.together = copied.places = None
         return copied
 
     def made(self) -> DecoderLayer:
@@ -150,7 +177,7 @@ class Plan:
                 size=attention.head_dim,
                 scaling=attention.scaling,
             )
-            self.weights = DecoderLayer(weights, self.dtype)
+            self.weights, self.places = DecoderLayer(weights, self.dtype), self._places()
         return self.weights
 
     def follow(self, current: Pass) -> bool:
@@ -167,6 +194,11 @@ class Plan:
         x = x.contiguous()
         q, k, v = weights.begin(x, *turned)
         keys, values = cache.update(k, v, self.layer.self_attn.layer_idx)
+        keys, values = (
+            t.to(self.dtype) if t.stride(-1) == 1 else t.to(self.dtype).contiguous() for t in (keys, values)
+        )
+        if mask is not None and mask.shape[1] != keys.shape[2]:
+            raise CapreseError(f"the attention mask is of {mask.shape[1]} tokens and the cache of {keys.shape[2]}")
         return weights.end(x, q, keys, values, mask, self.ffn)
 
     @torch.no_grad()
@@ -220,8 +252,15 @@ class Together:
         held = [cache.layers[plan.layer.self_attn.layer_idx] for plan in plans]
         if not all(type(layer) is RoomyLayer and layer.keys is not None for layer in held):
             return None
+        first = plans[0].made()
+        length = held[0].keys.shape[2]
+        shape, whole = (len(x), first.kv_heads, length, first.size), None if mask is None else mask.shape[1]
+        if whole not in (None, length + 1):
+            return None
+        if any(t.shape != shape or t.dtype != x.dtype for layer in held for t in (layer.keys, layer.values)):
+            return None
         # what is put on a layer for a while, such as to see its output, is to see its own
-        if any(plan.layer._forward_hooks or "forward" in vars(plan.layer) for plan in plans):
+        if any(p.layer._forward_hooks or p.layer._forward_pre_hooks or "forward" in vars(p.layer) for p in plans):
             return None
         if not all(p.takes(x) and p.wrapper.can_decode_fused and p.wrapper.fused is not None for p in plans):
             return None
@@ -230,9 +269,10 @@ class Together:
         if not all([plan.follow(current) for plan in plans]):
             return None
         ffns = [plan.ffn for plan in plans]
-        self.done = current if len(plans) > 1 else None
         states = [layer.extend(1) for layer in held]
-        return self.layers.run(x.contiguous(), turned[0], turned[1], ffns, states, mask)
+        y = self.layers.run(x.contiguous(), turned[0], turned[1], ffns, states, mask)
+        self.done = current if len(plans) > 1 else None
+        return y
 
 
 def _close(got: torch.Tensor, wanted: torch.Tensor) -> bool:

@@ -106,6 +106,10 @@ inline void attend(int type, int whole, const float *q, const char *keys, long k
     scores[s] = mask && !mask[s] ? -INFINITY : scaling * all;
     if (scores[s] > most) most = scores[s];
   }
+  if (most == -INFINITY) { /* it sees nothing */
+    memset(out, 0, sizeof(float) * d);
+    return;
+  }
   for (long s = S; s % LANES; s++) scores[s] = -INFINITY;
   floats sums = {0}, mixed[16] = {0};
   for (long s = 0; s < S; s += LANES) {

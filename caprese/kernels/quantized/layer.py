@@ -88,8 +88,9 @@ class DecoderLayer:
         self._address = ctypes.addressof(self._layer)
 
     def _hold(self, weight: QuantizedRows | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        self._held.append(weight)
-        return (weight.codes, weight.scales) if isinstance(weight, QuantizedRows) else (weight.detach(), None)
+        pair = (weight.codes, weight.scales) if isinstance(weight, QuantizedRows) else (weight.detach(), None)
+        self._held += pair  # a module or parameter that is moved lets go of what it had
+        return pair
 
     def _vector(self, values: torch.Tensor | None) -> int | None:
         if values is None:

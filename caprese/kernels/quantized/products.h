@@ -107,16 +107,19 @@ static inputs prepare(int bits, int type, const float *x, long C, long B, float 
   in.planes = planes, in.units = units, in.zeros = zeros;
   for (long b = 0; b < B; b++, x += C, planes += 2 * in.padded) {
     __m512 most = _mm512_setzero_ps();
+    int odd = 0; /* whether there is what is no finite number */
     for (long c = 0; c < C; c += LANES) {
       __mmask16 there = C - c < LANES ? (1 << (C - c)) - 1 : 0xffff;
-      most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_maskz_loadu_ps(there, x + c)));
+      __m512 size = _mm512_abs_ps(_mm512_maskz_loadu_ps(there, x + c));
+      odd |= _mm512_cmp_ps_mask(size, _mm512_set1_ps(INFINITY), _CMP_NLT_UQ);
+      most = _mm512_max_ps(most, size);
     }
-    float largest = _mm512_reduce_max_ps(most), all = 0;
-    units[b] = largest / (127 * 128);
-    __m512 by = _mm512_set1_ps(largest > 0 ? 127 * 128 / largest : 0);
+    float largest = odd ? 0 : _mm512_reduce_max_ps(most), all = 0;
+    units[b] = odd ? NAN : largest / (127 * 128);
+    __m512 by = _mm512_set1_ps(largest > 1e-30f ? 127 * 128 / largest : 0);
     for (long c = 0; c < in.padded; c += LANES) {
       __mmask16 there = c >= C ? 0 : C - c < LANES ? (1 << (C - c)) - 1 : 0xffff;
-      __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(there, x + c), by));
+      __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(odd ? 0 : there, x + c), by));
       __m512i half = _mm512_set1_epi32(64), low = _mm512_and_epi32(_mm512_add_epi32(whole, half), _mm512_set1_epi32(127));
       long to = c, total = _mm512_reduce_add_epi32(whole);
       if (bits == 4) { /* of every 32 the first sixteen to the low 64, the others to the high ones */
