@@ -107,7 +107,11 @@ def test_what_looks_on_sees_each_layer() -> None:
             hook = base.model.layers[1].register_forward_hook(lambda m, a, y, to=hooked: to.append(y))
             base(torch.tensor([[8]]), past_key_values=cache)
             hook.remove()
+            hook = base.model.layers[1].self_attn.q_proj.register_forward_hook(lambda m, a, y, to=hooked: to.append(y))
+            base(torch.tensor([[8]]), past_key_values=cache)
+            hook.remove()
             seen[fused] += hooked
+            assert len(hooked) == 2
     for a, b in zip(seen[True], seen[False], strict=True):
         same(a, b)
 

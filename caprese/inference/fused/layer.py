@@ -134,6 +134,10 @@ class Plan:
         own = self.layer.self_attn._modules
         if x.dtype != self.dtype or x.device.type != "cpu" or [own[n] for n in _PROJECTIONS] != self.linears:
             return False
+        layer = self.layer
+        parts = layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm, *self.linears
+        if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
+            return False
         if self.weights is not None and self._places() != self.places:
             self.weights = self.filled = None
             if self.together is not None:
