@@ -58,6 +58,14 @@ def exported(tmp_path_factory):
     return model, tokenizer, out, caprese.export(model, tokenizer, out / "hf")
 
 
+@pytest.fixture
+def converter(monkeypatch):
+    pytest.importorskip("llama_cpp", reason="make llama-cpp")
+    if not os.environ.get("LLAMA_CPP"):
+        found = sorted((ROOT / ".venv" / "src").glob("llama_cpp_python-*/vendor/llama.cpp"))
+        monkeypatch.setenv("LLAMA_CPP", str(found[-1]) if found else "")
+
+
 def test_smollm2_is_exported_exactly_and_smaller(exported):
     _, _, out, facts = exported
     assert facts["largest_logit_difference"] < 1e-4
@@ -66,11 +74,9 @@ def test_smollm2_is_exported_exactly_and_smaller(exported):
 
 
 @pytest.mark.parametrize("outtype", ["f32", "f16"])
-def test_llama_cpp_writes_what_transformers_writes(exported, outtype, monkeypatch):
-    Llama = pytest.importorskip("llama_cpp", reason="make llama-cpp").Llama
-    if not os.environ.get("LLAMA_CPP"):
-        found = sorted((ROOT / ".venv" / "src").glob("llama_cpp_python-*/vendor/llama.cpp"))
-        monkeypatch.setenv("LLAMA_CPP", str(found[-1]) if found else "")
+def test_llama_cpp_writes_what_transformers_writes(exported, outtype, converter):
+    from llama_cpp import Llama
+
     model, tokenizer, out, _ = exported
     facts = caprese.export(model, tokenizer, out / outtype, format="gguf", outtype=outtype)
     dtype = torch.float16 if outtype == "f16" else torch.float32
@@ -87,14 +93,6 @@ def test_llama_cpp_writes_what_transformers_writes(exported, outtype, monkeypatc
         expected = expected.replace("\ufffd", "")  # of half a character one prints this, the other nothing
         got = engine.create_completion(prompt, max_tokens=32, temperature=0.0)["choices"][0]["text"]
         assert got == expected, prompt
-
-
-@pytest.fixture
-def converter(monkeypatch):
-    pytest.importorskip("llama_cpp", reason="make llama-cpp")
-    if not os.environ.get("LLAMA_CPP"):
-        found = sorted((ROOT / ".venv" / "src").glob("llama_cpp_python-*/vendor/llama.cpp"))
-        monkeypatch.setenv("LLAMA_CPP", str(found[-1]) if found else "")
 
 
 def test_llama_cpp_runs_beside_ours(converter, tmp_path):

@@ -184,6 +184,28 @@ def test_weights_that_move_or_change_are_read_anew() -> None:
     same(changed, scores(model))
 
 
+@pytest.mark.parametrize("spec", ["griffin:0.5", "griffin:0.5+q8", "cats:0.5"])
+def test_a_model_that_is_moved_within_a_generation(spec: str) -> None:
+    """What lies elsewhere now is not read where it was."""
+    model = applied("llama", spec)
+    wanted = scores(model)
+    caprese.fuse(model)
+    seen: list[torch.Tensor] = []
+
+    def sampler(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        seen.append(logits.clone())
+        if len(seen) == 4:
+            model.double().float()
+        if len(seen) == 6:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()
+        return logits.argmax(-1)
+
+    for _ in generate(model, PROMPTS, 8, sampler):
+        pass
+    same(torch.stack(seen), wanted)
+
+
 def test_another_cache_is_not_written_into() -> None:
     """Of another type, or of other sequences: what torch says is heard."""
     model = applied("llama", "static:0.3+q8")

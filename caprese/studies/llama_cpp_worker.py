@@ -50,4 +50,5 @@ def _decode(context: object, tokens: list[int], words: int) -> int:
     return int(np.ctypeslib.as_array(logits, shape=(words,)).argmax())
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -55,8 +55,7 @@ class ByRow(Packed):
     def __init__(self, wrapper: EfficientFFN) -> None:
         super().__init__(wrapper)
         self.act_name = kernels.activation_name(self.act)
-        if not runs_here(wrapper):
-            self.whole = None  # type: ignore[assignment]
+        self.in_c = runs_here(wrapper)
 
     def _fill(self, choices: list[tuple[Method, torch.Tensor | None]], branch: Any) -> None:
         (wrapper,) = self.wrapper
@@ -71,10 +70,9 @@ class ByRow(Packed):
         else:
             w = ffn.weights()
             halves = [w.up] if w.gate is None else [w.gate, w.up]
-            biases = [b if index is None else b[index] for b in (w.gate_bias, w.up_bias) if b is not None]
             self._gather("first", halves, index)
             self._gather("second", [w.down.T], index)
-            bias, down = torch.cat(biases) if biases else None, w.down_bias
+            bias, down = self._first_bias(w, index, 0), w.down_bias
         self._hold("first_bias", bias, torch.float32)
         self._hold_branch(branch, down, torch.float32)
         mask: Any = self.mask
@@ -106,10 +104,7 @@ class ByRow(Packed):
             else:
                 take_columns(out.T, part.T, index)
 
-    def whole(self, dtype: torch.dtype) -> Any:
-        return self._whole().structure(dtype)
-
-    def _whole(self) -> WholeFFN:
+    def whole(self) -> WholeFFN:
         left: Any = self.left
         assert self.act_name is not None
         more: Any = {"bias": self.first_bias, "keep": self.keep, "threshold": self.threshold, "last": self.last_bias}
@@ -120,7 +115,7 @@ class ByRow(Packed):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.flatten(0, -2)
         if kernels.runs_whole(flat, self.act_name):
-            return kernels.whole_ffn(flat, self._whole()).view(x.shape)
+            return kernels.whole_ffn(flat, self.whole()).view(x.shape)
         first_bias: Any = self.first_bias
         left: Any = self.left
         right: Any = self.right

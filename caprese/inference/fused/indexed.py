@@ -26,9 +26,7 @@ class Indexed(Step):
         assert name is not None
         self.act_name = name
         acting = frozenset().union(*(m.acts_on for m in wrapper.methods))
-        self.compiled = not kernels.triton_runs(wrapper.view.device)
-        if not self.compiled:
-            self.whole = None  # type: ignore[assignment]
+        self.in_c = not kernels.triton_runs(wrapper.view.device)
         self.kind = next((part for part in ("inputs", "neurons") if part in acting), "rows")
         for tensor in self._transposed():
             tensor.data = tensor.data.T.contiguous().T
@@ -57,13 +55,13 @@ class Indexed(Step):
             index = torch.arange(len(w.up), device=w.up.device, dtype=torch.int32)[None]
         self._hold("index", index)
         threshold = next((c for m, c in choices if m.acts_on & {"neurons", "inputs"}), None)
-        if self.compiled and threshold is not None:
+        if self.in_c and threshold is not None:
             threshold = threshold.flatten().float()
         self._hold("threshold", threshold, None if threshold is None else threshold.dtype)
-        kind = torch.float32 if self.compiled else None
+        kind = torch.float32 if self.in_c else None
         self._hold_branch(branch, w.down_bias, kind)
         biases = [b for b in (w.gate_bias, w.up_bias) if b is not None]
-        self._hold("first_bias", torch.cat(biases) if self.compiled and biases else None, kind)
+        self._hold("first_bias", torch.cat(biases) if self.in_c and biases else None, kind)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         w = self.wrapper[0].transformed.weights()  # not kept here: compiled, they are to be known as the model's own
@@ -72,7 +70,7 @@ class Indexed(Step):
         right: Any = self.right
         bias: Any = self.last_bias
         threshold: Any = self.threshold
-        if self.compiled:
+        if self.in_c:
             return self._called(flat, w).view_as(x)
         assert w.gate is not None or self.kind == "rows"
         if self.kind == "inputs":
@@ -99,11 +97,11 @@ class Indexed(Step):
         each = zip(x.split(1), index, strict=True)
         return torch.cat([kernels.whole_ffn(own, self._whole(w, rows)) for own, rows in each])
 
-    def whole(self, dtype: torch.dtype) -> Any:
+    def whole(self) -> WholeFFN | None:
         index: Any = self.index
         if index is not None and len(index) > 1:
             return None
-        return self._whole(self.wrapper[0].transformed.weights(), None if index is None else index[0]).structure(dtype)
+        return self._whole(self.wrapper[0].transformed.weights(), None if index is None else index[0])
 
     def _whole(self, w: Weights, rows: torch.Tensor | None) -> WholeFFN:
         left: Any = self.left

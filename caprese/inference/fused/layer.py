@@ -25,7 +25,7 @@ from caprese.kernels import DecoderLayer, DecoderLayers, LayerWeights, Projectio
 from caprese.models import family_of
 from caprese.models.cache import RoomyLayer
 
-_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_PARTS = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 # how far from the layer's own arithmetic, over the largest value; sums are taken in another order
 _WITHIN = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -46,7 +46,7 @@ def put_on(model: Any, wrappers: Sequence[EfficientFFN]) -> None:
 def _plan(wrapper: EfficientFFN, rotary: Any) -> Plan | None:
     layer: Any = wrapper.site.layer
     step: Step = wrapper.fused
-    if step.whole is None or not _looks_alike(layer, wrapper):
+    if not step.in_c or not _looks_alike(layer, wrapper):
         return None
     made = Plan(layer)
     if not made.is_right(rotary):
@@ -54,7 +54,6 @@ def _plan(wrapper: EfficientFFN, rotary: Any) -> Plan | None:
     before = type(layer)
     layer.__class__ = _mixed(cast(Hashable, before))
     layer.plan = made
-
     step.undo.append(functools.partial(_take_off, layer, before))  # no closure: a deep copy then has its own
     return made
 
@@ -80,80 +79,75 @@ class Plan:
     def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.wrapper: Any = layer.mlp
-        self.linears = [layer.self_attn._modules[name] for name in _PROJECTIONS]
+        self.parts = self._parts()
+        self.read = [*self.parts, *self.wrapper.view.linears().values()]
         self.dtype: torch.dtype = layer.input_layernorm.weight.dtype
         self.weights: DecoderLayer | None = None
         self.places: Any = None
         self.filled: Any = None
-        self.ffn: Any = None
+        self.whole: Any = None  # the FFN, which holds the tensors, and what C reads of it
         self.together: Together | None = None
 
     def one_token(
         self,
         x: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Any = None,
         past_key_values: Any = None,
         position_embeddings: Any = None,
         output_attentions: bool | None = False,
         **_: Any,
     ) -> torch.Tensor | None:
         """The layer's output; None where the layer itself is to compute it."""
-        wrapper, together = self.wrapper, self.together
-        current, step = wrapper.phases.current, wrapper.fused
-        if together is not None and self is together.plans[0]:
-            together.done = None
-        if current is not None and together is not None and together.done is current:
+        current, together = self.wrapper.phases.current, self.together
+        if current is None or current.prompt is not None or current.shape[1] != 1 or output_attentions:
+            return None
+        if together is not None and self is not together.plans[0] and together.done is current:
             if self is together.plans[-1]:
                 together.done = None
             return x
-        if current is None or current.prompt is not None or current.shape[1] != 1 or output_attentions:
-            return None
-        if step is None or not wrapper.can_decode_fused or self.layer.training or len(x) > kernels.MAX_BATCH:
-            return None
-        if past_key_values is None or position_embeddings is None or not self.takes(x):
+        if past_key_values is None or position_embeddings is None or not _fits(attention_mask, len(x)):
             return None
         if any(t.dtype != self.dtype or t.shape[-1] != self.made().size for t in position_embeddings):
             return None
-        mask = attention_mask
-        if mask is not None:
-            if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.shape[1:3] != (1, 1):
-                return None
-            if mask.dim() != 4 or len(mask) not in (1, len(x)):
-                return None
-            mask = mask.flatten(1).contiguous()
+        mask = None if attention_mask is None else attention_mask.flatten(1).contiguous()
         if together is not None and self is together.plans[0]:
             y = together.run(x, position_embeddings, past_key_values, mask, current)
             if y is not None:
                 return y
-        if not self.follow(current):
-            return None
-        return self._run(x, position_embeddings, past_key_values, mask)
+        return self._run(x, position_embeddings, past_key_values, mask) if self.ready(x, current) else None
 
-    def takes(self, x: torch.Tensor) -> bool:
-        """Whether the layer is still what it was, and its input where and what it was."""
-        own = self.layer.self_attn._modules
-        if x.dtype != self.dtype or x.device.type != "cpu" or [own[n] for n in _PROJECTIONS] != self.linears:
+    def ready(self, x: torch.Tensor, current: Pass) -> bool:
+        """Whether x [B, 1, D] can run whole here, with the choice and the branch of this pass taken over.
+
+        Not where the layer is no longer what it was, or something looks on at one of its parts.
+        """
+        wrapper, step = self.wrapper, self.wrapper.fused
+        if step is None or not wrapper.can_decode_fused or self.layer.training or len(x) > kernels.MAX_BATCH:
             return False
-        layer = self.layer
-        parts = layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm, *self.linears
-        if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
+        if x.dtype != self.dtype or x.device.type != "cpu" or self._parts() != self.parts:
+            return False
+        if any(part._forward_hooks or part._forward_pre_hooks for part in self.parts):
             return False
         if self.weights is not None and self._places() != self.places:
             self.weights = self.filled = None
             if self.together is not None:
                 self.together.layers = None
-        return True
+        step.follow(current.memory.layer(wrapper.layer), current.shape[0])
+        if self.filled != (step, step.fills):
+            whole = step.whole()
+            self.whole = None if whole is None else (whole, whole.structure(self.dtype))
+            self.filled = step, step.fills
+        return self.whole is not None
+
+    def _parts(self) -> list[Any]:
+        """The modules whose place it takes, the attention's linear layers first; looked at for every token."""
+        own, inside = self.layer._modules, self.layer.self_attn._modules
+        return [*(inside[name] for name in _PROJECTIONS), *(own[name] for name in _PARTS)]
 
     def _places(self) -> list[tuple[int, int]]:
-        """Where what was read of the layer lies now, and how often it was written: looked at for every token."""
-        layer = self.layer
-        held = [linear._modules["rounded"]._buffers["codes"] for linear in self.linears if "rounded" in linear._modules]
-        held += [
-            t
-            for part in (*self.linears, layer.input_layernorm, layer.post_attention_layernorm)
-            for t in part._parameters.values()
-            if t is not None
-        ]
+        """Where what is read of them and of the FFN lies, and how often it was written."""
+        held = [part._modules["rounded"]._buffers["codes"] for part in self.read if "rounded" in part._modules]
+        held += [t for part in self.read for t in part._parameters.values() if t is not None]
         return [(t.data_ptr(), t._version) for t in held]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
@@ -161,8 +155,8 @@ class Plan:
         copied = Plan.__new__(Plan)
         copied.layer, copied.dtype = memo[id(self.layer)], self.dtype
         copied.wrapper = memo[id(self.wrapper)]
-        copied.linears = [memo.get(id(linear)) for linear in self.linears]
-        copied.weights = copied.filled = copied.ffn = copied.together = copied.places = None
+        copied.parts, copied.read = ([memo.get(id(part)) for part in parts] for parts in (self.parts, self.read))
+        copied.weights = copied.filled = copied.whole = copied.together = copied.places = None
         return copied
 
     def made(self) -> DecoderLayer:
@@ -184,14 +178,6 @@ class Plan:
             self.weights, self.places = DecoderLayer(weights, self.dtype), self._places()
         return self.weights
 
-    def follow(self, current: Pass) -> bool:
-        """Take over the choice and the branch of a pass; whether there is something to run."""
-        step = self.wrapper.fused
-        step.follow(current.memory.layer(self.wrapper.layer), current.shape[0])
-        if self.filled != (step, step.fills):
-            self.ffn, self.filled = step.whole(self.dtype), (step, step.fills)
-        return self.ffn is not None
-
     def _run(self, x: torch.Tensor, turned: tuple[torch.Tensor, torch.Tensor], cache: Any, mask: Any) -> torch.Tensor:
         """x [B, 1, D] -> [B, 1, D], with the token's keys and values added to the cache."""
         weights = self.made()
@@ -203,7 +189,7 @@ class Plan:
         )
         if mask is not None and mask.shape[1] != keys.shape[2]:
             raise CapreseError(f"the attention mask is of {mask.shape[1]} tokens and the cache of {keys.shape[2]}")
-        return weights.end(x, q, keys, values, mask, self.ffn)
+        return weights.end(x, q, keys, values, mask, self.whole[1])
 
     @torch.no_grad()
     def is_right(self, rotary: Any) -> bool:
@@ -266,17 +252,23 @@ class Together:
         # what is put on a layer for a while, such as to see its output, is to see its own
         if any(p.layer._forward_hooks or p.layer._forward_pre_hooks or "forward" in vars(p.layer) for p in plans):
             return None
-        if not all(p.takes(x) and p.wrapper.can_decode_fused and p.wrapper.fused is not None for p in plans):
+        if not all(plan.ready(x, current) for plan in plans):
             return None
         if self.layers is None:
             self.layers = DecoderLayers([plan.made() for plan in plans])
-        if not all([plan.follow(current) for plan in plans]):
-            return None
-        ffns = [plan.ffn for plan in plans]
+        ffns = [plan.whole[1] for plan in plans]
         states = [layer.extend(1) for layer in held]
         y = self.layers.run(x.contiguous(), turned[0], turned[1], ffns, states, mask)
         self.done = current if len(plans) > 1 else None
         return y
+
+
+def _fits(mask: Any, batch: int) -> bool:
+    """Whether it is a mask as C reads them, bool [B or 1, 1, 1, S], or none."""
+    if mask is None:
+        return True
+    plain = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.dim() == 4
+    return plain and mask.shape[1:3] == (1, 1) and len(mask) in (1, batch)
 
 
 def _close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
@@ -287,7 +279,7 @@ def _close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
 
 def _looks_alike(layer: Any, wrapper: EfficientFFN) -> bool:
     """Whether a layer has the parts, and nothing that runs beside them."""
-    if {name for name, _ in layer.named_children()} != _PARTS or layer.mlp is not wrapper:
+    if {name for name, _ in layer.named_children()} != set(_PARTS) or layer.mlp is not wrapper:
         return False
     attention = layer.self_attn
     if {name for name, _ in attention.named_children()} != set(_PROJECTIONS):

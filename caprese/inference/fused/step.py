@@ -10,6 +10,7 @@ from torch import nn
 
 from caprese.efficient_methods import EfficientFFN, Method
 from caprese.efficient_methods.memory import LayerMemory
+from caprese.kernels import WholeFFN
 
 
 def branch_of(recovery: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
@@ -45,6 +46,7 @@ class Step(nn.Module):
     Attributes:
         fills: how often it was filled.
         undo: what takes off again what was put on the model for it.
+        in_c: whether it runs in one call of compiled C.
     """
 
     def __init__(self, wrapper: EfficientFFN) -> None:
@@ -56,6 +58,7 @@ class Step(nn.Module):
         self.tensors: list[torch.Tensor] = []
         self.fills = 0
         self.undo: list[Callable[[], None]] = []
+        self.in_c = False
 
     def follow(self, memory: LayerMemory, batch: int) -> None:
         """Take over the choice of the cache that decodes now, and the adapter as it is now; cheap if nothing changed.
@@ -99,8 +102,15 @@ class Step(nn.Module):
         else:
             self.register_buffer(name, None if value is None else value.detach().clone(), persistent=False)
 
-    whole: Callable[[torch.dtype], Any] | None = None
-    """What `kernels.DecoderLayer` takes for this FFN, for inputs of a type, as it was last filled; it may give None."""
+    def whole(self) -> WholeFFN | None:
+        """What C is given of this FFN as it was last filled, where `in_c` holds; None where one call is not enough."""
+        return None
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Step:
+        """What a model that is moved, or changes its type, leaves behind is filled anew."""
+        super()._apply(fn, recurse)
+        self.source = None
+        return self
 
     def restore(self) -> None:
         """Put back what was moved in the model."""
