@@ -6,6 +6,7 @@ that kind is found by trying: their attention is run beside ours on the same num
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Hashable, Sequence
 from typing import Any, cast
@@ -80,10 +81,10 @@ class Plan:
         self.layer = layer
         self.wrapper: Any = layer.mlp
         self.parts = self._parts()
-        self.read = [*self.parts, *self.wrapper.view.linears().values()]
+        self.hooks = [hooks for part in self.parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
         self.dtype: torch.dtype = layer.input_layernorm.weight.dtype
         self.weights: DecoderLayer | None = None
-        self.places: Any = None
+        self.moves = 0
         self.filled: Any = None
         self.whole: Any = None  # the FFN, which holds the tensors, and what C reads of it
         self.together: Together | None = None
@@ -126,10 +127,10 @@ class Plan:
             return False
         if x.dtype != self.dtype or x.device.type != "cpu" or self._parts() != self.parts:
             return False
-        if any(part._forward_hooks or part._forward_pre_hooks for part in self.parts):
+        if any(self.hooks):
             return False
-        if self.weights is not None and self._places() != self.places:
-            self.weights = self.filled = None
+        if self.moves != step.moves:
+            self.weights, self.moves = None, step.moves
             if self.together is not None:
                 self.together.layers = None
         step.follow(current.memory.layer(wrapper.layer), current.shape[0])
@@ -144,19 +145,12 @@ class Plan:
         own, inside = self.layer._modules, self.layer.self_attn._modules
         return [*(inside[name] for name in _PROJECTIONS), *(own[name] for name in _PARTS)]
 
-    def _places(self) -> list[tuple[int, int]]:
-        """Where what is read of them and of the FFN lies, and how often it was written."""
-        held = [part._modules["rounded"]._buffers["codes"] for part in self.read if "rounded" in part._modules]
-        held += [t for part in self.read for t in part._parameters.values() if t is not None]
-        return [(t.data_ptr(), t._version) for t in held]
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
-        # the copy of the layer is being made; it is known to `memo` by the time it is asked for
-        copied = Plan.__new__(Plan)
-        copied.layer, copied.dtype = memo[id(self.layer)], self.dtype
-        copied.wrapper = memo[id(self.wrapper)]
-        copied.parts, copied.read = ([memo.get(id(part)) for part in parts] for parts in (self.parts, self.read))
-        copied.weights = copied.filled = copied.whole = copied.together = copied.places = None
+        copied = copy.copy(self)
+        memo[id(self)] = copied
+        for name in ("layer", "wrapper", "parts", "hooks"):
+            setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
+        copied.weights = copied.filled = copied.whole = copied.together = None  # addresses, which are not its own
         return copied
 
     def made(self) -> DecoderLayer:
@@ -175,7 +169,7 @@ class Plan:
                 size=attention.head_dim,
                 scaling=attention.scaling,
             )
-            self.weights, self.places = DecoderLayer(weights, self.dtype), self._places()
+            self.weights = DecoderLayer(weights, self.dtype)
         return self.weights
 
     def _run(self, x: torch.Tensor, turned: tuple[torch.Tensor, torch.Tensor], cache: Any, mask: Any) -> torch.Tensor:

@@ -45,6 +45,7 @@ class Step(nn.Module):
 
     Attributes:
         fills: how often it was filled.
+        moves: how often the model was moved, or changed its type.
         undo: what takes off again what was put on the model for it.
         in_c: whether it runs in one call of compiled C.
     """
@@ -56,7 +57,7 @@ class Step(nn.Module):
         self.source: Any = None  # the choices these tensors were filled from
         self.version: Any = None
         self.tensors: list[torch.Tensor] = []
-        self.fills = 0
+        self.fills = self.moves = 0
         self.undo: list[Callable[[], None]] = []
         self.in_c = False
 
@@ -110,6 +111,7 @@ class Step(nn.Module):
         """What a model that is moved, or changes its type, leaves behind is filled anew."""
         super()._apply(fn, recurse)
         self.source = None
+        self.moves += 1
         return self
 
     def restore(self) -> None:
