@@ -23,6 +23,7 @@ os.environ["HF_HUB_DISABLE_XET"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import pytest
 import torch
 from hub import WRITE, Hub
+from hypothesis import settings
 from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -36,6 +37,9 @@ from caprese.adapters import attach_adapter, branch_parameters
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 progress.quiet = True
+# the same examples in every run; --hypothesis-profile=default looks for others
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
