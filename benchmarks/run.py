@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import shlex
 import sys
@@ -46,8 +47,13 @@ def read(name: str, changes: list[str]) -> dict[str, Any]:
 
 
 def cells_of(experiment: dict[str, Any], table: str) -> list[Cell]:
-    """The cells of a table, each with all of its settings; a list among a grid's values stands for each of them."""
-    return [{**experiment["settings"], **(own or {})} for own in experiment["tables"][table]]
+    """The cells of a table, each with all of its settings; a list among the values stands for each of them."""
+    cells = []
+    for own in experiment["tables"][table]:
+        values = {**experiment["settings"], **(own or {})}
+        lists = [value if isinstance(value, list) else [value] for value in values.values()]
+        cells += [dict(zip(values, each, strict=True)) for each in itertools.product(*lists)]
+    return cells
 
 
 def key_of(cell: Cell) -> str:

@@ -371,7 +371,7 @@ class TestKernels:
         wanted = reference_input_sparse(w.x, weight.double(), one)
         assert fits(input_sparse(c.x, weight, one), wanted)
 
-    @pytest.mark.parametrize("config", [{"BLOCK_ROWS": 32, "BLOCK_COLS": 16}, {"DOT_FROM": 1}, {"DOT_FROM": 17}])
+    @pytest.mark.parametrize("config", [{"BLOCK_ROWS": 32, "BLOCK_COLS": 16}, {"DOT": 1}, {"DOT": 0}])
     def test_configs(self, config: dict[str, int]) -> None:
         w = (c := make(4, d=70)).wide()
         with tiles().configured("gate_up", **config):
@@ -600,7 +600,7 @@ def _compile_all() -> None:
     from caprese.kernels.gate_up.triton import _gate_up
     from caprese.kernels.quantized import GROUP
     from caprese.kernels.quantized.triton import _products, _sums
-    from caprese.kernels.tiles import CONFIGS
+    from caprese.kernels.tiles import config_of
 
     flags = dict.fromkeys(
         ("HAS_GATE", "HAS_INDEX", "HAS_COUNT", "HAS_GATE_BIAS", "HAS_UP_BIAS", "HAS_BIAS", "ONE_THRESHOLD"), True
@@ -620,10 +620,10 @@ def _compile_all() -> None:
         (_down, "input_sparse", {**matrix, "SPARSE": True, "HAS_INDEX": False, "HAS_COUNT": False}),
         (_compact, "compact", {}),
         (_sum_splits, "sum_splits", {}),
-        (_products, "products", {**matrix, "BITS": 8}),
-        (_products, "products", {"BATCH": 1, "BITS": 4}),
-        (_sums, "sums", {**matrix, "BITS": 4}),
-        (_sums, "sums", {"BATCH": 1, "BITS": 8}),
+        (_products, "products_q8", {**matrix, "BITS": 8}),
+        (_products, "products_q4", {"BATCH": 1, "BITS": 4}),
+        (_sums, "sums_q4", {**matrix, "BITS": 4}),
+        (_sums, "sums_q8", {"BATCH": 1, "BITS": 8}),
     ]
     more: list[tuple[Any, str, dict[str, Any]]] = [
         (_gate_up, "gate_up", {"BATCH": 1, "ACT": "silu", "ones": True}),
@@ -642,7 +642,8 @@ def _compile_all() -> None:
         for kernel, config, values in kinds + (more if most and dtype == "bf16" else []):
             if values.get("DOT") and dtype == "fp32" and not most:
                 continue  # slow to compile, and no different
-            named = {**flags, **CONFIGS[config], **values}
+            settings = config_of(config, values.get("BATCH", 1))
+            named = {**flags, **settings, **values}
             signature: dict[str, str] = {}
             constants: dict[str, Any] = {}
             for parameter in kernel.params:
@@ -656,7 +657,7 @@ def _compile_all() -> None:
                     signature[name] = "*fp32" if parts else known.get(name, f"*{dtype}")
                 else:
                     signature[name] = "i32"
-            options = {key: value for key, value in CONFIGS[config].items() if key.startswith("num_")}
+            options = {key: value for key, value in settings.items() if key.startswith("num_")}
             source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
             done = triton.compile(source, target=target, options=options)
             binary = done.asm["cubin" if target.backend == "cuda" else "hsaco"]

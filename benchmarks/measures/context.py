@@ -1,9 +1,10 @@
 """Time to next token and cache memory against context length: dense, hybrid, pure.
 
 Random weights. The caches are filled with random keys, values and states of the given length instead of by a prefill,
-which a decode step cannot tell apart. Variants take turns; medians.
+which a decode step cannot tell apart. On a CPU variants take turns, in float32; on a GPU each is a CUDA graph that is
+replayed, in bfloat16. Medians.
 
-Settings of a cell: shape; keep_attention; context, in tokens; steps.
+Settings of a cell: shape; keep_attention; context, in tokens; batch; steps.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from caprese.efficient_methods.mamba.mixer import KERNEL
 from caprese.evaluation import environment
 from caprese.models import random_model, shape_config
 from caprese.models.cache import RoomyCache
+from measures.kernels import GPU, microseconds
 
 
-def filled(model: Any, length: int, mixed: set[int]) -> DynamicCache:
+def filled(model: Any, length: int, mixed: set[int], batch: int) -> DynamicCache:
     """A cache as after `length` tokens."""
-    config, kind = model.config, model.dtype
+    config = model.config
+    like: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
     heads, size = (
         config.num_key_value_heads,
         getattr(config, "head_dim", None) or (config.hidden_size // config.num_attention_heads),
@@ -38,11 +41,13 @@ def filled(model: Any, length: int, mixed: set[int]) -> DynamicCache:
             state = MixerState()
             m = mixers[i]
             state.keep(
-                torch.randn(1, KERNEL - 1, m.channels, dtype=kind), torch.randn(1, m.heads, m.size, m.size), length
+                torch.randn(batch, KERNEL - 1, m.channels, **like),
+                torch.randn(batch, m.heads, m.size, m.size, device=model.device),
+                length,
             )
             cache.layers[i] = state
         else:
-            cache.layers[i].update(*(torch.randn(1, heads, length, size, dtype=kind) for _ in range(2)))
+            cache.layers[i].update(*(torch.randn(batch, heads, length, size, **like) for _ in range(2)))
     return cache
 
 
@@ -56,21 +61,44 @@ def nbytes(cache: Any) -> int:
     return total
 
 
+def of(name: str, model: Any) -> Any:
+    """With what a variant is made of at work."""
+    return caprese.dense(model) if name == "dense" else nullcontext()
+
+
 @torch.no_grad()
-def measure(model: Any, length: int, mixed: set[int], steps: int) -> dict[str, dict[str, float]]:
+def measure(model: Any, length: int, mixed: set[int], batch: int, steps: int) -> dict[str, dict[str, float]]:
     """TTNT and bytes of dense and of what is applied, in turns."""
-    caches = {"dense": filled(model, length, set()), "mixed": filled(model, length, mixed)}
+    caches = {"dense": filled(model, length, set(), batch), "mixed": filled(model, length, mixed, batch)}
     held = {name: nbytes(cache) for name, cache in caches.items()}
     times: dict[str, list[float]] = {name: [] for name in caches}
-    token = torch.tensor([[5]])
+    token = torch.full((batch, 1), 5)
     for turn in range(steps + 1):
         for name, cache in caches.items():
-            with caprese.dense(model) if name == "dense" else nullcontext():
+            with of(name, model):
                 begin = time.perf_counter()
                 model(input_ids=token, past_key_values=cache, use_cache=True)
                 if turn:
                     times[name].append(1000 * (time.perf_counter() - begin))
     return {name: {"ttnt_ms": statistics.median(times[name]), "cache_bytes": held[name]} for name in caches}
+
+
+@torch.no_grad()
+def measure_graphs(model: Any, length: int, mixed: set[int], batch: int, steps: int) -> dict[str, dict[str, float]]:
+    """The same, one after the other: two caches may be more than a GPU holds."""
+    token = torch.full((batch, 1), 5, device=model.device)
+    found = {}
+    for name, places in {"dense": set[int](), "mixed": mixed}.items():
+        cache = filled(model, length, places, batch)
+        held = nbytes(cache)
+        with of(name, model):
+            us = microseconds(
+                [lambda cache=cache: model(input_ids=token, past_key_values=cache, use_cache=True)], steps
+            )
+        found[name] = {"ttnt_ms": us / 1000, "cache_bytes": held, "tokens_per_second": 1e6 * batch / us}
+        del cache
+        torch.cuda.empty_cache()
+    return found
 
 
 class Measure:
@@ -84,11 +112,13 @@ class Measure:
 
     def __call__(self, cell: dict[str, Any]) -> dict[str, Any]:
         if self.model is None:
-            self.model = random_model(shape_config(cell["shape"]), torch.float32, "cpu")
+            place: Any = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
+            self.model = random_model(shape_config(cell["shape"]), place[1], place[0])
         caprese.apply(self.model, caprese.Mamba(keep_attention=cell["keep_attention"]))
         try:
             mixed = {at.layer for at in replacements(self.model)}
-            found = measure(self.model, cell["context"], mixed, cell["steps"])
+            run = measure_graphs if GPU else measure
+            found = run(self.model, cell["context"], mixed, cell["batch"], cell["steps"])
         finally:
             caprese.remove(self.model)
         return {**found, "ratio": found["mixed"]["ttnt_ms"] / found["dense"]["ttnt_ms"]}

@@ -1,22 +1,28 @@
-"""How near the Triton kernels come to the memory's bandwidth, at the FFN shapes of known models; needs a GPU.
+"""How near the Triton kernels come to the memory's bandwidth, at the FFN shapes of known models.
 
 bfloat16. Each time is the median of replays of a CUDA graph that goes through several layers' weights in turn, so that
 none of them is found in a cache, divided by the layers. GB/s count the bytes that must be read: the rows that are kept,
 once for all sequences where they share the list. Beside them stand the dense products by the vendor's library and the
-bandwidth of a copy. Every result is first compared with its reference.
+bandwidth of a copy. Every result is first compared with its reference. Without a GPU, where Triton interprets
+(TRITON_INTERPRET=1), times are of no worth, but all of it runs.
 
 Settings of a cell: shape; kernel, one that `jobs` names, dense_gate_or_up or dense_down; batch; sparsity; rank; trials,
-other block sizes to try.
+other block sizes to try, which processes on every core compile first.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import functools
 import importlib
 import itertools
+import multiprocessing
+import os
 import platform
 import random
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,17 +35,24 @@ from caprese.kernels import Rows, triton_runs
 from caprese.kernels.down.naive import down as naive_down
 from caprese.kernels.gate_up.naive import gate_up as naive_gate_up
 from caprese.kernels.input_sparse.naive import input_sparse as naive_input_sparse
+from caprese.kernels.quantized.naive import products as naive_products
+from caprese.kernels.quantized.naive import sums as naive_sums
 from caprese.models.shapes import SHAPES
 
-ACTIVATIONS = {"llama-3.1-8b": "silu", "gemma-2-9b": "gelu_tanh", "qwen2.5-14b": "silu"}
+Config = dict[str, int]
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+ACTIVATIONS = {"smollm2-135m": "silu", "llama-3.1-8b": "silu", "gemma-2-9b": "gelu_tanh", "qwen2.5-14b": "silu"}
 SWEEP: dict[str, tuple[int, ...]] = {
-    "BLOCK_ROWS": (8, 16, 32, 64),
-    "BLOCK_COLS": (64, 128, 256, 512),
-    "DOT_FROM": (1, 3, 17),
+    "BLOCK_ROWS": (4, 8, 16, 32, 64),
+    "BLOCK_COLS": (64, 128, 256, 512, 1024),
+    "DOT": (0, 1),
     "PROGRAMS": (256, 512, 1024, 2048),
     "num_warps": (2, 4, 8),
-    "num_stages": (2, 3, 4),
+    "num_stages": (1, 2, 3, 4),
 }
+# a tile and its stages are to fit into the shared memory of every device that the kernels are compiled for
+TILE = 8192
 
 
 class Layer(NamedTuple):
@@ -106,7 +119,26 @@ def jobs(layer: Layer, batch: int, act: str, sparsity: float) -> dict[str, Job]:
     needed = int((x.float().abs() >= small).any(0).sum())
     needed_z = int((z_all.float().abs() >= small_z).any(0).sum())
 
+    q8, q4 = ([kernels.quantize(w[:k], bits) for w in (layer.up, layer.down)] for bits in (8, 4))
     found = {
+        **{
+            f"products_q{bits}": Job(
+                f"products_q{bits}",
+                lambda w=w: kernels.products(x, w[0]),
+                lambda w=w: naive_products(x.float(), w[0]),
+                w[0].codes.nbytes + w[0].scales.nbytes,
+            )
+            for bits, w in ((8, q8), (4, q4))
+        },
+        **{
+            f"sums_q{bits}": Job(
+                f"sums_q{bits}",
+                lambda w=w: kernels.sums(z[:, :k], w[1]),
+                lambda w=w: naive_sums(z[:, :k].float(), w[1]),
+                w[1].codes.nbytes + w[1].scales.nbytes,
+            )
+            for bits, w in ((8, q8), (4, q4))
+        },
         "gate_up": Job(
             "gate_up",
             lambda: kernels.gate_up(x, layer.gate, layer.up, Rows(shared), act, layer.left),
@@ -171,13 +203,19 @@ def check(name: str, job: Job) -> None:
     got, wanted = job.run().float(), job.reference().float()
     error = float((got - wanted).norm() / wanted.norm())
     if not error < 0.01:
-        raise SystemExit(f"{name}: relative error {error:.3g} against the reference")
+        raise ValueError(f"{name}: relative error {error:.3g} against the reference")
 
 
 def microseconds(calls: Sequence[Callable[[], Any]], replays: int = 20) -> float:
     """The median time of one call."""
     for call in calls:
         call()  # compiles, which a graph cannot hold
+    if not GPU:
+        times = [time.perf_counter()]
+        for call in calls:
+            call()
+            times.append(time.perf_counter())
+        return 1e6 * statistics.median(after - before for before, after in itertools.pairwise(times))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -196,61 +234,97 @@ def microseconds(calls: Sequence[Callable[[], Any]], replays: int = 20) -> float
 
 def copy_bandwidth() -> float:
     """GB/s of a device copy, reading and writing."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    source = torch.empty(2 ** (30 if GPU else 26), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.numel() / microseconds([lambda: target.copy_(source)]) / 1000
 
 
-def configs(key: str, trials: int, seed: int = 0) -> list[dict[str, int]]:
-    """Some of the block sizes a kernel can have, the default first."""
-    default = tiles().CONFIGS[key]
+def configs(key: str, batch: int, trials: int, seed: int = 0) -> list[Config]:
+    """Some of the block sizes a kernel can have, the present ones first."""
+    default = tiles().config_of(key, batch)
     options = [SWEEP[name] for name in default]
     every = [dict(zip(default, values, strict=True)) for values in itertools.product(*options)]
-    # larger tiles than this do not fit in registers
-    every = [c for c in every if c["BLOCK_ROWS"] * c["BLOCK_COLS"] <= 256 * 32 * c["num_warps"] // 4 and c != default]
+
+    def fits(c: Config) -> bool:
+        tile = c["BLOCK_ROWS"] * c["BLOCK_COLS"]
+        if c["DOT"]:  # a matrix product wants 16 of what it sums over, and a tile in shared memory
+            return batch > 1 and c["BLOCK_ROWS"] >= 16 and tile * c["num_stages"] <= TILE
+        sums = tile * tiles().padded_batch(batch, False) * (1 if "PROGRAMS" in c else 2)
+        return batch <= 4 and sums <= 96 * 32 * c["num_warps"] and tile * c["num_stages"] <= TILE  # in registers
+
+    every = [c for c in every if fits(c) and c != default]
     return [dict(default), *random.Random(seed).sample(every, min(trials, len(every)))]
+
+
+def launch(cell: dict[str, Any], tried: Sequence[Config]) -> None:
+    """Run a cell's kernel once in each of some configs, in a process of its own: what is compiled stays on disk."""
+    job = next(iter(_jobs(cell, 1)))
+    for config in tried:
+        with contextlib.suppress(Exception), tiles().configured(job.key, **config):
+            job.run()
+
+
+def compile_ahead(cell: dict[str, Any], tried: Sequence[Config]) -> None:
+    """Have every core compile its share."""
+    workers = min(len(os.sched_getaffinity(0)), len(tried))
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for done in [pool.submit(launch, cell, tried[i::workers]) for i in range(workers)]:
+            done.result()
+
+
+@torch.inference_mode()
+def _jobs(cell: dict[str, Any], layers: int) -> list[Job]:
+    """A cell's kernel on several layers, whose weights are more than any cache holds."""
+    shape = SHAPES[cell["shape"]]
+    size = shape["intermediate_size"], shape["hidden_size"], cell["rank"]
+    made = [make_layer(*size, DEVICE) for _ in range(layers)]
+    return [jobs(layer, cell["batch"], ACTIVATIONS[cell["shape"]], cell["sparsity"])[cell["kernel"]] for layer in made]
 
 
 class Measure:
     """Knows the bandwidth of a copy."""
 
     def __init__(self) -> None:
-        if not torch.cuda.is_available() or not triton_runs(torch.device("cuda")):
-            raise SystemExit("this measures Triton kernels and needs a GPU with Triton; there is none")
+        if not triton_runs(torch.device(DEVICE)):
+            raise SystemExit(
+                "this measures Triton kernels: it needs a GPU with Triton, or TRITON_INTERPRET=1 to try it"
+            )
         torch.manual_seed(0)
         self.copy = functools.cache(copy_bandwidth)
 
     def environment(self) -> dict[str, Any]:
         triton = importlib.import_module("triton")
         versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
-        return {"device": torch.cuda.get_device_name(), "copy_gbps": self.copy(), **versions}
+        name = torch.cuda.get_device_name() if GPU else "cpu, interpreted"
+        return {"device": name, "copy_gbps": self.copy(), **versions}
 
     @torch.inference_mode()
     def __call__(self, cell: dict[str, Any]) -> dict[str, Any]:
-        shape, act, name, batch = SHAPES[cell["shape"]], ACTIVATIONS[cell["shape"]], cell["kernel"], cell["batch"]
-        # a layer's weights are more than any cache holds; four of them leave nothing of the first when its turn comes
-        size = shape["intermediate_size"], shape["hidden_size"], cell["rank"]
-        layers = [make_layer(*size, "cuda") for _ in range(4)]
-        width, hidden = layers[0].gate.shape
+        shape, name, batch = SHAPES[cell["shape"]], cell["kernel"], cell["batch"]
+        width, hidden = shape["intermediate_size"], shape["hidden_size"]
         if name.startswith("dense"):
-            x = torch.randn(batch, hidden if name == "dense_gate_or_up" else width, device="cuda", dtype=torch.bfloat16)
-            weights = [layer.gate if name == "dense_gate_or_up" else layer.down.T for layer in layers]
+            columns, rows = (hidden, width) if name == "dense_gate_or_up" else (width, hidden)
+            x = torch.randn(batch, columns, device=DEVICE, dtype=torch.bfloat16)
+            weights = [torch.randn(rows, columns, device=DEVICE, dtype=torch.bfloat16) for _ in range(4)]
             return self._row(microseconds([partial(F.linear, x, weight) for weight in weights]), width * hidden * 2)
-        same = [jobs(layer, batch, act, cell["sparsity"])[name] for layer in layers]
+        same = _jobs(cell, 4 if GPU else 1)
         check(name, same[0])
-        needed = round(statistics.mean(job.bytes for job in same))
-        row = self._row(microseconds([job.run for job in same]), needed)
-        row["sweep"] = []
-        for config in configs(same[0].key, cell["trials"]) if cell["trials"] else []:
+        key, needed = same[0].key, round(statistics.mean(job.bytes for job in same))
+        row = {"key": key, **self._row(microseconds([job.run for job in same]), needed), "sweep": []}
+        tried = configs(key, batch, cell["trials"]) if cell["trials"] else []
+        if tried and GPU:
+            compile_ahead(cell, tried)
+        for config in tried:
             try:
-                with tiles().configured(same[0].key, **config):
-                    row["sweep"].append({**self._row(microseconds([job.run for job in same]), needed), **config})
+                with tiles().configured(key, **config):
+                    check(name, same[0])
+                    row["sweep"].append(
+                        {**self._row(microseconds([job.run for job in same]), needed), "config": config}
+                    )
             except Exception as error:  # a tile that does not fit says so in many ways
-                row["sweep"].append({**config, "refused": type(error).__name__})
-                torch.cuda.synchronize()
-        row["best"] = min(
-            (each for each in row["sweep"] if "microseconds" in each), key=lambda e: e["microseconds"], default=None
-        )
+                row["sweep"].append({"config": config, "refused": type(error).__name__})
+        timed = [each for each in row["sweep"] if "microseconds" in each]
+        row["best"] = min(timed, key=lambda each: each["microseconds"], default=None)
         return row
 
     def _row(self, time: float, needed: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What the Triton kernels share.
 
-Decoding is bound by reading weights, so each kernel reads a needed row once for all sequences that share it: for one
-or two sequences as a broadcast product, from `DOT_FROM` sequences on as a matrix product padded to 16. Rows are
+Decoding is bound by reading weights, so each kernel reads a needed row once for all sequences that share it: for
+few sequences as a broadcast product, for more as a matrix product padded to 16. Rows are
 contiguous, columns are the fast axis. Grids follow from shapes alone and nothing is read back from the device, so the
 launchers can be captured in a CUDA graph or traced by torch.compile. Kernels take their tensors one by one, as Triton
 wants them.
@@ -12,48 +12,42 @@ wants them.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 
-# Defaults by reasoning, not yet measured on hardware; `benchmarks/run.py kernels` measures others.
-# PROGRAMS: how many programs the rows are split for. Keys in capitals are for the launchers and kernels.
-CONFIGS: dict[str, dict[str, int]] = {
-    "gate_up": {"BLOCK_ROWS": 16, "BLOCK_COLS": 128, "DOT_FROM": 3, "num_warps": 4, "num_stages": 3},
-    "down": {
-        "BLOCK_ROWS": 16,
-        "BLOCK_COLS": 256,
-        "DOT_FROM": 3,
-        "PROGRAMS": 512,
-        "num_warps": 4,
-        "num_stages": 3,
-    },
-    "input_sparse": {
-        "BLOCK_ROWS": 16,
-        "BLOCK_COLS": 256,
-        "DOT_FROM": 3,
-        "PROGRAMS": 512,
-        "num_warps": 4,
-        "num_stages": 3,
-    },
-    "products": {"BLOCK_ROWS": 16, "BLOCK_COLS": 128, "DOT_FROM": 3, "num_warps": 4, "num_stages": 3},
-    "sums": {"BLOCK_ROWS": 16, "BLOCK_COLS": 128, "DOT_FROM": 3, "PROGRAMS": 512, "num_warps": 4, "num_stages": 3},
-    "compact": {"BLOCK": 2048, "num_warps": 8},
-    "sum_splits": {"BLOCK": 64, "BLOCK_SPLITS": 32, "num_warps": 4},
+# Launch settings of each operation by how many sequences there are, up to the number that names them: measured by
+# `benchmarks/gpu.py sweep`, which writes the file. PROGRAMS: how many programs the rows are split for. DOT: whether
+# matrices are multiplied. Keys in capitals are for the launchers and kernels.
+Config = dict[str, int]
+CONFIGS: dict[str, dict[int, Config]] = {
+    operation: {int(most): values for most, values in by_batch.items()}
+    for operation, by_batch in json.loads(Path(__file__).with_name("tuned.json").read_text())["configs"].items()
 }
 
 # the interpreter multiplies bfloat16 matrices as if their bits were integers, so there they are widened first
 WIDEN = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def config_of(operation: str, B: int = 1) -> Config:
+    """The launch settings of an operation on B sequences; those of the most there are for any larger batch."""
+    by_batch = CONFIGS[operation]
+    for most in by_batch:  # from few to many
+        if most >= B:
+            break
+    return by_batch[most]
+
+
 @contextlib.contextmanager
 def configured(operation: str, **values: int) -> Iterator[None]:
-    """Inside, an operation is launched with these values in place of `CONFIGS`' own."""
+    """Inside, an operation is launched with these values in place of its own, whatever the batch."""
     before = CONFIGS[operation]
-    CONFIGS[operation] = {**before, **values}
+    CONFIGS[operation] = {most: {**config, **values} for most, config in before.items()}
     try:
         yield
     finally:
@@ -67,15 +61,13 @@ def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device_of(x)
 
 
-def padded_batch(B: int, dot_from: int) -> tuple[int, bool]:
-    """Sequences a program is padded to, and whether it multiplies matrices."""
-    if dot_from <= B:
-        return 16, True
-    return (1 if B == 1 else 2 if B == 2 else 4 if B <= 4 else 8 if B <= 8 else 16), False
+def padded_batch(B: int, dot: bool) -> int:
+    """Sequences a program is padded to; matrices are multiplied from 16 on."""
+    return 16 if dot or B > 8 else 8 if B > 4 else 4 if B > 2 else B
 
 
-def launch_options(operation: str) -> dict[str, int]:
-    return {key: value for key, value in CONFIGS[operation].items() if key not in ("DOT_FROM", "PROGRAMS")}
+def launch_options(config: Config) -> Config:
+    return {key: value for key, value in config.items() if key not in ("DOT", "PROGRAMS")}
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from caprese.kernels.dispatch import Rows
 from caprese.kernels.gate_up.triton import gate_up
-from caprese.kernels.tiles import CONFIGS, on_device
+from caprese.kernels.tiles import config_of, on_device
 
 
 @triton.jit
@@ -59,6 +59,6 @@ def cats_select(
             count,
             width,
             ONE_THRESHOLD=one,
-            **CONFIGS["compact"],
+            **config_of("compact"),
         )
     return kept, index, count

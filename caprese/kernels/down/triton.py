@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from caprese.kernels.dispatch import Rows
-from caprese.kernels.tiles import CONFIGS, WIDEN, launch_options, on_device, padded_batch
+from caprese.kernels.tiles import WIDEN, config_of, launch_options, on_device, padded_batch
 
 
 @triton.jit
@@ -192,9 +192,11 @@ def split_down(
     operation: str,
 ) -> torch.Tensor:
     """`down`, or with a threshold `input_sparse`: parts of the rows side by side, then their sum."""
-    config, (index, count) = CONFIGS[operation], rows
+    index, count = rows
     z = z.contiguous()
     B = z.shape[0]
+    config = config_of(operation, B)
+    dot = bool(config["DOT"])
     k = weight.shape[0] if index is None else index.shape[1]
     D = weight.shape[1]
     r = 0 if right is None else right.shape[0]
@@ -209,7 +211,6 @@ def split_down(
     splits = max(1, min(wanted, triton.cdiv(k, config["BLOCK_ROWS"])))
     each = triton.cdiv(triton.cdiv(k, splits), config["BLOCK_ROWS"]) * config["BLOCK_ROWS"]
     tail_splits = 0 if r == 0 else triton.cdiv(r, max(each, config["BLOCK_ROWS"]))
-    batch, dot = padded_batch(B, config["DOT_FROM"])
     if not atomic:
         parts = torch.empty(splits + tail_splits, B, D, dtype=torch.float32, device=z.device)
     elif bias is None:
@@ -238,14 +239,14 @@ def split_down(
             OWN=own,
             SPARSE=threshold is not None,
             ATOMIC=atomic,
-            BATCH=batch,
+            BATCH=padded_batch(B, dot),
             DOT=dot,
             WIDEN=WIDEN,
-            **launch_options(operation),
+            **launch_options(config),
         )
         if atomic:
             return parts.to(z.dtype)
-        total = CONFIGS["sum_splits"]
+        total = config_of("sum_splits")
         _sum_splits[(triton.cdiv(B * D, total["BLOCK"]),)](
             parts, z if bias is None else bias.contiguous(), y, B * D, D, splits + tail_splits,
             HAS_BIAS=bias is not None, **total,

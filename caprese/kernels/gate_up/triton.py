@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from caprese.kernels.dispatch import Rows
-from caprese.kernels.tiles import CONFIGS, WIDEN, activation, launch_options, on_device, padded_batch, row_products
+from caprese.kernels.tiles import WIDEN, activation, config_of, launch_options, on_device, padded_batch, row_products
 
 
 @triton.jit
@@ -114,14 +114,15 @@ def gate_up(
     a: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `kernels.gate_up`."""
-    config, (index, count), (gate_bias, up_bias) = CONFIGS["gate_up"], rows, biases
+    (index, count), (gate_bias, up_bias) = rows, biases
     x = x.contiguous()
     B, D = x.shape
     k = up.shape[0] if index is None else index.shape[1]
     r = 0 if left is None else left.shape[0]
     z = torch.empty(B, k + r, dtype=x.dtype, device=x.device)
     own = index is not None and index.shape[0] > 1
-    batch, dot = padded_batch(B, config["DOT_FROM"])
+    config = config_of("gate_up", B)
+    dot = bool(config["DOT"])
     programs = triton.cdiv(k, config["BLOCK_ROWS"]) * (B if own else 1) + triton.cdiv(r, config["BLOCK_ROWS"])
     if programs == 0:
         return z
@@ -153,9 +154,9 @@ def gate_up(
             HAS_COUNT=count is not None,
             OWN=own,
             ACT=act,
-            BATCH=batch,
+            BATCH=padded_batch(B, dot),
             DOT=dot,
             WIDEN=WIDEN,
-            **launch_options("gate_up"),
+            **launch_options(config),
         )
     return z

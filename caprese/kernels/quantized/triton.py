@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from caprese.kernels.quantized.codes import GROUP, QuantizedRows
-from caprese.kernels.tiles import CONFIGS, WIDEN, launch_options, on_device, padded_batch
+from caprese.kernels.tiles import WIDEN, config_of, launch_options, on_device, padded_batch
 
 
 @triton.jit
@@ -165,36 +165,36 @@ def _sums(
 
 def products(x: torch.Tensor, weight: QuantizedRows, rows: torch.Tensor | None = None) -> torch.Tensor:
     """See `kernels.products`."""
-    config = CONFIGS["products"]
     x = x.contiguous()
+    config = config_of(f"products_q{weight.bits}", len(x))
     k = len(weight) if rows is None else len(rows)
     y = torch.empty(len(x), k, dtype=x.dtype, device=x.device)
-    batch, dot = padded_batch(len(x), config["DOT_FROM"])
+    dot = bool(config["DOT"])
     if k == 0:
         return y
     with on_device(x):
         _products[(triton.cdiv(k, config["BLOCK_ROWS"]),)](
             x, weight.codes, weight.scales, weight.codes if rows is None else rows, y, len(x), weight.columns, k,
-            HAS_ROWS=rows is not None, BITS=weight.bits, GROUP=GROUP, BATCH=batch, DOT=dot, WIDEN=WIDEN,
-            **launch_options("products"),
+            HAS_ROWS=rows is not None, BITS=weight.bits, GROUP=GROUP, BATCH=padded_batch(len(x), dot), DOT=dot,
+            WIDEN=WIDEN, **launch_options(config),
         )  # fmt: skip
     return y
 
 
 def sums(z: torch.Tensor, weight: QuantizedRows, rows: torch.Tensor | None = None) -> torch.Tensor:
     """See `kernels.sums`."""
-    config = CONFIGS["sums"]
     z = z.contiguous()
     B, k = z.shape
+    config = config_of(f"sums_q{weight.bits}", B)
     blocks = triton.cdiv(weight.codes.shape[1], config["BLOCK_COLS"])
     splits = max(1, min(triton.cdiv(config["PROGRAMS"], blocks), triton.cdiv(k, config["BLOCK_ROWS"])))
     each = max(1, triton.cdiv(triton.cdiv(k, splits), config["BLOCK_ROWS"])) * config["BLOCK_ROWS"]
     parts = torch.empty(splits, B, weight.columns, dtype=torch.float32, device=z.device)
-    batch, dot = padded_batch(B, config["DOT_FROM"])
+    dot = bool(config["DOT"])
     with on_device(z):
         _sums[(blocks, splits)](
             z, weight.codes, weight.scales, weight.codes if rows is None else rows, parts, B, weight.columns, k, each,
-            HAS_ROWS=rows is not None, BITS=weight.bits, GROUP=GROUP, BATCH=batch, DOT=dot, WIDEN=WIDEN,
-            **launch_options("sums"),
+            HAS_ROWS=rows is not None, BITS=weight.bits, GROUP=GROUP, BATCH=padded_batch(B, dot), DOT=dot,
+            WIDEN=WIDEN, **launch_options(config),
         )  # fmt: skip
     return parts.sum(0).to(z.dtype)

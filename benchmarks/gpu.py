@@ -1,0 +1,137 @@
+"""All that wants a GPU, in one command and in parts, of which a later call does what is left.
+
+    python benchmarks/gpu.py                   every part, in at most 25 minutes on one card
+    python benchmarks/gpu.py sweep kernels     only these; names are those of PARTS
+    python benchmarks/gpu.py --small           the same on small shapes, on whatever there is: to try it
+
+Results are OUTPUT/PART.json, each with its command, and OUTPUT/parts.json says which are done and how long they took.
+What `sweep` finds becomes the kernels' own settings, caprese/kernels/tuned.json. Parts are processes of their own: one
+that fails or is cut off leaves what it has, and the next begins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from caprese.files import write_json
+
+ROOT = Path(__file__).parent.parent
+TUNED = ROOT / "caprese" / "kernels" / "tuned.json"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of benchmarks/run.py, or of pytest."""
+
+    seconds: int
+    """After which it is cut off."""
+    words: tuple[str, ...]
+    """An experiment and its tables; empty: the tests of `TESTS`."""
+    small: tuple[str, ...]
+
+
+PARTS = {
+    "tests": Part(240, (), ()),
+    "sweep": Part(240, ("kernels", "sweep"), ("kernels", "small")),
+    "kernels": Part(180, ("kernels", "llama-3.1-8b", "gemma-2-9b", "qwen2.5-14b"), ("kernels", "small")),
+    "ttnt": Part(420, ("ttnt", "llama-3.1-8b", "lora", "batches"), ("ttnt", "small")),
+    "ttnt-gemma-2-9b": Part(300, ("ttnt", "gemma-2-9b"), ("ttnt", "small")),
+    "ttnt-qwen2.5-14b": Part(300, ("ttnt", "qwen2.5-14b"), ("ttnt", "small")),
+    "layerwise": Part(90, ("throughput", "llama-gpu"), ("throughput", "small")),
+    "end-to-end": Part(120, ("end-to-end", "llama"), ("end-to-end", "small")),
+    "mamba": Part(120, ("context", "batches"), ("context", "small")),
+}
+TESTS = ("tests/test_kernels.py", "tests/test_gpu.py")
+
+
+def count_tests(path: Path) -> dict[str, Any]:
+    """What pytest's XML says: how many passed and were skipped, and the names of those that failed."""
+    suite = next(ElementTree.parse(path).iter("testsuite"))
+    bad = [
+        case for case in suite.iter("testcase") if case.find("failure") is not None or case.find("error") is not None
+    ]
+    skipped = int(suite.get("skipped", 0))
+    failed = [f"{case.get('classname')}.{case.get('name')}" for case in bad]
+    return {"passed": int(suite.get("tests", 0)) - skipped - len(bad), "skipped": skipped, "failed": failed}
+
+
+def tune(sweep: Path, tuned: Path) -> None:
+    """Write the fastest settings of every kernel and batch into the table of the kernels' own."""
+    found, known = json.loads(sweep.read_text()), json.loads(tuned.read_text())
+    best: dict[str, dict[int, Any]] = {}
+    for row in found["rows"]:
+        if row["best"] is not None:
+            best.setdefault(row["key"], {})[row["cell"]["batch"]] = row["best"]["config"]
+    for key, by_batch in best.items():
+        known["configs"][key] = {str(batch): by_batch[batch] for batch in sorted(by_batch)}
+    known["measured"] = {"command": found["command"], **found["environment"]}
+    tuned.write_text(json.dumps(known, indent=1) + "\n")
+
+
+def run(name: str, part: Part, output: Path, small: bool, seconds: float) -> bool:
+    """Whether a part came to its end; what it prints goes on."""
+    result, xml = output / f"{name}.json", output / "tests.xml"
+    script, words = Path(sys.argv[0]).with_name("run.py"), part.small if small else part.words
+    command = [sys.executable, str(script), *words, "--output", str(result)]
+    if not part.words:
+        workers = "2" if small else "8"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", workers, "--dist", "worksteal"]
+        command += [*TESTS, f"--junitxml={xml}"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    if small and name in ("sweep", "kernels"):
+        env["TRITON_INTERPRET"] = "1"
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=env, timeout=seconds).returncode == 0
+    except subprocess.TimeoutExpired:
+        print(f"{name}: cut off after {seconds:.0f} s")
+        return False
+    if xml.exists():
+        write_json(result, {"command": " ".join(["pytest", *TESTS]), **count_tests(xml)})
+        xml.unlink()
+    return done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all that are not done if not said")
+    parser.add_argument("--small", action="store_true", help="on small shapes")
+    parser.add_argument("--minutes", type=float, default=25, help="no part goes on for longer than this in all")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu"))
+    args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        sys.exit(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    output = args.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    known = output / "parts.json"
+    parts: dict[str, Any] = json.loads(known.read_text()) if known.exists() else {}
+    end = time.monotonic() + 60 * args.minutes
+    wanted = args.parts or [name for name in PARTS if not parts.get(name, {}).get("done")]
+    for name in wanted:
+        left = end - time.monotonic()
+        if left < 10:
+            print(f"{name}: no time left; call again for what is left")
+            continue
+        print(f"\n{name}", flush=True)
+        begin = time.monotonic()
+        done = run(name, PARTS[name], output, args.small, min(left, PARTS[name].seconds))
+        if name == "sweep" and done and not args.small:
+            tune(output / "sweep.json", TUNED)
+        parts[name] = {"done": done, "seconds": round(time.monotonic() - begin, 1)}
+        write_json(known, parts)
+    for name in wanted:
+        facts = parts.get(name, {"done": False})
+        print(f"{name:20} {'done' if facts['done'] else 'not done'} {facts.get('seconds', '')}")
+    sys.exit(0 if all(parts.get(name, {}).get("done") for name in wanted) else 1)
+
+
+if __name__ == "__main__":
+    main()
