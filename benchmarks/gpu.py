@@ -12,8 +12,10 @@ that fails or is cut off leaves what it has, and the next begins.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -83,17 +85,24 @@ def run(name: str, part: Part, output: Path, small: bool, seconds: float) -> boo
     script, words = Path(sys.argv[0]).with_name("run.py"), part.small if small else part.words
     command = [sys.executable, str(script), *words, "--output", str(result)]
     if not part.words:
-        workers = "2" if small else "8"
+        workers = str(len(os.sched_getaffinity(0)))
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", workers, "--dist", "worksteal"]
         command += [*TESTS, f"--junitxml={xml}"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     if small and name in ("sweep", "kernels"):
         env["TRITON_INTERPRET"] = "1"
+    process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
     try:
-        done = subprocess.run(command, cwd=ROOT, env=env, timeout=seconds).returncode == 0
+        done = process.wait(seconds) == 0
     except subprocess.TimeoutExpired:
         print(f"{name}: cut off after {seconds:.0f} s")
-        return False
+        done = False
+        process.send_signal(signal.SIGINT)  # what it has, it keeps
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     if xml.exists():
         write_json(result, {"command": " ".join(["pytest", *TESTS]), **count_tests(xml)})
         xml.unlink()

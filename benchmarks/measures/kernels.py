@@ -17,6 +17,7 @@ import contextlib
 import functools
 import importlib
 import itertools
+import json
 import multiprocessing
 import os
 import platform
@@ -119,26 +120,7 @@ def jobs(layer: Layer, batch: int, act: str, sparsity: float) -> dict[str, Job]:
     needed = int((x.float().abs() >= small).any(0).sum())
     needed_z = int((z_all.float().abs() >= small_z).any(0).sum())
 
-    q8, q4 = ([kernels.quantize(w[:k], bits) for w in (layer.up, layer.down)] for bits in (8, 4))
     found = {
-        **{
-            f"products_q{bits}": Job(
-                f"products_q{bits}",
-                lambda w=w: kernels.products(x, w[0]),
-                lambda w=w: naive_products(x.float(), w[0]),
-                w[0].codes.nbytes + w[0].scales.nbytes,
-            )
-            for bits, w in ((8, q8), (4, q4))
-        },
-        **{
-            f"sums_q{bits}": Job(
-                f"sums_q{bits}",
-                lambda w=w: kernels.sums(z[:, :k], w[1]),
-                lambda w=w: naive_sums(z[:, :k].float(), w[1]),
-                w[1].codes.nbytes + w[1].scales.nbytes,
-            )
-            for bits, w in ((8, q8), (4, q4))
-        },
         "gate_up": Job(
             "gate_up",
             lambda: kernels.gate_up(x, layer.gate, layer.up, Rows(shared), act, layer.left),
@@ -182,6 +164,23 @@ def jobs(layer: Layer, batch: int, act: str, sparsity: float) -> dict[str, Job]:
             needed_z * hidden * item,
         ),
     }
+    for bits in (8, 4):
+        rows = kernels.quantize(torch.cat([layer.gate[:k], layer.up[:k]]), bits)
+        columns = kernels.quantize(layer.down[:k], bits)
+        found |= {
+            f"products_q{bits}": Job(
+                f"products_q{bits}",
+                partial(kernels.products, x, rows),
+                partial(naive_products, x.float(), rows),
+                rows.codes.nbytes + rows.scales.nbytes,
+            ),
+            f"sums_q{bits}": Job(
+                f"sums_q{bits}",
+                partial(kernels.sums, z[:, :k], columns),
+                partial(naive_sums, z[:, :k].float(), columns),
+                columns.codes.nbytes + columns.scales.nbytes,
+            ),
+        }
     if batch > 1:
         found["gate_up_own"] = Job(
             "gate_up",
@@ -256,20 +255,24 @@ def configs(key: str, batch: int, trials: int, seed: int = 0) -> list[Config]:
     return [dict(default), *random.Random(seed).sample(every, min(trials, len(every)))]
 
 
-def launch(cell: dict[str, Any], tried: Sequence[Config]) -> None:
-    """Run a cell's kernel once in each of some configs, in a process of its own: what is compiled stays on disk."""
-    job = next(iter(_jobs(cell, 1)))
-    for config in tried:
-        with contextlib.suppress(Exception), tiles().configured(job.key, **config):
-            job.run()
+@functools.lru_cache(1)
+def _known(cell: str) -> Job:
+    return _jobs(json.loads(cell), 1)[0]
 
 
-def compile_ahead(cell: dict[str, Any], tried: Sequence[Config]) -> None:
-    """Have every core compile its share."""
-    workers = min(len(os.sched_getaffinity(0)), len(tried))
-    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for done in [pool.submit(launch, cell, tried[i::workers]) for i in range(workers)]:
-            done.result()
+def launch(cell: str, config: Config) -> None:
+    """Run a cell's kernel in some config, in a process of its own: what is compiled stays on disk."""
+    job = _known(cell)
+    with contextlib.suppress(Exception), tiles().configured(job.key, **config):
+        job.run()
+
+
+@functools.cache
+def compilers() -> concurrent.futures.Executor:
+    """Processes on every core."""
+    return concurrent.futures.ProcessPoolExecutor(
+        len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn"), partial(torch.manual_seed, 0)
+    )
 
 
 @torch.inference_mode()
@@ -313,7 +316,7 @@ class Measure:
         row = {"key": key, **self._row(microseconds([job.run for job in same]), needed), "sweep": []}
         tried = configs(key, batch, cell["trials"]) if cell["trials"] else []
         if tried and GPU:
-            compile_ahead(cell, tried)
+            list(compilers().map(partial(launch, json.dumps(cell)), tried))
         for config in tried:
             try:
                 with tiles().configured(key, **config):
