@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.caprese
 
-.PHONY: help env demo test test-slow test-oldest test-newest llama-cpp mamba-ssm lint format check clean
+.PHONY: help env demo test test-slow test-oldest test-newest gpu llama-cpp mamba-ssm lint format check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -48,6 +48,10 @@ test-oldest: .venv-oldest/.caprese  ## the core of the tests with the oldest ver
 
 test-newest: .venv-newest/.caprese  ## the same with the newest there are
 	$(<D)/bin/python -m pytest -q -n 2 --dist worksteal $(CORE)
+
+# With the Python and torch that are there; PARTS names some of its parts.
+gpu:  ## all that wants a GPU, at most 25 minutes on one card, in parts that a second call goes on with
+	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu.py $(PARTS)
 
 # One source for both: the library that runs the tests, and the converter that belongs to it.
 LLAMA := llama_cpp_python-$(shell sed -n 's/^llama_cpp_python==//p' constraints.txt)

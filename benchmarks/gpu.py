@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import torch
+
 from caprese.files import write_json
 
 ROOT = Path(__file__).parent.parent
@@ -41,13 +43,14 @@ class Part:
     small: tuple[str, ...]
 
 
+# in the order in which they are worth most where time is short
 PARTS = {
     "tests": Part(240, (), ()),
     "sweep": Part(240, ("kernels", "sweep"), ("kernels", "small")),
-    "kernels": Part(180, ("kernels", "llama-3.1-8b", "gemma-2-9b", "qwen2.5-14b"), ("kernels", "small")),
-    "ttnt": Part(420, ("ttnt", "llama-3.1-8b", "lora", "batches"), ("ttnt", "small")),
-    "ttnt-gemma-2-9b": Part(300, ("ttnt", "gemma-2-9b"), ("ttnt", "small")),
-    "ttnt-qwen2.5-14b": Part(300, ("ttnt", "qwen2.5-14b"), ("ttnt", "small")),
+    "kernels": Part(120, ("kernels", "llama-3.1-8b", "gemma-2-9b", "qwen2.5-14b"), ("kernels", "small")),
+    "ttnt": Part(480, ("ttnt", "llama-3.1-8b"), ("ttnt", "small")),
+    "ttnt-gemma-2-9b": Part(240, ("ttnt", "gemma-2-9b"), ("ttnt", "small")),
+    "ttnt-qwen2.5-14b": Part(240, ("ttnt", "qwen2.5-14b"), ("ttnt", "small")),
     "layerwise": Part(90, ("throughput", "llama-gpu"), ("throughput", "small")),
     "end-to-end": Part(120, ("end-to-end", "llama"), ("end-to-end", "small")),
     "mamba": Part(120, ("context", "batches"), ("context", "small")),
@@ -75,7 +78,7 @@ def tune(sweep: Path, tuned: Path) -> None:
             best.setdefault(row["key"], {})[row["cell"]["batch"]] = row["best"]["config"]
     for key, by_batch in best.items():
         known["configs"][key] = {str(batch): by_batch[batch] for batch in sorted(by_batch)}
-    known["measured"] = {"command": found["command"], **found["environment"]}
+    known["measured"] = {"command": found["command"], **found["environment"], "operations": sorted(best)}
     tuned.write_text(json.dumps(known, indent=1) + "\n")
 
 
@@ -83,7 +86,7 @@ def run(name: str, part: Part, output: Path, small: bool, seconds: float) -> boo
     """Whether a part came to its end; what it prints goes on."""
     result, xml = output / f"{name}.json", output / "tests.xml"
     script, words = Path(sys.argv[0]).with_name("run.py"), part.small if small else part.words
-    command = [sys.executable, str(script), *words, "--output", str(result)]
+    command = [sys.executable, str(script), *words, "--output", os.path.relpath(result, ROOT)]
     if not part.words:
         workers = str(len(os.sched_getaffinity(0)))
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", workers, "--dist", "worksteal"]
@@ -104,7 +107,8 @@ def run(name: str, part: Part, output: Path, small: bool, seconds: float) -> boo
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     if xml.exists():
-        write_json(result, {"command": " ".join(["pytest", *TESTS]), **count_tests(xml)})
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        write_json(result, {"command": " ".join(["pytest", *TESTS]), "device": device, **count_tests(xml)})
         xml.unlink()
     return done
 
@@ -132,7 +136,7 @@ def main() -> None:
         print(f"\n{name}", flush=True)
         begin = time.monotonic()
         done = run(name, PARTS[name], output, args.small, min(left, PARTS[name].seconds))
-        if name == "sweep" and done and not args.small:
+        if name == "sweep" and (output / "sweep.json").exists() and not args.small:
             tune(output / "sweep.json", TUNED)
         parts[name] = {"done": done, "seconds": round(time.monotonic() - begin, 1)}
         write_json(known, parts)

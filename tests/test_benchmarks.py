@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -120,3 +121,64 @@ def test_what_another_wrote_is_not_replaced(runner, tmp_path, monkeypatch):
     (tmp_path / "out.json").write_text(json.dumps({"rows": {"dense": {}}}))
     with pytest.raises(SystemExit, match="holds something else"):
         call(runner, monkeypatch, "squares", "--output", str(tmp_path / "out.json"))
+
+
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_lists_stand_for_each_of_their_values():
+    experiment = {"settings": {"x": 0, "y": 5, "z": 1}, "tables": {"t": [{"x": [1, 2], "z": [3, 4]}, {}]}}
+    cells = script("run").cells_of(experiment, "t")
+    assert [tuple(c.values()) for c in cells] == [(1, 5, 3), (1, 5, 4), (2, 5, 3), (2, 5, 4), (0, 5, 1)]
+
+
+def test_parts_of_gpu_in_small(tmp_path):
+    """A part that is done is not done again; one that fails leaves the others."""
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--small", "--output", str(tmp_path)]
+    done = subprocess.run([*command, "layerwise", "mamba"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for part in ("layerwise", "mamba"):
+        found = json.loads((tmp_path / f"{part}.json").read_text())
+        assert found["rows"] and "--output" in found["command"]
+    parts = json.loads((tmp_path / "parts.json").read_text())
+    assert {name: facts["done"] for name, facts in parts.items()} == {"layerwise": True, "mamba": True}
+    (tmp_path / "end-to-end.json").write_text(json.dumps({"rows": {}}))  # something else, which is not replaced
+    again = subprocess.run([*command, "--minutes", "0.4", "end-to-end"], capture_output=True, text=True)
+    assert again.returncode == 1 and "holds something else" in again.stderr
+    assert json.loads((tmp_path / "parts.json").read_text())["layerwise"]["done"]
+    assert subprocess.run([*command, "sweeps"], capture_output=True).returncode == 1
+
+
+def test_the_sweep_becomes_the_kernels_own(tmp_path):
+    gpu = script("gpu")
+    tuned, sweep = tmp_path / "tuned.json", tmp_path / "sweep.json"
+    tuned.write_text(gpu.TUNED.read_text())
+    best = {"microseconds": 1.0, "config": {"BLOCK_ROWS": 8, "DOT": 1}}
+    rows = [{"cell": {"batch": b}, "key": "sums_q4", "best": best if b == 4 else None} for b in (1, 4)]
+    sweep.write_text(json.dumps({"command": "c", "environment": {"device": "d"}, "rows": rows}))
+    gpu.tune(sweep, tuned)
+    before, after = json.loads(gpu.TUNED.read_text()), json.loads(tuned.read_text())
+    assert after["configs"].pop("sums_q4") == {"4": best["config"]} and after["measured"]["operations"] == ["sums_q4"]
+    assert after["configs"].items() <= before["configs"].items()
+
+
+def test_what_pytest_found_is_counted(tmp_path):
+    (tmp_path / "test_x.py").write_text(
+        "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\n@pytest.mark.skip\ndef test_c(): pass\n"
+    )
+    subprocess.run([sys.executable, "-m", "pytest", "-q", "--junitxml=x.xml"], cwd=tmp_path, capture_output=True)
+    assert script("gpu").count_tests(tmp_path / "x.xml") == {"passed": 1, "skipped": 1, "failed": ["test_x.test_b"]}
+
+
+@pytest.mark.slow
+def test_every_part_of_gpu_in_small(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--small", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert {path.stem for path in tmp_path.glob("*.json")} == {"parts", *script("gpu").PARTS}

@@ -270,9 +270,7 @@ def launch(cell: str, config: Config) -> None:
 @functools.cache
 def compilers() -> concurrent.futures.Executor:
     """Processes on every core."""
-    return concurrent.futures.ProcessPoolExecutor(
-        len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn"), partial(torch.manual_seed, 0)
-    )
+    return concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn"))
 
 
 @torch.inference_mode()
