@@ -182,3 +182,21 @@ def test_every_part_of_gpu_in_small(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert {path.stem for path in tmp_path.glob("*.json")} == {"parts", *script("gpu").PARTS}
+
+
+def test_the_pareto_plot(tmp_path):
+    pareto = script("pareto")
+    kl = {"test": {"kl": 0.5}, "elsewhere": {"kl": 0.7}}
+    less = {"test": {"kl": 0.1}, "elsewhere": {"kl": 0.2}}
+    none = {"test": {"kl": 0.0}, "elsewhere": {"kl": 0.0}}
+    times = {"fused": {"ttnt_ms": 5.0}, "dense": {"ttnt_ms": 9.0}}
+    rows = [
+        {"cell": {"method": "q4"}, "efficient": kl, **times},
+        {"cell": {"method": "none"}, "efficient": none, **times},
+        {"cell": {"method": "q4"}, "efficient": kl, "recovered": less},
+        {"cell": {"method": "untimed"}, "efficient": kl, "recovered": less},
+    ]
+    assert pareto.points(rows).keys() == {"q4", "none"}
+    assert pareto.points(rows)["q4"]["recovered"] == {"test": 0.1, "elsewhere": 0.2}
+    pareto.draw(rows, tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 5000

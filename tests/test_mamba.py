@@ -524,13 +524,11 @@ def test_no_fraction_above_0_is_pure_mamba():
         caprese.Mamba(keep_attention=[])
 
 
-def test_time_by_context_is_measured():
-    path = Path(__file__).parents[1] / "benchmarks" / "measures" / "context.py"
-    spec = importlib.util.spec_from_file_location("context", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def test_time_by_context_is_measured(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    module = importlib.import_module("measures.context")
     model = caprese.apply(tiny_llama(), caprese.Mamba(keep_attention=[0]))
-    measured = module.measure(model, 64, {1, 2}, 2)
+    measured = module.measure(model, 64, {1, 2}, 2, 2)
     assert measured["mixed"]["cache_bytes"] < measured["dense"]["cache_bytes"]
 
 

@@ -76,7 +76,8 @@ def apply(
         for i, own in layers.items():
             wrapper = EfficientFFN.put_on(sites[i], own, facts[i], phases)
             phases.undo += attention_hooks(sites[i], wrapper)
-            phases.undo += [method.install(sites[i], unwrap(model).config, phases) for method in own]
+            config = unwrap(model).config
+            phases.undo += [method.install(sites[i], config, phases, facts[i].get(method.name)) for method in own]
         phases.undo += [method.install_head(unwrap(model), phases) for method in chosen]
         phases.undo += attach(unwrap(model), phases)
         phases.undo += always_cached(model)

@@ -129,7 +129,7 @@ class Method(BaseModel):
 
     def attention_statistic(self, inputs: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
         """The same from the inputs of the attention's linear layers, each [B, T, ...]; asked of methods that act on
-        attention and learn from samples, and put behind `statistic`."""
+        attention or its projections and learn from samples, and put behind `statistic`."""
         raise NotImplementedError
 
     def calibrated(self, statistic: torch.Tensor, ffn: FFN | PackedFFN) -> torch.Tensor:
@@ -185,13 +185,16 @@ class Method(BaseModel):
         """A method that reads as much as this one does when `batch` sequences decode together."""
         return self
 
-    def install(self, site: Site, config: Any, phases: Acting) -> Callable[[], None]:
+    def install(
+        self, site: Site, config: Any, phases: Acting, choice: torch.Tensor | None = None
+    ) -> Callable[[], None]:
         """Put what it trains into one layer, a `StandIn`, or something in the place of its attention's linear layers;
         returns the undoing.
 
         Args:
             config: the model's.
             phases: what the layers share; it knows which of them are to act.
+            choice: this layer's, of methods that learn from samples.
 
         Raises:
             CapreseError: the method is not settled yet (see `undecided`), or the layer is not of a kind it knows.

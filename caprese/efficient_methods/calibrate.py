@@ -69,9 +69,10 @@ def calibrate(
         sums: dict[int, torch.Tensor] = {}
         wanted = {i: own for i, own in layers.items() if any(m.name == method.name for m in own)}
         fits = type(method).fit is not Method.fit
+        attention = bool(method.acts_on & {"attention", "projections"})
         capture: _Capture | None = None
         for batch in batches:
-            with _Capture(model, [sites[i] for i in wanted], "attention" in method.acts_on) as seen:
+            with _Capture(model, [sites[i] for i in wanted], attention) as seen:
                 unwrap(model).get_decoder()(**batch.inputs(device_of(model)), use_cache=False)
             mask = batch.completion().to(device_of(model))
             for i, own in wanted.items():
@@ -82,7 +83,7 @@ def calibrate(
                 one = next(m for m in own if m.name == method.name)
                 with torch.autocast(x.device.type, enabled=False):  # it would round sums over tokens
                     new = one.statistic(x, a[..., left], z[..., left], mask)
-                    if "attention" in method.acts_on:
+                    if attention:
                         new = torch.cat([new, one.attention_statistic(seen.attention[i], mask)], -1)
                     new = new.sum(0, keepdim=True)
                 sums[i] = sums[i] + new if i in sums else new

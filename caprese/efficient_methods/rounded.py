@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import nn
 
-from caprese.efficient_methods.base import Method, Part, Reads
+from caprese.efficient_methods.base import Method, Part, Reads, Source
 from caprese.efficient_methods.passes import NO_DENSE
 from caprese.efficient_methods.stand_in import Acting
 from caprese.errors import CapreseError
@@ -43,8 +43,8 @@ class _Rounded(Method):
     def reads_weights(self) -> bool:
         return True
 
-    def store(self, weight: torch.Tensor) -> QuantizedRows:
-        """A weight [R, C] in few bits.
+    def store(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> QuantizedRows:
+        """A weight [R, C] in few bits; importance [C], see `quantize`.
 
         Raises:
             CapreseError: 4 bits of columns that are no multiple of 32.
@@ -53,16 +53,28 @@ class _Rounded(Method):
             raise CapreseError(
                 f"{self.name} stores weights in groups of {GROUP} columns, and one here has {weight.shape[1]}; use q8"
             )
-        return quantize(weight, self.bits)
+        if importance is not None:  # a channel that samples never use still counts a little: other texts may
+            importance = importance.clamp_min(1e-3 * importance.mean().clamp_min(torch.finfo(importance.dtype).tiny))
+        return quantize(weight, self.bits, importance)
 
     def transform(self, ffn: FFN | PackedFFN, choice: torch.Tensor | None) -> FFN | PackedFFN:
-        return QuantizedFFN(ffn, self.store) if "weights" in self.acts_on else ffn
+        if "weights" not in self.acts_on:
+            return ffn
+        return QuantizedFFN(ffn, self.store, None if choice is None else choice.flatten()[: ffn.hidden_size])
 
-    def install(self, site: Site, config: Any, phases: Acting) -> Callable[[], None]:
+    def install(
+        self, site: Site, config: Any, phases: Acting, choice: torch.Tensor | None = None
+    ) -> Callable[[], None]:
         if "projections" not in self.acts_on:
             return lambda: None
         linears = site.attention_linears()
-        undo = [_Linear.put_on(at, self.store(linear_weights(at)[0]), phases, site.index) for at in linears]
+        weights = [linear_weights(at)[0] for at in linears]
+        importance: Sequence[torch.Tensor | None] = [None] * len(weights)
+        if choice is not None:
+            sizes = [weight.shape[1] for weight in weights]
+            importance = choice.flatten()[-sum(sizes) :].split(sizes)
+        stored = [self.store(*each) for each in zip(weights, importance, strict=True)]
+        undo = [_Linear.put_on(at, one, phases, site.index) for at, one in zip(linears, stored, strict=True)]
         return functools.partial(_all, undo)
 
     def install_head(self, model: Any, phases: Acting) -> Callable[[], None]:
@@ -103,6 +115,29 @@ class Q4(_Rounded):
     summary: ClassVar[str] = "linear weights in 4 bits by groups of 32, of which neurons can be chosen"
     bits: ClassVar[int] = 4
     stored: ClassVar[float] = 4.5  # 4 and a bfloat16 scale for 32 weights
+
+    scales: Literal["plain", "calibrated"] = "plain"
+    """calibrated: an error counts by its input channel's mean square on calibration samples, as in llama.cpp's
+    importance matrix; of down, whose groups lie along its outputs, and of the head all count the same."""
+
+    @property
+    def learns(self) -> frozenset[Source]:
+        return frozenset({"samples"} if self.scales == "calibrated" else ())
+
+    def statistic(self, x: torch.Tensor, a: torch.Tensor, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Sum of x^2 over tokens, [B, D]; nothing where FFNs keep their bits."""
+        return _squares(x, mask) if "weights" in self.acts_on else x.new_zeros(len(x), 0)
+
+    def attention_statistic(self, inputs: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+        return torch.cat([_squares(x.flatten(2), mask) for x in inputs], -1)
+
+    def calibrated(self, statistic: torch.Tensor, ffn: FFN | PackedFFN) -> torch.Tensor:
+        return statistic / statistic.mean().clamp_min(torch.finfo(statistic.dtype).tiny)
+
+
+def _squares(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * mask[..., None]).square().sum(1)
 
 
 def _all(undo: list[Callable[[], None]]) -> None:

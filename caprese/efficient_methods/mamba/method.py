@@ -97,7 +97,9 @@ class Mamba(Method):
             raise CapreseError("keep_attention leaves no layer to replace; keep fewer")
         return replaced
 
-    def install(self, site: Site, config: Any, phases: Acting) -> Callable[[], None]:
+    def install(
+        self, site: Site, config: Any, phases: Acting, choice: torch.Tensor | None = None
+    ) -> Callable[[], None]:
         """A mixer in place of a layer's attention."""
         if self.undecided:
             raise CapreseError(

@@ -25,15 +25,24 @@ class QuantizedFFN(PackedFFN):
     first: QuantizedRows
     second: QuantizedRows
 
-    def __init__(self, ffn: FFN | PackedFFN, store: Callable[[torch.Tensor], QuantizedRows]) -> None:
-        """store: quantises one weight [R, C]."""
+    def __init__(
+        self,
+        ffn: FFN | PackedFFN,
+        store: Callable[[torch.Tensor, torch.Tensor | None], QuantizedRows],
+        importance: torch.Tensor | None = None,
+    ) -> None:
+        """
+        Args:
+            store: quantises a weight [R, C] by the importance of its columns.
+            importance: [D], of the input's channels.
+        """
         nn.Module.__init__(self)
         w = ffn.weights()
         self.gated, self.fused = ffn.gated, ffn.fused
         self.hidden_size, self.width, self.act = ffn.hidden_size, ffn.width, ffn.act
         self.dtype: torch.dtype = w.up.dtype
-        self.first = store(w.up if w.gate is None else torch.cat([w.gate, w.up]))
-        self.second = store(w.down.T)
+        self.first = store(w.up if w.gate is None else torch.cat([w.gate, w.up]), importance)
+        self.second = store(w.down.T, None)
         bias = w.up_bias if w.gate_bias is None or w.up_bias is None else torch.cat([w.gate_bias, w.up_bias])
         self.register_buffer("bias", bias, persistent=False)
         self.register_buffer("down_bias", w.down_bias, persistent=False)
