@@ -99,6 +99,15 @@ def test_the_branch_matters() -> None:
     same(answer(model, PROMPT), with_branch)
 
 
+def test_in_inference_mode() -> None:
+    """A model that is made there, whose tensors count no changes."""
+    before = answer(applied("llama", "griffin:0.5"), PROMPT)
+    with torch.inference_mode():
+        model = applied("llama", "griffin:0.5")
+        caprese.fuse(model)
+        same(answer(model, PROMPT), before)
+
+
 def test_follows_the_adapter() -> None:
     """Another adapter, two at once, other weights, none: fused is what unfused would be."""
     model = applied("llama", "griffin:0.5", rank=2)

@@ -40,8 +40,8 @@ def rounded_copy(text: str, tied: bool = True) -> Any:
     linears = []
     for site in find_ffns(model):
         ffn, attention = list(site.ffn.linears().items()), site.attention_linears()
-        linears += [(name, linear) for name, linear in ffn if method.where != "attention"]
-        linears += [("", linear) for linear in attention if method.where != "ffn"]
+        linears += [(name, linear) for name, linear in ffn if method.where in ("all", "ffn")]
+        linears += [("", linear) for linear in attention if method.where in ("all", "attention")]
     linears += [("", model.lm_head)] if method.head else []
     for name, linear in linears:
         weight = linear.weight.data
@@ -52,7 +52,10 @@ def rounded_copy(text: str, tied: bool = True) -> Any:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("text", ["q8", "q4", "q8:where=ffn", "q4:where=attention", "q8:head=true", "q4:head=true"])
+@pytest.mark.parametrize(
+    "text",
+    ["q8", "q4", "q8:where=ffn", "q4:where=attention", "q8:head=true", "q4:head=true", "q8:where=none:head=true"],
+)
 def test_it_is_the_model_with_rounded_weights(text: str, tied: bool) -> None:
     model = caprese.apply(tiny_llama(tie_word_embeddings=tied), methods(text), prefill="efficient")
     with torch.no_grad():
@@ -82,6 +85,9 @@ def test_prompts_run_dense() -> None:
 def test_what_goes_together() -> None:
     assert refusal(*methods("q4:where=ffn+q8:where=attention")) is None
     assert "same part" in str(refusal(*methods("q4+q8")))
+    assert refusal(*methods("q4+q8:where=none:head=true")) is None
+    with pytest.raises(caprese.CapreseError, match="leaves nothing to store in few bits; add head=true"):
+        methods("q8:where=none")
     for other in ("griffin", "cats", "static:0.3", "teal:0.4"):
         assert refusal(*methods(f"q8+{other}")) is None
     assert "replaces the attention" in str(refusal(*methods("q8+mamba")))

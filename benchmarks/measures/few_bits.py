@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 import caprese
@@ -74,7 +73,6 @@ class Measure:
 
     def _times(self, cell: dict[str, Any], methods: Any) -> dict[str, Any]:
         model, _ = caprese.load_base(cell["model"], dtype="bfloat16")
-        with torch.inference_mode():
-            found = bench(model, methods, rank=32, rows=["dense", "fused"], new_tokens=cell["new_tokens"])
+        found = bench(model, methods, rank=32, rows=["dense", "fused"], new_tokens=cell["new_tokens"])
         rows = {each["name"]: each for each in found["rows"]}
         return {name: {key: each[key] for key in ("ttnt_ms", "spread_ms")} for name, each in rows.items()}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
+from pydantic import model_validator
 from torch import nn
 
 from caprese.efficient_methods.base import Method, Part, Reads, Source
@@ -21,6 +22,7 @@ _PARTS: dict[str, frozenset[Part]] = {
     "ffn": frozenset({"weights"}),
     "attention": frozenset({"projections"}),
     "all": frozenset({"weights", "projections"}),
+    "none": frozenset(),
 }
 
 
@@ -30,10 +32,16 @@ class _Rounded(Method):
     stored: ClassVar[float]
     """Bits of a weight, scales and all."""
 
-    where: Literal["ffn", "attention", "all"] = "all"
-    """Which linear layers of a decoder layer."""
+    where: Literal["ffn", "attention", "all", "none"] = "all"
+    """Which linear layers of a decoder layer; none leaves the head."""
     head: bool = False
     """The language model head too, and the embedding where the two are one."""
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if self.where == "none" and not self.head:
+            raise ValueError(f"{self.name}: where=none leaves nothing to store in few bits; add head=true")
+        return self
 
     @property
     def acts_on(self) -> frozenset[Part]:
