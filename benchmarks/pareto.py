@@ -1,4 +1,4 @@
-"""Draw KL against time to next token: `python benchmarks/pareto.py RESULTS.json OUTPUT.png`, of run.py few-bits."""
+"""Draw KL against time to next token from run.py few-bits: `python benchmarks/pareto.py RESULTS.json OUTPUT.png`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from matplotlib.figure import Figure
 from caprese.files import write_atomic
 from caprese.report.plots import LIGHT
 
+MARKERS = "os^"
 PANELS = {"test": "prompts of the run's own sources", "elsewhere": "prompts from elsewhere"}
 
 
 def points(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By method: ttnt_ms of the fused step, and KL "efficient" and "recovered" on each kind of prompts."""
+    """By method: "time", of dense in the same run, and KL "efficient" and "recovered" by kind of prompts."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
         at = found.setdefault(row["cell"]["method"], {})
@@ -25,29 +26,29 @@ def points(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         if "recovered" in row:
             at["recovered"] = {kind: row["recovered"][kind]["kl"] for kind in PANELS}
         if "fused" in row:
-            at |= {"ttnt_ms": row["fused"]["ttnt_ms"], "dense_ms": row["dense"]["ttnt_ms"]}
-    return {method: at for method, at in found.items() if "ttnt_ms" in at}
+            at["time"] = row["fused"]["ttnt_ms"] / row["dense"]["ttnt_ms"]
+    return {method: at for method, at in found.items() if "time" in at}
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """One panel for each kind of prompts; an arrow from what a method costs to what recovery leaves of it."""
     with matplotlib.rc_context(LIGHT.style):
-        figure = Figure(figsize=(10, 4.4), layout="constrained")
+        figure = Figure(figsize=(10, 6), layout="constrained")
         for ax, (kind, title) in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS.items(), strict=True):
             for number, (method, at) in enumerate(points(rows).items()):
-                color, x, y = f"C{number % 10}", at["ttnt_ms"], at["efficient"][kind]
+                color, x, y = f"C{number % 10}", at["time"], at["efficient"][kind]
                 if y < 1e-6:  # the dense model itself
-                    ax.axvline(x, linestyle=":", color="grey")
-                    ax.annotate("dense", (x, 2e-3), rotation=90, fontsize=6)
                     continue
-                ax.plot(x, y, "o", color=color, fillstyle="none")
+                marker = MARKERS[number // 10]
+                ax.plot(x, y, marker, color=color, fillstyle="none", label=method)
                 left = at.get("recovered", {}).get(kind)
                 if left is not None:
                     ax.annotate("", (x, left), (x, y), arrowprops={"arrowstyle": "-|>", "color": color})
-                    ax.plot(x, left, "o", color=color)
-                ax.annotate(method, (x, y), (4, 2), textcoords="offset points", fontsize=6)
-            ax.set(yscale="log", xlabel="ms to the next token, fused", title=title)
-        figure.axes[0].set_ylabel("KL(dense || efficient)")
+                    ax.plot(x, left, marker, color=color)
+            ax.set(xlim=(0, 0.4), yscale="log", xlabel="time to next token, of dense bfloat16", title=title)
+        figure.axes[0].set_ylabel("KL(dense || efficient); filled: recovered")
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7)
         write_atomic(path, lambda tmp: figure.savefig(tmp, dpi=150, format="png"))
 
 

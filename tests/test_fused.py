@@ -382,12 +382,14 @@ def test_static_caches_take_turns_compiled() -> None:
 
 
 @pytest.mark.slow
-def test_same_text_on_smollm2() -> None:
+@pytest.mark.parametrize("spec", ["griffin:0.5", "griffin:0.5+q8:head=true", "griffin:0.5+q4:head=true"])
+def test_same_text_on_smollm2(spec: str) -> None:
     """32 prompts, 64 tokens each, float32: to the token."""
     import reasoning_gym
 
     model, tokenizer = caprese.load_base("smollm2-135m", dtype="float32")
-    model = attach_adapter(caprese.apply(model, caprese.Griffin(sparsity=0.5)), 32)
+    methods = [make_method(facts) for facts in parse_methods(spec)]
+    model = attach_adapter(caprese.apply(model, methods), 32)
     torch.manual_seed(0)
     for parameter in branch_parameters(model):
         parameter.data.normal_(0, 0.005)
