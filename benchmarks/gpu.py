@@ -79,20 +79,20 @@ def tune(sweep: Path, tuned: Path) -> None:
     for key, by_batch in best.items():
         known["configs"][key] = {str(batch): by_batch[batch] for batch in sorted(by_batch)}
     known["measured"] = {"command": found["command"], **found["environment"], "operations": sorted(best)}
-    tuned.write_text(json.dumps(known, indent=1) + "\n")
+    write_json(tuned, known)
 
 
 def run(name: str, part: Part, output: Path, small: bool, seconds: float) -> bool:
     """Whether a part came to its end; what it prints goes on."""
     result, xml = output / f"{name}.json", output / "tests.xml"
-    script, words = Path(sys.argv[0]).with_name("run.py"), part.small if small else part.words
-    command = [sys.executable, str(script), *words, "--output", os.path.relpath(result, ROOT)]
+    words = part.small if small else part.words
+    command = [sys.executable, "benchmarks/run.py", *words, "--output", os.path.relpath(result, ROOT)]
     if not part.words:
         workers = str(len(os.sched_getaffinity(0)))
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", workers, "--dist", "worksteal"]
         command += [*TESTS, f"--junitxml={xml}"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    if small and name in ("sweep", "kernels"):
+    if small and name in ("sweep", "kernels") and not torch.cuda.is_available():
         env["TRITON_INTERPRET"] = "1"
     process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
     try:
@@ -125,7 +125,10 @@ def main() -> None:
     output = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     known = output / "parts.json"
-    parts: dict[str, Any] = json.loads(known.read_text()) if known.exists() else {}
+    try:
+        parts: dict[str, Any] = json.loads(known.read_text()) if known.exists() else {}
+    except ValueError:
+        sys.exit(f"{known} is damaged; delete it, and the parts whose results are whole are soon gone through again")
     end = time.monotonic() + 60 * args.minutes
     wanted = args.parts or [name for name in PARTS if not parts.get(name, {}).get("done")]
     for name in wanted:

@@ -153,6 +153,9 @@ def test_parts_of_gpu_in_small(tmp_path):
     assert again.returncode == 1 and "holds something else" in again.stderr
     assert json.loads((tmp_path / "parts.json").read_text())["layerwise"]["done"]
     assert subprocess.run([*command, "sweeps"], capture_output=True).returncode == 1
+    (tmp_path / "parts.json").write_text("{")
+    broken = subprocess.run(command, capture_output=True, text=True)
+    assert broken.returncode == 1 and "parts.json is damaged" in broken.stderr.splitlines()[-1]
 
 
 def test_the_sweep_becomes_the_kernels_own(tmp_path):
