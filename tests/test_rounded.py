@@ -185,6 +185,20 @@ def _rounded_linears(model: Any) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "rounded")]
 
 
+def test_scales_of_another_model_are_refused() -> None:
+    """And where nothing is scaled by its inputs, nothing is learned."""
+    for where in ("all", "ffn", "attention"):
+        chosen = methods(f"q4:scales=calibrated:where={where}")
+        for made, size in ((32, 64), (64, 32)):
+            tokens = [Tokens(IDS, torch.tensor(LENGTHS))]
+            calibration = calibrate(tiny_llama(hidden_size=made), chosen, tokens)
+            model = tiny_llama(hidden_size=size)
+            with pytest.raises(caprese.CapreseError, match="of q4 was made for another model; calibrate again"):
+                caprese.apply(model, chosen, calibration=calibration)
+            assert not applied_ffns(model)
+    caprese.apply(tiny_llama(), methods("q4:scales=calibrated:where=none:head=true"))
+
+
 @pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2"])
 @pytest.mark.parametrize("where", ["all", "ffn", "attention"])
 def test_calibrated_scales_count_errors_by_what_samples_use(where: str, kind: str) -> None:

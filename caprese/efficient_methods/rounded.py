@@ -51,6 +51,10 @@ class _Rounded(Method):
     def reads_weights(self) -> bool:
         return True
 
+    @property
+    def _another(self) -> str:
+        return f"this calibration of {self.name} was made for another model; calibrate again with this one"
+
     def store(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> QuantizedRows:
         """A weight [R, C] in few bits; importance [C], see `quantize`.
 
@@ -68,7 +72,11 @@ class _Rounded(Method):
     def transform(self, ffn: FFN | PackedFFN, choice: torch.Tensor | None) -> FFN | PackedFFN:
         if "weights" not in self.acts_on:
             return ffn
-        return QuantizedFFN(ffn, self.store, None if choice is None else choice.flatten()[: ffn.hidden_size])
+        if choice is None:
+            return QuantizedFFN(ffn, self.store)
+        if choice.numel() < ffn.hidden_size or (self.where == "ffn" and choice.numel() > ffn.hidden_size):
+            raise CapreseError(self._another)
+        return QuantizedFFN(ffn, self.store, choice.flatten()[: ffn.hidden_size])
 
     def install(
         self, site: Site, config: Any, phases: Acting, choice: torch.Tensor | None = None
@@ -80,6 +88,8 @@ class _Rounded(Method):
         importance: Sequence[torch.Tensor | None] = [None] * len(weights)
         if choice is not None:
             sizes = [weight.shape[1] for weight in weights]
+            if choice.numel() != sum(sizes) + (site.ffn.hidden_size if "weights" in self.acts_on else 0):
+                raise CapreseError(self._another)
             importance = choice.flatten()[-sum(sizes) :].split(sizes)
         stored = [self.store(*each) for each in zip(weights, importance, strict=True)]
         undo = [_Linear.put_on(at, one, phases, site.index) for at, one in zip(linears, stored, strict=True)]
@@ -130,7 +140,8 @@ class Q4(_Rounded):
 
     @property
     def learns(self) -> frozenset[Source]:
-        return frozenset({"samples"} if self.scales == "calibrated" else ())
+        by_input = self.acts_on & {"weights", "projections"}
+        return frozenset({"samples"} if self.scales == "calibrated" and by_input else ())
 
     def statistic(self, x: torch.Tensor, a: torch.Tensor, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Sum of x^2 over tokens, [B, D]; nothing where FFNs keep their bits."""

@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 
 # Launch settings of each operation by how many sequences there are, up to the number that names them: measured by
-# `benchmarks/gpu.py sweep`, which writes the file. PROGRAMS: how many programs the rows are split for. DOT: whether
-# matrices are multiplied. Keys in capitals are for the launchers and kernels.
+# `benchmarks/gpu.py sweep`, which writes the file, or by reasoning where its `measured` does not name them.
+# PROGRAMS: how many programs the rows are split for. DOT: whether matrices are multiplied. Keys in capitals are for the
+# launchers and kernels.
 Config = dict[str, int]
 CONFIGS: dict[str, dict[int, Config]] = {
     operation: {int(most): values for most, values in by_batch.items()}
