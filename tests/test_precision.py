@@ -12,8 +12,9 @@ from test_prefill import samples
 import caprese
 from caprese.data_gen import Samples, complete
 from caprese.distill import Branches, Distillation, EndToEnd, HeldOut, Layerwise, fit, make_batches
-from caprese.distill import precision as room
 from caprese.distill.precision import is_quicker, kept_casts, quick_products
+from caprese.models import quickest as room
+from caprese.models.loading import pick_dtype
 
 
 def learned(on: bool) -> dict[str, float]:
@@ -90,3 +91,16 @@ def test_the_clock_decides(monkeypatch, times, faster):
 
     monkeypatch.setattr(room.nn.functional, "linear", linear)
     assert is_quicker(tiny_llama()) is faster
+    picked = pick_dtype("quickest", "cpu", tiny_llama().config)
+    assert picked == (torch.bfloat16 if faster else torch.float32)
+
+
+def test_decoding_counts_as_much_as_its_prompt(monkeypatch):
+    """A CPU that multiplies few tokens sooner in bfloat16 and many far later takes float32."""
+    seconds = {(1, torch.float32): 2.0, (1, torch.bfloat16): 1.0, (64, torch.float32): 10.0}
+    for slow, best in ((20.0, torch.bfloat16), (200.0, torch.float32)):
+        known = {**seconds, (64, torch.bfloat16): slow}
+        monkeypatch.setattr(room, "product_seconds", lambda dtype, tokens, *_, known=known, **__: known[tokens, dtype])
+        assert pick_dtype("quickest", "cpu", tiny_llama().config) == best
+    assert pick_dtype("quickest", "cuda", tiny_llama().config) is None  # the checkpoint's own
+    assert pick_dtype("auto", "cpu") == torch.float32

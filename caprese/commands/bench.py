@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from caprese.commands.options import Device, Dtype, Json, parse_layers
+from caprese.commands.options import Device, Json, QuickDtype, parse_layers, parse_quick
 from caprese.errors import CapreseError
 from caprese.progress import say, show
 
@@ -40,7 +40,7 @@ class Flags:
     gguf: Annotated[list[str] | None, typer.Option(help="A GGUF file to run beside ours; several by repeating.")] = None
     output: Annotated[str | None, typer.Option("--output", "-o", help="Directory for bench.json and bench.png.")] = None
     revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None
-    dtype: Dtype = "auto"
+    dtype: QuickDtype = "auto"
     device: Device = "auto"
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print bytes and byte floor; time nothing.")] = False
     as_json: Json = False
@@ -73,11 +73,12 @@ def bench(flags: Flags) -> None:
         batches = [int(part) for part in flags.batch.split(",")]
     except ValueError:
         raise CapreseError(f"--batch {flags.batch!r}: use a number, or several like 1,2,4") from None
+    dtype = parse_quick(flags.dtype)
     methods = resolve_recipe(method=flags.method, sparsity=flags.sparsity, layers=parse_layers(flags.layers)).methods
     if flags.dry_run:
         config = shape_config(flags.random_weights) if flags.random_weights else load_config(name, flags.revision)
         figures = bench_plan(
-            config, methods, flags.rank, pick_dtype(flags.dtype, pick_device(flags.device)) or torch.bfloat16, batches
+            config, methods, flags.rank, pick_dtype(dtype, pick_device(flags.device), config) or torch.bfloat16, batches
         )
         show(figures, flags.as_json, lambda found: [figures_table("bench", found)])
         return
@@ -92,10 +93,10 @@ def bench(flags: Flags) -> None:
         place = pick_device(flags.device)
         config = shape_config(flags.random_weights)
         say(f"random weights in the shape of {flags.random_weights}, {describe_methods(methods)}, rank {flags.rank}")
-        kind = pick_dtype(flags.dtype, place) or (torch.float32 if place == "cpu" else torch.bfloat16)
+        kind = pick_dtype(dtype, place, config) or torch.bfloat16
         loaded = random_model(config, kind, place)
     else:
-        loaded, tokenizer = load_base(name, revision=flags.revision, dtype=flags.dtype, device=flags.device)
+        loaded, tokenizer = load_base(name, revision=flags.revision, dtype=dtype, device=flags.device)
     with tempfile.TemporaryDirectory(prefix="caprese-bench-") as made:
         if types:
             say(f"the dense model as {', '.join(types)} for llama.cpp")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from caprese.commands.options import Device, Dtype, Json, Model, Reselect, Seed, parse_reselect
+from caprese.commands.options import Device, Json, Model, QuickDtype, Reselect, Seed, parse_quick, parse_reselect
 from caprese.errors import CapreseError
 from caprese.progress import say, show, write
 
@@ -28,7 +28,7 @@ class Flags:
     reselect_every: Reselect = None
     fused: Annotated[bool, typer.Option("--fused/--unfused", help="Run FFN and adapter as one step.")] = True
     seed: Seed = 0
-    dtype: Dtype = "auto"
+    dtype: QuickDtype = "auto"
     device: Device = "auto"
     as_json: Json = False
 
@@ -47,10 +47,10 @@ def generate(flags: Flags) -> None:
     lm: Any
     if flags.adapter is not None:
         opened = Adapter.open(flags.adapter)
-        base, tokenizer = opened.load_base(flags.model, dtype=flags.dtype, device=flags.device)
+        base, tokenizer = opened.load_base(flags.model, dtype=parse_quick(flags.dtype), device=flags.device)
         lm = load(base, opened, fused=flags.fused, reselect_every=parse_reselect(flags.reselect_every))
     else:
-        lm, tokenizer = load_base(flags.model, dtype=flags.dtype, device=flags.device)
+        lm, tokenizer = load_base(flags.model, dtype=parse_quick(flags.dtype), device=flags.device)
         fingerprint(lm)  # refuses damaged weights, as `load` does
     result = stream(
         lm,
@@ -63,4 +63,5 @@ def generate(flags: Flags) -> None:
     )
     show(result, flags.as_json, lambda _: [""])  # the text itself has been streamed
     ttnt = "" if result["ttnt_ms"] is None else f", TTNT {result['ttnt_ms']:.1f} ms (median)"
-    say((f"{result['new_tokens']} tokens, first after {result['first_token_ms']:.0f} ms{ttnt}", "dim"))
+    dtype = str(lm.dtype).removeprefix("torch.")
+    say((f"{result['new_tokens']} tokens in {dtype}, first after {result['first_token_ms']:.0f} ms{ttnt}", "dim"))

@@ -23,7 +23,8 @@ Reselect = Annotated[
     typer.Option(help="Generated tokens between two reselections; 0 never; default as the adapter was made."),
 ]
 Seed = Annotated[int, typer.Option(help="Of everything random.", min=0, max=2**32 - 1)]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Dtype = Annotated[str, typer.Option(help="auto (float32 on CPU), float32, bfloat16 or float16.")]
+QuickDtype = Annotated[str, typer.Option(help="auto (on CPU the faster one, measured), float32, bfloat16 or float16.")]
 #: what `--for` calls how prompts run
 MADE_FOR = {"caprese": "dense", "export": "efficient"}
 
@@ -51,6 +52,11 @@ def parse_numbers(text: str, remedy: str) -> list[int]:
     except ValueError:
         raise CapreseError(remedy) from None
     return numbers
+
+
+def parse_quick(dtype: str) -> str:
+    """A `QuickDtype` as `load_base` takes it."""
+    return "quickest" if dtype == "auto" else dtype
 
 
 def parse_reselect(every: int | None) -> Any:
