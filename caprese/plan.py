@@ -65,9 +65,12 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     dtype = pick_dtype(recipe.dtype, device) or torch.bfloat16
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    sites, methods = find_ffns(model), recipe.methods
+    sites = find_ffns(model)
+    methods, *others = recipe.compositions  # of several, planned as the first
     hidden = sites[0].ffn.hidden_size
     layers = len(check_job(model, methods, recipe.branches, recipe.layerwise))
+    for each in others:
+        check_job(model, each, recipe.branches, recipe.layerwise)
     idle = idle_branches(methods)
     rank = 1 if idle else recipe.rank  # of branches that stay at zero
     reads = cost(model, methods, 0 if rank == "auto" else rank, bias=recipe.bias, reselect_every=recipe.reselect_every)
@@ -89,6 +92,9 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     # sequences: one pass for each method that learns, and for auto one for each layer and level, on validation samples
     calibration = min(recipe.calibration_samples, s.train) * sum("samples" in m.learns for m in methods)
     calibration += len(LEVELS) * layers * s.validation if recipe.allocates else 0
+    if recipe.alternatives:
+        learners = sum(any("samples" in m.learns for m in each) for each in recipe.compositions)
+        calibration += learners * min(recipe.calibration_samples, s.train) + (1 + len(others)) * s.validation
     if any(method.undecided for method in methods):  # trained a little, then measured
         calibration += 3 * ALIGNED * recipe.alignment.batch_size + len(sites) * s.validation
     epochs = recipe.end_to_end.epochs * recipe.end_to_end.rounds
@@ -120,7 +126,8 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     return {
         "model": recipe.model,
         "method": f"{describe_methods(methods)} on {layers} of {len(sites)} layers"
-        + (" (sparsity auto: to be measured)" if recipe.allocates else ""),
+        + (" (sparsity auto: to be measured)" if recipe.allocates else "")
+        + (f" (the first of {len(recipe.alternatives)}: the fastest is to be measured)" if recipe.alternatives else ""),
         "base_parameters": base,
         "adapter_parameters": adapter,
         "adapter_fraction": round(adapter / base, 5),

@@ -25,8 +25,12 @@ Reselect = Annotated[
 Seed = Annotated[int, typer.Option(help="Of everything random.", min=0, max=2**32 - 1)]
 Dtype = Annotated[str, typer.Option(help="auto (float32 on CPU), float32, bfloat16 or float16.")]
 QuickDtype = Annotated[str, typer.Option(help="auto (on CPU the faster one, measured), float32, bfloat16 or float16.")]
-#: what `--for` calls how prompts run
-MADE_FOR = {"caprese": "dense", "export": "efficient"}
+#: what `--for` says in a recipe's words
+MADE_FOR: dict[str, dict[str, Any]] = {
+    "caprese": {"prefill": "dense"},
+    "export": {"prefill": "efficient"},
+    "speed": {"alternatives": "default"},
+}
 
 
 # no model has as many layers; a range up to a slip of the finger fills the memory

@@ -58,7 +58,8 @@ class Flags:
         ),
     ] = None
     target_kl: Annotated[
-        float | None, typer.Option(help="--sparsity auto: the largest KL before recovery.", rich_help_panel=METHOD)
+        float | None,
+        typer.Option(help="--sparsity auto, --for speed: the largest KL before recovery.", rich_help_panel=METHOD),
     ] = None
     target_active: Annotated[
         float | None,
@@ -80,11 +81,12 @@ class Flags:
     reselect_every: Annotated[
         int | None, typer.Option(help="Generated tokens after which the choice is made anew.", rich_help_panel=METHOD)
     ] = None
-    prefill: Annotated[
-        Literal["caprese", "export"] | None,
+    made_for: Annotated[
+        Literal["caprese", "export", "speed"] | None,
         typer.Option(
             "--for",
-            help="Where it will run: caprese (prompts dense), or export: any engine, prompts through what is left.",
+            help="caprese (prompts dense); export: any engine, prompts through what is left; speed: the methods that "
+            "are fastest here within --target-kl, measured.",
             rich_help_panel=METHOD,
         ),
     ] = None
@@ -165,7 +167,7 @@ def recover(flags: Flags) -> None:
         "shared_choice": flags.shared_choice,
         "keep_attention": parse_keep_attention(flags.keep_attention),
         "reselect_every": flags.reselect_every,
-        "prefill": None if flags.prefill is None else MADE_FOR[flags.prefill],
+        **({} if flags.made_for is None else MADE_FOR[flags.made_for]),
         "layers": parse_layers(flags.layers),
         "rank": parse_rank(flags.rank),
         "bias": flags.bias,
@@ -188,9 +190,11 @@ def recover(flags: Flags) -> None:
     if resolved.model is None:
         raise CapreseError("which model? give --model, or a recipe that names one (caprese recipes ls)")
     base = resolve(resolved.model, resolved.revision)
+    count = len(resolved.alternatives)
+    told = f"the fastest of {count}" if count else describe_methods(resolved.methods)
     say(
         (str(base), "bold"),
-        f"  {describe_methods(resolved.methods)}, rank {resolved.rank}, seed {resolved.seed} -> {resolved.output}",
+        f"  {told}, rank {resolved.rank}, seed {resolved.seed} -> {resolved.output}",
     )
     if flags.dry_run:
         from caprese.plan import config_of, plan

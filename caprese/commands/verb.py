@@ -89,20 +89,22 @@ def in_flags(message: str, function: Callable[..., None]) -> str:
     flags = dict(_flags(function))
 
     def flag(found: re.Match[str]) -> str:
-        name, value = found["name"], found["value"]
+        name, value = found["name"], (found["value"] or "").strip("\"'")
+        if "made_for" in flags and (places := _places(name, value)):
+            return " ".join([flags["made_for"][0], *(places if len(places) == 1 else ())])
         if name not in flags:
             return found[0]
         on, off = flags[name]
         if value == "False" and off:
             return off
-        if value in (None, "True"):
-            return on
-        value = value.strip("\"'")
-        if name == "prefill":
-            value = next(place for place, prefill in MADE_FOR.items() if prefill == value)
-        return f"{on} {value}"
+        return on if value in ("", "True") else f"{on} {value}"
 
     return re.sub(r"`(?P<name>\w+)(?:=(?P<value>[^`]+))?`", flag, message)
+
+
+def _places(name: str, value: str) -> list[str]:
+    """What --for may say where a recipe says this; "" for any value."""
+    return [place for place, said in MADE_FOR.items() if name in said and value in ("", said[name])]
 
 
 def _flags(function: Callable[..., None]) -> typing.Iterator[tuple[str, tuple[str, str]]]:

@@ -265,7 +265,7 @@ class Method(BaseModel):
             words.append(f"{sparsity:g}")
         elif sparsity is not None:
             words.append(f"{sum(sparsity) / len(sparsity):.3g} mean")
-        return ":".join([*words, *(f"{key}={value}" for key, value in facts.items())])
+        return ":".join([*words, *(f"{key}={str(value).lower()}" for key, value in facts.items())])
 
 
 class Sparse(Method):

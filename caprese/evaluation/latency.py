@@ -21,7 +21,11 @@ TURN = 5
 
 
 def time_to_next_token(
-    model: Any, prompt: Sequence[int], new_tokens: int, names: Sequence[str] = VARIANTS
+    model: Any,
+    prompt: Sequence[int],
+    new_tokens: int,
+    names: Sequence[str] = VARIANTS,
+    label: str = "evaluation: latency",
 ) -> dict[str, dict[str, float]]:
     """Batch 1, greedy, fused: {name: {"ttnt_ms": median, "spread_ms": interquartile range}}, taking turns.
 
@@ -46,7 +50,7 @@ def time_to_next_token(
     if not fused_before:
         fuse(model)
     try:
-        with bar("evaluation: latency", new_tokens, "tokens") as advance:
+        with bar(label, new_tokens, "tokens") as advance:
             for turn in range(rounds):
                 for offset in range(len(names)):  # nobody is always first
                     name = names[(turn + offset) % len(names)]

@@ -7,16 +7,39 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
 
 from caprese.data_gen import Samples
 from caprese.distill import Alignment, Branches, EndToEnd, Layerwise
 from caprese.efficient_methods import Griffin, Method, Prefill, Sparse, check_prefill, describe_methods, facts_of
+from caprese.efficient_methods.compose import parse_methods
 from caprese.errors import CapreseError
 from caprese.evaluation.config import Evaluation
 from caprese.recipes.spelling import fold, override, read_methods
 
 DIRECTORY = Path(__file__).parent
+#: alternatives for speed: fewer bits, fewer neurons, and both
+FASTEST = (
+    "q8:head=true",
+    "q4:scales=calibrated+q8:where=none:head=true",
+    "q4:scales=calibrated:head=true",
+    *(
+        f"griffin:{sparsity}{bits}"
+        for sparsity in (0.25, 0.5)
+        for bits in ("", "+q8:head=true", "+q4:scales=calibrated:head=true")
+    ),
+)
+# what stands for methods until they are measured
+_UNDECIDED = [{"name": "none", "layers": "all"}]
 
 
 def _facts(methods: Sequence[Method]) -> list[dict[str, Any]]:
@@ -40,6 +63,10 @@ class Recipe(BaseModel):
     """What is taken away, each method with its settings (caprese methods lists them), in the order in which they act.
     Also spelled `method: static:0.3+cats:0.5`, with settings beside it that are those of all methods that leave them
     open: sparsity, threshold, shared_choice, keep_attention, layers."""
+    alternatives: Annotated[tuple[str, ...], BeforeValidator(lambda v: FASTEST if v == "default" else v)] = ()
+    """In place of methods: lines such as griffin:0.5+q8, all measured, of which the one with the least time to next
+    token on this machine is taken whose KL(dense || efficient) is within `target_kl`, before recovery. default: those
+    of recipes.FASTEST."""
     target_kl: Annotated[float, Field(gt=0)] | None = None
     """In place of a sparsity: as much is removed, layer by layer, as keeps KL(dense || efficient) per token below it,
     before recovery."""
@@ -74,7 +101,23 @@ class Recipe(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _folded(cls, raw: Any) -> Any:
-        return fold(raw) if isinstance(raw, Mapping) else raw
+        if not isinstance(raw, Mapping):
+            return raw
+        folded = fold(raw)
+        return {"methods": _UNDECIDED, **folded} if folded.get("alternatives") else folded
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.alternatives:
+            if [facts_of(method) for method in self.methods] != _UNDECIDED:
+                raise CapreseError(
+                    f"`alternatives` are in place of methods; leave out {describe_methods(self.methods)}"
+                )
+            if self.target_kl is None or self.target_active is not None:
+                raise CapreseError(
+                    "the fastest of several methods is that within `target_kl`; give it, and no other target"
+                )
+        return self
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
@@ -86,13 +129,19 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _prompts_run(self) -> Self:
-        check_prefill(self.prefill, self.methods, self.reselect_every)
+        for methods in self.compositions:
+            check_prefill(self.prefill, methods, self.reselect_every)
         return self
+
+    @property
+    def compositions(self) -> list[tuple[Method, ...]]:
+        """The methods of each alternative; where there is none to choose, `methods`."""
+        return [read_methods(parse_methods(line)) for line in self.alternatives] or [self.methods]
 
     @property
     def allocates(self) -> bool:
         """Whether each layer's sparsity is to be measured."""
-        return self.target_kl is not None or self.target_active is not None
+        return not self.alternatives and (self.target_kl is not None or self.target_active is not None)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """As pydantic's, but what is changed may be spelled as in a file, and is checked.

@@ -74,7 +74,9 @@ def override(raw: Mapping[str, Any], over: Mapping[str, Any]) -> tuple[dict[str,
         raw = {key: value for key, value in raw.items() if key not in TARGETS}
     if over.get("prefill") == "efficient":  # where nothing runs dense again
         raw = {key: value for key, value in raw.items() if key != "reselect_every"}
-    if "methods" in over:
+    if raw.get("alternatives") and {"method", "methods", "alternatives"} & over.keys():  # chosen by another target
+        raw = {key: value for key, value in raw.items() if key not in ("alternatives", "target_kl")}
+    if {"methods", "alternatives"} & over.keys():
         raw = {key: value for key, value in raw.items() if key not in (*SPELLED, "methods")}
     elif line is not None:
         raw = {key: value for key, value in raw.items() if key not in SETTINGS or leaves_open(line, key)}

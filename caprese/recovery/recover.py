@@ -30,6 +30,7 @@ from caprese.progress import say
 from caprese.recipes import Recipe, resolve_recipe
 from caprese.recovery.report import portable, report_of
 from caprese.recovery.run import Run
+from caprese.recovery.search import find_fastest
 from caprese.recovery.stages import Calibrating, check_job, check_samples, choose
 from caprese.report.write import write_report
 
@@ -60,7 +61,8 @@ def recover(
     if recipe.model is None:
         # what it leaves open comes from the recipe shipped for this model, if there is one
         recipe = resolve_recipe(model=base_of(model).name, **recipe.model_dump(exclude_unset=True, exclude={"model"}))
-    layers = check_job(model, recipe.methods, recipe.branches, recipe.layerwise)
+    for methods in recipe.compositions:
+        layers = check_job(model, methods, recipe.branches, recipe.layerwise)
     out = Path(recipe.output).expanduser()
     check_writable(out)
     prints = fingerprint(model)
@@ -83,7 +85,10 @@ def recover(
     calibrating = Calibrating(
         recipe.calibration_samples, size, limit, recipe.target_kl, recipe.target_active, recipe.prefill
     )
-    methods, calibration = choose(model, recipe.methods, samples, calibrating, recipe.alignment, run)
+    methods = recipe.methods
+    if recipe.alternatives:
+        methods, calibrating = find_fastest(model, recipe.compositions, samples, calibrating, run)
+    methods, calibration = choose(model, methods, samples, calibrating, recipe.alignment, run)
     adapted: nn.Module = apply(
         model, methods, calibration=calibration, reselect_every=recipe.reselect_every, prefill=recipe.prefill
     )

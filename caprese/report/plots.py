@@ -21,6 +21,7 @@ CAPTIONS = {
     "pareto": "Cost against fidelity to the dense model; the arrow is what the adapter does.",
     "layers": "Relative error of each layer's FFN output, without and with the adapter.",
     "training": "End-to-end distillation: training loss, and KL divergence on held-out samples after each stage.",
+    "search": "What was measured to find the fastest methods: cost, before recovery, against time to next token.",
     "rank": "Error left after the closed-form fit, by the adapter's rank.",
 }
 MARKERS = {"dense": "s", "efficient": "X", "recovered": "o"}
@@ -241,4 +242,25 @@ def _rank(report: dict[str, Any], theme: Theme) -> Figure | None:
     return figure
 
 
-_DRAWERS = {"pareto": _pareto, "layers": _layers, "training": _training, "rank": _rank}
+def _search(report: dict[str, Any], theme: Theme) -> Figure | None:
+    search = report.get("search") or {}
+    measured = [each for each in search.get("alternatives") or [] if _known(each.get("kl"))]
+    if not measured:
+        return None
+    figure = _figure(3.4)
+    axes = figure.subplots()
+    for each in measured:
+        method, time, kl = each["method"], each["ratio"], each["kl"]
+        taken = method == search["chosen"]
+        color = theme.recovered if taken else theme.efficient if kl > search["target_kl"] else theme.muted
+        axes.plot(time, kl, "o", color=color, markersize=7 if taken else 5)
+        axes.annotate(method, (time, kl), (3, 3), textcoords="offset points", color=color, fontsize=5)
+    axes.axhline(search["target_kl"], color=theme.muted, linestyle=":", linewidth=1)
+    axes.set_yscale("log")
+    axes.margins(x=0.3, y=0.1)
+    axes.set_xlabel(f"Time to next token, of dense in {search['dtype']}")
+    axes.set_ylabel("KL to dense; dotted: the target")
+    return figure
+
+
+_DRAWERS = {"pareto": _pareto, "layers": _layers, "training": _training, "rank": _rank, "search": _search}
