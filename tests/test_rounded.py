@@ -19,6 +19,7 @@ from caprese.efficient_methods import (
     cost_of,
     make_method,
     parse_methods,
+    phases_of,
     refusal,
 )
 from caprese.kernels import quantize
@@ -80,6 +81,40 @@ def test_prompts_run_dense() -> None:
             for token in range(n, IDS.shape[1]):
                 step = model(IDS[row : row + 1, token : token + 1], past_key_values=cache).logits
                 assert torch.allclose(step[0, 0], whole[row, token], atol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["q8", "q4", "q8:where=ffn", "q4:where=attention", "q8:head=true", "q4:head=true"])
+def test_prompts_run_as_stored(text: str) -> None:
+    """What is computed and chosen is as on the model of the rounded weights, prompts dense; no dense copy is needed."""
+    model = recovered(
+        caprese.apply(tiny_llama(tie_word_embeddings=True), methods(f"griffin:0.5+{text}"), prefill="stored")
+    )
+    rounded = recovered(caprese.apply(rounded_copy(text), methods("griffin:0.5")))
+    with torch.no_grad():
+        with caprese.phases(model, LENGTHS), caprese.phases(rounded, LENGTHS):
+            wanted = rounded(IDS).logits
+            close = 5e-5 * float(wanted.abs().max())
+            assert torch.allclose(model(IDS).logits, wanted, atol=close)
+        caprese.drop_dense(model)
+        for fused in (False, True):
+            caprese.fuse(model) if fused else None
+            cache, theirs = None, None
+            for part in IDS.split([7, 1, 1, 1, 2], 1):  # the last two are the next turn's, and prompt again
+                ours = model(input_ids=part, past_key_values=cache, use_cache=True)
+                other = rounded(input_ids=part, past_key_values=theirs, use_cache=True)
+                cache, theirs = ours.past_key_values, other.past_key_values
+                assert torch.allclose(ours.logits, other.logits, atol=close)
+
+
+def test_the_teacher_is_dense_whatever_prompts_run_through() -> None:
+    model = caprese.apply(tiny_llama(), methods("griffin:0.5+q4:head=true"), prefill="stored")
+    with torch.no_grad():
+        with caprese.dense(model):
+            assert torch.equal(model(IDS).logits, tiny_llama()(IDS).logits)
+        with caprese.phases(model, LENGTHS, lambda *_: None):  # observed: all dense
+            assert torch.equal(model(IDS).logits, tiny_llama()(IDS).logits)
+    with pytest.raises(caprese.CapreseError, match="reselection runs tokens dense"):
+        caprese.apply(tiny_llama(), methods("griffin:0.5+q4"), prefill="stored", reselect_every=4)
 
 
 def test_what_goes_together() -> None:
@@ -149,6 +184,23 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     again = caprese.load(base, tmp_path / "adapter", keep_dense=False)
     with torch.no_grad():
         assert torch.equal(again(IDS).logits, wanted)
+
+
+def test_how_prompts_run_is_chosen_when_loaded(tmp_path: Path) -> None:
+    caprese.save(recovered(caprese.apply(tiny_llama(), methods("griffin:0.5+q8"))), tmp_path / "adapter")
+    with pytest.raises(caprese.CapreseError, match='apply with `prefill="stored"`'):
+        caprese.load(tiny_llama(), tmp_path / "adapter", keep_dense=False)
+    stored = caprese.load(tiny_llama(), tmp_path / "adapter", keep_dense=False, prefill="stored")
+    wanted = recovered(caprese.apply(tiny_llama(), methods("griffin:0.5+q8"), prefill="stored"))
+    with torch.no_grad(), caprese.phases(stored, LENGTHS), caprese.phases(wanted, LENGTHS):
+        assert torch.equal(stored(IDS).logits, wanted(IDS).logits)
+    with pytest.raises(caprese.CapreseError, match="griffin chooses from each prompt"):
+        caprese.load(tiny_llama(), tmp_path / "adapter", prefill="efficient")
+    with pytest.raises(caprese.CapreseError, match="dense weights of this model were let go"):
+        caprese.save(stored, tmp_path / "again")  # nothing tells this base from others
+    kept = caprese.load(tiny_llama(), tmp_path / "adapter", prefill="stored")
+    caprese.save(kept, tmp_path / "again")  # as it runs now
+    assert phases_of(caprese.load(tiny_llama(), tmp_path / "again")).prefill == "stored"
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma", "phi3"])

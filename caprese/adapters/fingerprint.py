@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from caprese.efficient_methods import applied_ffns
+from caprese.efficient_methods.passes import NO_DENSE
 from caprese.errors import CapreseError
 from caprese.models import base_parameters
 
@@ -25,8 +27,10 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     known by the rest.
 
     Raises:
-        CapreseError: a sampled weight is NaN or infinite, or a weight is not in memory.
+        CapreseError: a sampled weight is NaN or infinite, or a weight is not in memory, or was let go.
     """
+    if any(wrapper.phases.lean for wrapper in applied_ffns(model).values()):
+        raise CapreseError(NO_DENSE)
     digests = {group: hashlib.sha256() for group in ("ffn", "attention", "rest")}
     for name, group, parameter in sorted(base_parameters(model), key=lambda item: item[0]):
         digests[group].update(f"{name}{tuple(parameter.shape)}".encode())

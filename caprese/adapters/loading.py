@@ -24,6 +24,7 @@ from caprese.efficient_methods import (
     settle,
     stand_in_parameters,
 )
+from caprese.efficient_methods.settings import Prefill
 from caprese.errors import CapreseError
 from caprese.models import unwrap
 
@@ -36,6 +37,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str = "auto",
     reselect_every: int | Literal["saved"] | None = "saved",
+    prefill: Prefill | Literal["saved"] = "saved",
     keep_dense: bool = True,
 ) -> PeftModel:
     """Base + methods + recovery adapter, ready for `generate`.
@@ -45,6 +47,7 @@ def load(
         adapter: a directory `save` or `recover` wrote, a hub id, or what `Adapter.open` made of either.
         revision: of the adapter, on the hub.
         reselect_every: generated tokens between two reselections; "saved" as the adapter was made, None never.
+        prefill: how prompts run (see `apply`); "saved" as the adapter was made.
         keep_dense: keep the dense weights beside what methods store anew; False calls `drop_dense`.
 
     Raises:
@@ -61,7 +64,7 @@ def load(
     check_unadapted(base)
     adapter.check_base(base)
     every = check_reselect(adapter.sidecar.reselect_every if reselect_every == "saved" else reselect_every)
-    prefill = adapter.sidecar.prefill
+    prefill = adapter.sidecar.prefill if prefill == "saved" else prefill
     applied = applied_ffns(base)
     if applied and phases_of(base).methods != methods:
         raise CapreseError("another method is applied to this model; caprese.remove(model) first")

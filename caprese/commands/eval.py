@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from caprese.commands.options import Adapter, Device, Dtype, Json, Model, Reselect, parse_reselect
+from caprese.commands.options import Adapter, Device, Dtype, Json, Model, Prompts, Reselect, parse_reselect
 from caprese.errors import CapreseError
 from caprese.progress import show
 
@@ -28,6 +28,7 @@ class Flags:
     max_new_tokens: Annotated[int | None, typer.Option(help="Length limit of a completion.", min=2)] = None
     latency_tokens: Annotated[int, typer.Option(help="Tokens over which TTNT is measured; 0 skips it.", min=0)] = 64
     reselect_every: Reselect = None
+    prefill: Prompts = None
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -68,6 +69,7 @@ def eval(flags: Flags) -> None:
 
     how: dict[str, Any] = {
         "reselect_every": parse_reselect(flags.reselect_every),
+        "prefill": flags.prefill or "saved",
         "dtype": flags.dtype,
         "device": flags.device,
     }

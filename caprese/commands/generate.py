@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from caprese.commands.options import Device, Json, Model, QuickDtype, Reselect, Seed, parse_quick, parse_reselect
+from caprese.commands.options import (
+    Device,
+    Json,
+    Model,
+    Prompts,
+    QuickDtype,
+    Reselect,
+    Seed,
+    parse_quick,
+    parse_reselect,
+)
 from caprese.errors import CapreseError
 from caprese.progress import say, show, write
 
@@ -26,6 +36,7 @@ class Flags:
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0
     instruction: Annotated[str, typer.Option(help="Put before the prompt.")] = ""
     reselect_every: Reselect = None
+    prefill: Prompts = None
     fused: Annotated[bool, typer.Option("--fused/--unfused", help="Run FFN and adapter as one step.")] = True
     seed: Seed = 0
     dtype: QuickDtype = "auto"
@@ -44,11 +55,15 @@ def generate(flags: Flags) -> None:
         raise CapreseError("the prompt is empty; give --prompt some text")
     if flags.reselect_every is not None and flags.adapter is None:
         raise CapreseError("--reselect-every goes with --adapter: without one the model runs dense")
+    if flags.prefill is not None and flags.adapter is None:
+        raise CapreseError("--prefill goes with --adapter: without one the model runs dense")
     lm: Any
     if flags.adapter is not None:
         opened = Adapter.open(flags.adapter)
         base, tokenizer = opened.load_base(flags.model, dtype=parse_quick(flags.dtype), device=flags.device)
-        lm = load(base, opened, fused=flags.fused, reselect_every=parse_reselect(flags.reselect_every))
+        prefill = flags.prefill or opened.sidecar.prefill
+        how: dict[str, Any] = {"reselect_every": parse_reselect(flags.reselect_every), "prefill": prefill}
+        lm = load(base, opened, fused=flags.fused, keep_dense=prefill == "dense", **how)
     else:
         lm, tokenizer = load_base(flags.model, dtype=parse_quick(flags.dtype), device=flags.device)
         fingerprint(lm)  # refuses damaged weights, as `load` does

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -21,6 +21,13 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 Reselect = Annotated[
     int | None,
     typer.Option(help="Generated tokens between two reselections; 0 never; default as the adapter was made."),
+]
+Prompts = Annotated[
+    Literal["dense", "efficient", "stored"] | None,
+    typer.Option(
+        help="How prompts run: dense; efficient: through what is left; stored: through all neurons as they are "
+        "stored, and the dense weights are let go. Default as the adapter was made."
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Of everything random.", min=0, max=2**32 - 1)]
 Dtype = Annotated[str, typer.Option(help="auto (float32 on CPU), float32, bfloat16 or float16.")]

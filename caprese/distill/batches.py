@@ -66,7 +66,7 @@ class Batch:
         """Prompt and completion inputs in one, for calibration: on the tokens that will run efficient."""
         ids, mask = torch.cat([self.prompt, self.inputs], 1), torch.cat([self.prompt_mask, self.mask], 1)
         lengths = self.prompt_lengths
-        return Tokens(ids, lengths if prefill == "dense" else torch.zeros_like(lengths), mask)
+        return Tokens(ids, torch.zeros_like(lengths) if prefill == "efficient" else lengths, mask)
 
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {n: t.to(device) for n, t in vars(self).items() if isinstance(t, torch.Tensor)}

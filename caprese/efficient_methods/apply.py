@@ -53,7 +53,8 @@ def apply(
         calibration: what `calibrate` returned, for methods that learn from samples.
         reselect_every: generated tokens after which they go through the dense model once, in parallel, and the choice
             is made anew; None never.
-        prefill: whether prompts run dense, or "efficient": through what is left, as an exported checkpoint runs them.
+        prefill: whether prompts run dense; "efficient": through what is left, as an exported checkpoint runs them; or
+            "stored": through all neurons, in the bits that methods store, for which no dense copy is needed.
 
     Raises:
         CapreseError: an unsupported model, linear layers that a method cannot act on (see `bases.check_layers`),
@@ -98,7 +99,7 @@ def drop_dense(model: M) -> M:
     """
     shared = phases_of(model)
     if shared.dense_prompts:
-        raise CapreseError('prompts run dense on this model, with its dense weights; apply with `prefill="efficient"`')
+        raise CapreseError('prompts run dense on this model, with its dense weights; apply with `prefill="stored"`')
     base = unwrap(model)
     spare: list[Any] = [m for m in base.modules() if isinstance(m, RoundedModule)]
     for wrapper in applied_ffns(base).values():

@@ -23,8 +23,8 @@ from caprese.errors import CapreseError
 
 #: what is said where the dense model is asked for and its weights are gone
 NO_DENSE = (
-    "the dense weights of this model were let go (caprese.drop_dense), so there is no teacher and no way back; "
-    "load it again and keep them"
+    "the dense weights of this model were let go (caprese.drop_dense), so there is no teacher, no way back and no "
+    "telling this base from others; load it again and keep them"
 )
 #: called with (applied FFN, x [n, D], residual [n, D], y [n, D]) for the completion tokens of each FFN
 Observer = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -51,17 +51,16 @@ def check_prefill(prefill: Prefill, methods: Sequence[Method], reselect_every: i
     """Refuse prompts that are not to run dense where something needs them to.
 
     Raises:
-        CapreseError: methods that choose from a dense prompt, or generated tokens that are to run dense again.
+        CapreseError: methods that choose from a whole prompt, or generated tokens that are to run dense again.
     """
-    if prefill == "dense":
-        return
-    if choosers := [method.name for method in methods if "prompt" in method.learns]:
+    choosers = [method.name for method in methods if "prompt" in method.learns]
+    if prefill == "efficient" and choosers:
         raise CapreseError(
-            f"{choosers[0]} chooses from each prompt, which has to run dense; "
+            f"{choosers[0]} chooses from each prompt, which all neurons have to see; "
             '`prefill="efficient"` is for methods that do not'
         )
-    if reselect_every is not None:
-        raise CapreseError('reselection runs tokens dense; with `prefill="efficient"` leave out `reselect_every`')
+    if prefill != "dense" and reselect_every is not None:
+        raise CapreseError(f'reselection runs tokens dense; with `prefill="{prefill}"` leave out `reselect_every`')
 
 
 class Phases:
@@ -102,6 +101,11 @@ class Phases:
         """Whether prompts run as in the dense model."""
         return self.prefill == "dense" and all(method.dense_prompts for method in self.methods)
 
+    @property
+    def stored_prompts(self) -> bool:
+        """Whether prompts run through the weights as methods store them."""
+        return self.prefill == "stored"
+
     def acts_on(self, layer: int) -> bool:
         """Whether generated tokens run efficient in this layer now."""
         return self.observer is None and (self.only is None or layer in self.only)
@@ -118,10 +122,10 @@ class Phases:
         self.reselect_every = check_reselect(every)
 
     def run_prompts(self, prefill: Prefill) -> None:
-        """Run prompts dense, or through what is left.
+        """Run prompts dense, through what is left, or through the weights as methods store them.
 
         Raises:
-            CapreseError: methods that choose from a dense prompt, or generated tokens that are to run dense again.
+            CapreseError: methods that choose from a whole prompt, or generated tokens that are to run dense again.
         """
         check_prefill(prefill, self.methods, self.reselect_every)
         self.prefill = prefill

@@ -202,11 +202,12 @@ class RoundedModule(nn.Module):
             return self.few_bits(x)
         current = self.running()
         acts = phases.observer is None if self.layer is None else phases.acts_on(self.layer)
-        if current is None or current.completion is None or not acts:
+        if current is None or not acts or (current.completion is None and not phases.stored_prompts):
             return self.as_it_was(x)
         y = self.few_bits(x)
-        if current.prompt is None:
+        if current.prompt is None or phases.stored_prompts:
             return y
+        assert current.completion is not None
         dense, batch = self.as_it_was(x), current.shape[0]
         y, dense = y.view(batch, -1, y.shape[-1]), dense.view(batch, -1, y.shape[-1])
         # the head may be asked for the last tokens alone

@@ -56,6 +56,8 @@ class RecoverySlot(nn.Linear):
 class EfficientFFN(nn.Module):
     """FF(x) on prompt tokens, FF_eff(x) + x L R on completion tokens (arXiv 2505.07861, section 3).
 
+    Where prompts run as stored, FF is `transformed` for them.
+
     Mixed into the class of the model's own FFN module, so that every weight keeps its name, and adapters that others
     made find their places.
 
@@ -187,14 +189,21 @@ class EfficientFFN(nn.Module):
         """FF(x), learning from the prompt tokens on the way."""
         current = self.phases.current
         assert current is not None
-        if current.prompt is None or not self.learners:
+        stored = self.phases.stored_prompts and self.phases.acts_on(self.layer)
+        learns = current.prompt is not None and bool(self.learners)
+        if not learns and not stored:
             return self.dense(x)
-        a, z = self.view.neurons(x)
+        ffn = self.transformed if stored else self.view
+        a, z = ffn.neurons(x)
+        if not learns:
+            return ffn.down(z)
+        assert current.prompt is not None
         with torch.no_grad():
-            seen_a, seen_z = (a, z) if (rows := self.rows) is None else (a[..., rows], z[..., rows])
+            whole = ffn is self.transformed or self.rows is None
+            seen_a, seen_z = (a, z) if whole else (a[..., self.rows], z[..., self.rows])
             seen = Seen(current.offset, x.detach(), seen_a.detach(), seen_z.detach(), current.prompt)
             memory.learn(self.learners, seen, current.tail)
-        return self.view.down(z)
+        return ffn.down(z)
 
     def choices(self, memory: LayerMemory, batch: int) -> list[torch.Tensor | None]:
         """Of each method, for a batch of `batch` sequences."""

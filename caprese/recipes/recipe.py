@@ -76,8 +76,9 @@ class Recipe(BaseModel):
     """Generated tokens after which they pass through the dense model once and the choice is made anew; null: never.
     Distillation and evaluation see the same."""
     prefill: Prefill = "dense"
-    """How prompts run: dense, as in the paper and in caprese; or efficient, through what is left, as an exported
-    checkpoint runs them in any engine. Calibration, distillation and evaluation see the same."""
+    """How prompts run: dense, as in the paper and in caprese; efficient, through what is left, as an exported
+    checkpoint runs them in any engine; or stored, through all neurons in the bits that methods store, which saves the
+    memory of a dense copy. Calibration, distillation and evaluation see the same."""
     calibration_samples: Annotated[int, Field(ge=1)] = 64
     """Training samples from which methods such as static and teal choose, and auto measures."""
     rank: Annotated[int, Field(ge=1)] | Literal["auto"] = 256

@@ -66,6 +66,7 @@ def evaluate_adapter(
     *,
     latency_tokens: int = 64,
     reselect_every: Any = "saved",
+    prefill: Any = "saved",
     seed: int = 1,
     **how: Any,
 ) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def evaluate_adapter(
         model: the base.
         given: fields of `Samples` that are not to be as the adapter was made; `test` is how many prompts are asked.
         latency_tokens: over which TTNT is measured; 0 skips it.
-        reselect_every: see `caprese.load`.
+        reselect_every, prefill: see `caprese.load`.
         how: of loading the base (see `load_base`).
 
     Returns: {"model", "adapter", "method", "methods", "reselect_every", "seed", "samples"} and what `measure` gives.
@@ -86,7 +87,7 @@ def evaluate_adapter(
     """
     opened = Adapter.open(adapter)
     base, tokenizer = opened.load_base(model, **how)
-    lm = load(base, opened, fused=False, reselect_every=reselect_every)
+    lm = load(base, opened, fused=False, reselect_every=reselect_every, prefill=prefill)
     samples, trained = beside(opened)
     asked = _asked(samples, given, "eval")
     measured = measure(lm, tokenizer, asked, Evaluation(latency_tokens=latency_tokens, examples=0), seed, trained)
@@ -97,6 +98,7 @@ def evaluate_adapter(
         "method": "+".join(method["name"] for method in methods),
         "methods": methods,
         "reselect_every": phases_of(lm).reselect_every,
+        "prefill": phases_of(lm).prefill,
         "seed": seed,
         "samples": asked.model_dump(mode="json", exclude={"train", "validation"}),
         **measured,
@@ -110,13 +112,14 @@ def evaluate_tasks(
     output: str,
     *,
     reselect_every: Any = "saved",
+    prefill: Any = "saved",
     overwrite: bool = False,
     **how: Any,
 ) -> dict[str, Any]:
     """`run_tasks` on an adapter by name.
 
     Args:
-        reselect_every: see `caprese.load`.
+        reselect_every, prefill: see `caprese.load`.
         how: of loading the base (see `load_base`).
 
     Raises:
@@ -124,8 +127,9 @@ def evaluate_tasks(
     """
     opened = Adapter.open(adapter)
     base, tokenizer = opened.load_base(model, **how)
-    lm = load(base, opened, fused=True, reselect_every=reselect_every)
+    lm = load(base, opened, fused=True, reselect_every=reselect_every, prefill=prefill)
     identity = [opened.digest, phases_of(lm).reselect_every, str(base.dtype)]
+    identity += [] if phases_of(lm).prefill == opened.sidecar.prefill else [phases_of(lm).prefill]
     return run_tasks(lm, tokenizer, tasks, Path(output), identity=identity, overwrite=overwrite)
 
 
@@ -202,8 +206,8 @@ class Sampling:
 
 def _over(opened: Adapter, sampling: Sampling) -> list[Contender]:
     refused = next((why for method in opened.methods if (why := method.no_reselection)), None)
-    if opened.sidecar.prefill == "efficient":
-        refused = "the prompts of this adapter run through what is left, and reselection runs tokens dense"
+    if opened.sidecar.prefill != "dense":
+        refused = "the prompts of this adapter do not run dense, and reselection runs tokens dense"
     if refused and sampling.reselect_every:
         raise CapreseError(f"{refused}; leave out `reselect_every`")
     every = sampling.reselect_every

@@ -82,7 +82,7 @@ class _Measuring:
         self.model, self.config = model, config
         self.validation = samples["validation"]
         self.rows = make_batches(samples["train"][: config.samples], config.batch_size)
-        self.held_out = make_batches(self.validation, config.batch_size, first=config.prefill == "efficient")
+        self.held_out = make_batches(self.validation, config.batch_size, first=config.prefill != "dense")
         base = unwrap(model)
         quickest = quickest_dtype(base.config, device_of(model).type) if base.dtype == torch.float32 else None
         self.type = quickest or base.dtype

@@ -115,7 +115,7 @@ def choose(
         if config.allocates:
             (one,) = chosen
             assert isinstance(one, Sparse)
-            held_out = make_batches(validation, config.batch_size, first=config.prefill == "efficient")
+            held_out = make_batches(validation, config.batch_size, first=config.prefill != "dense")
             sensitivity = Sensitivity(model, one, rows, held_out, config.cache_gigabytes, config.prefill)
             with run.bar("sensitivity", len(LEVELS) * len(sensitivity.sites), "layers") as advance:
                 target = {"target_kl": config.target_kl, "target_active": config.target_active}
