@@ -27,6 +27,7 @@ import caprese
 from caprese.adapters import Adapter
 from caprese.adapters import hub as client
 from caprese.cli import app
+from caprese.efficient_methods import phases_of
 
 runner = CliRunner()
 local = pytest.mark.skipif(REAL_HUB, reason="needs a hub that can be made to fail")
@@ -225,6 +226,19 @@ def test_an_adapter_without_a_report_gets_a_card_too(repo, tmp_path):
     card = Path(HfApi().hf_hub_download(repo, "README.md", local_dir=tmp_path / "got")).read_text()
     assert "griffin:0.5" in card and f'caprese.load(model, "{repo}")' in card
     assert answer(caprese.load(tiny_llama(), repo)) == answer(caprese.load(tiny_llama(), tmp_path))
+
+
+def test_few_bits_are_the_same_ones_after_a_push(repo, tmp_path):
+    """Also their scales, which samples chose, and with no dense copy."""
+    methods = caprese.resolve_recipe(method="griffin:0.5+q4:scales=calibrated:head=true").methods
+    ids = prompts(7)[0]
+    rows = [caprese.Tokens(ids, torch.full((len(ids),), 3))]
+    how = {"calibration": caprese.calibrate(tiny_llama(), methods, rows), "prefill": "stored"}
+    model = recovered(caprese.apply(tiny_llama(), methods, **how))
+    caprese.save(model, tmp_path / "out")
+    caprese.push(tmp_path / "out", repo, private=True)
+    again = caprese.load(tiny_llama(), repo, keep_dense=False, fused=True)
+    assert phases_of(again).prefill == "stored" and answer(again) == answer(model)
 
 
 def test_recover_pushes_when_it_is_done(tiny_dir, repo, tmp_path):
