@@ -179,13 +179,13 @@ class TestKernels:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("batch", [1, 2, 5, 16])
-    @pytest.mark.parametrize("bits", [8, 4])
-    def test_few_bits(self, bits: int, batch: int, dtype: torch.dtype) -> None:
+    @pytest.mark.parametrize("bits, columns", [(8, 96), (4, 96), (4, 544)])  # the last: more than a block
+    def test_few_bits(self, bits: int, columns: int, batch: int, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(bits)
-        weight = kernels.quantize(torch.randn(53, 96, generator=generator), bits).to(DEVICE)
+        weight = kernels.quantize(torch.randn(53, columns, generator=generator), bits).to(DEVICE)
         chosen = torch.randperm(53, generator=generator)[:21].int().to(DEVICE)
         for rows, k in ((None, 53), (chosen, 21)):
-            x, z = (torch.randn(batch, size, generator=generator).to(DEVICE, dtype) for size in (96, k))
+            x, z = (torch.randn(batch, size, generator=generator).to(DEVICE, dtype) for size in (columns, k))
             for name, given_x in (("products", x), ("sums", z)):
                 got = getattr(kernels, name)(given_x, weight, rows)
                 wanted = getattr(quantized.naive, name)(given_x.double(), weight, rows)
@@ -631,6 +631,8 @@ def _compile_all() -> None:
         (_down, "down", {"BATCH": 1, "ones": True}),
         (_down, "down", {**matrix, "ATOMIC": True}),
         (_down, "input_sparse", {"BATCH": 2, "SPARSE": True, "HAS_INDEX": False}),
+        (_products, "products_q4", {**matrix, "BITS": 4}),
+        (_sums, "sums_q4", {"BATCH": 2, "BITS": 4}),
     ]
     pointers = {"index_ptr": "*i32", "count_ptr": "*i32", "threshold_ptr": "*fp32", "part_ptr": "*fp32"}
     pointers |= {"rows_ptr": "*i32", "parts_ptr": "*fp32"}

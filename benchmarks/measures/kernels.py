@@ -247,8 +247,11 @@ def configs(key: str, batch: int, trials: int, seed: int = 0) -> list[Config]:
     def fits(c: Config) -> bool:
         tile = c["BLOCK_ROWS"] * c["BLOCK_COLS"]
         if c["DOT"]:  # a matrix product wants 16 of what it sums over, and a tile in shared memory
-            return batch > 1 and c["BLOCK_ROWS"] >= 16 and tile * c["num_stages"] <= TILE
-        sums = tile * tiles().padded_batch(batch, False) * (1 if "PROGRAMS" in c else 2)
+            weights = 2 * tile if key.endswith("_q4") else tile
+            return batch > 1 and c["BLOCK_ROWS"] >= 16 and weights * c["num_stages"] <= TILE
+        sums = tile * tiles().padded_batch(batch, False) * (1 if "PROGRAMS" in c and key != "sums_q4" else 2)
+        if key == "products_q4":  # it sums words, of four bytes, which it keeps too
+            sums = (sums + tile) // 4
         return batch <= 4 and sums <= 96 * 32 * c["num_warps"] and tile * c["num_stages"] <= TILE  # in registers
 
     every = [c for c in every if fits(c) and c != default]
