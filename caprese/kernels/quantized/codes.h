@@ -25,6 +25,7 @@ static int omp_get_max_threads(void) { return 1; }
 #define TILE 4    /* rows, and inputs, whose products are taken side by side */
 #define AT_ONCE 8 /* rows that are added up before the sum goes back to memory */
 #define BLOCK 64  /* results that are rounded together */
+#define NEAR 32   /* rows that lie in a cache until all inputs have met them */
 #define AHEAD 2   /* chosen rows that are fetched before they are read */
 #define LINE 64   /* bytes of a line of the cache */
 #define inline static inline __attribute__((always_inline))

@@ -24,7 +24,7 @@ from caprese.files import cache_dir
 
 _HERE = Path(__file__).parent
 SOURCES = (_HERE / "rows.c", _HERE / "layer.c")
-_HEADERS = (_HERE / "codes.h", _HERE / "products.h", _HERE / "ffn.h")
+_HEADERS = (_HERE / "codes.h", _HERE / "whole.h", _HERE / "products.h", _HERE / "ffn.h")
 _FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
 _LIBRARIES = ("-lm",)
 #: activations that the whole FFN knows, as `ffn.h` counts them
