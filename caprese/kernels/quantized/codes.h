@@ -30,6 +30,8 @@ static int omp_get_max_threads(void) { return 1; }
 #define LINE 64   /* bytes of a line of the cache */
 #define inline static inline __attribute__((always_inline))
 
+#define APART static __attribute__((noinline, noclone)) /* compiled once */
+
 typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(64), aligned(4), may_alias));
 typedef struct {

@@ -91,7 +91,7 @@ inline void fetch(const weight *w, long place, long end, long to) {
 
 /* y[b * step + place - from] = x[b] row, for places from `from` to `to`. Some rows meet all inputs, while the next ones are
    fetched. */
-static void many_dots(const weight *w, long from, long to, const inputs *in, float *y, long step, long B) {
+APART void many_dots(const weight *w, long from, long to, const inputs *in, float *y, long step, long B) {
   long n, last;
   for (long start = from; start < to; start = last) {
     last = start + NEAR < to ? start + NEAR : to;
@@ -135,7 +135,7 @@ static void many_dots(const weight *w, long from, long to, const inputs *in, flo
 }
 
 /* y[b] += z[b * step + place - from] row, for places from `from` to `to`; `type` of the inputs that z comes from */
-static void many_adds(const weight *w, long from, long to, int type, const float *z, long step, float *y, long B) {
+APART void many_adds(const weight *w, long from, long to, int type, const float *z, long step, float *y, long B) {
   long n, last;
   for (long start = from; start < to; start = last) {
     last = start + NEAR < to ? start + NEAR : to;
