@@ -30,6 +30,29 @@ static int omp_get_max_threads(void) { return 1; }
 #define LINE 64   /* bytes of a line of the cache */
 #define inline static inline __attribute__((always_inline))
 
+/* Seconds that the first thread has spent in each part of a step; only where it is compiled for measuring. */
+enum { NORM, QKV, TURN, ATTEND, OUT, GATE_UP, ACT, DOWN, BRANCH, REDUCE, WAIT, PARTS };
+#ifdef CAPRESE_TIMES
+#include <time.h>
+double caprese_times[PARTS];
+static double last_time;
+static double seconds(void) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return now.tv_sec + 1e-9 * now.tv_nsec;
+}
+static void mark(int part) {
+  if (omp_get_thread_num()) return;
+  double now = seconds();
+  caprese_times[part] += now - last_time, last_time = now;
+}
+#define START last_time = seconds()
+#define MARK(part) mark(part)
+#else
+#define START
+#define MARK(part)
+#endif
+
 #define APART static __attribute__((noinline, noclone)) /* compiled once */
 
 typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));

@@ -74,6 +74,7 @@ static void ffn_part(const ffn *f, const inputs *in, float *room, float *own, lo
     many_dots(&f->gate, from, to, in, a + from, step, B);
     if (f->gated && !f->threshold) many_dots(&f->up, from, to, in, z + from, step, B);
   }
+  MARK(GATE_UP);
   for (long b = 0; b < B; b++) {
     float *own_a = a + b * step, *own_z = z + b * step;
     const uint8_t *keep = f->keep ? f->keep + b * f->count : NULL;
@@ -100,8 +101,11 @@ static void ffn_part(const ffn *f, const inputs *in, float *room, float *own, lo
       own_z[from + i] = own_a[from + i] * (f->gated ? own_z[from + i] + (up_bias ? up_bias[row[i]] : 0) : 1);
     many_adds(&down, 0, many, f->type, own_z + from, step, own + b * D, 1);
   }
+  MARK(ACT);
   if (!f->threshold) many_adds(&f->down, from, to, f->type, z + from, step, own, B);
+  MARK(DOWN);
   own_part(f->rank, 1, &from, &to);
   many_dots(&f->left, from, to, in, inner + from, f->rank, B);
   many_adds(&f->right, from, to, f->type, inner + from, f->rank, own, B);
+  MARK(BRANCH);
 }
