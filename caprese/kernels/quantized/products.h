@@ -34,24 +34,23 @@ inline void dots(const weight *w, int bits, long place, int many, const char *ah
     }
 }
 
-/* y[b] += sum over `many` places of z[b * step + r] row r, for n inputs. The rows after them are fetched meanwhile:
-   several streams at a time are more than the processor sees coming. */
+/* y[b] += sum over `many` places of z[b * step + r] row r, for n inputs. The rows after them are fetched meanwhile. */
 inline void add(const weight *w, int bits, long place, int many, long end, const float *z, long step, float *y, int n) {
   long C = w->columns, c = 0;
-  const char *row[AT_ONCE], *ahead[AT_ONCE];
+  const char *row[AT_ONCE];
+  soon next = rows_soon(w, place + many, many, end);
   const void *scale[AT_ONCE];
   float factor[AT_ONCE][AT_ONCE];
   for (int r = 0; r < many; r++) {
     row[r] = row_at(w, place + r), scale[r] = scales_at(w, place + r);
-    ahead[r] = row_at(w, place + many + r < end ? place + many + r : place + r);
     for (int b = 0; b < n; b++) factor[b][r] = z[b * step + r] * (bits == 8 ? *(const float *)scale[r] : 1);
   }
   for (; c + GROUP <= C; c += GROUP) {
     floats low[AT_ONCE], high[AT_ONCE];
+    fetch(&next, many * GROUP * bits / 8);
     for (int b = 0; b < n; b++) low[b] = *(floats *)(y + b * C + c), high[b] = *(floats *)(y + b * C + c + LANES);
     for (int r = 0; r < many; r++) {
       floats l, h, own = {0};
-      if (c * bits / 8 % LINE == 0) __builtin_prefetch(ahead[r] + c * bits / 8);
       codes_at(bits, row[r], c, &l, &h);
       if (bits == 4) own = spread(widen(((const uint16_t *)scale[r])[c / GROUP]));
       for (int b = 0; b < n; b++) {
@@ -81,14 +80,6 @@ inline void add(const weight *w, int bits, long place, int many, long end, const
   else if ((n) >= 2) { call(bits, 2, most) }                    \
   else { call(bits, 1, most) }
 
-/* bring rows near, to be read soon: several streams at a time are more than the processor sees coming */
-inline void fetch(const weight *w, long place, long end, long to) {
-  for (; place < end && place < to; place++) {
-    const char *row = row_at(w, place);
-    for (long i = 0; i < w->columns * w->bits / 8; i += LINE) __builtin_prefetch(row + i, 0, 2);
-  }
-}
-
 /* y[b * step + place - from] = x[b] row, for places from `from` to `to`. Some rows meet all inputs, while the next ones are
    fetched. */
 APART void many_dots(const weight *w, long from, long to, const inputs *in, float *y, long step, long B) {
@@ -106,7 +97,9 @@ APART void many_dots(const weight *w, long from, long to, const inputs *in, floa
   if (n > 1)                                                                                                         \
     for (; p + ROWS_##bits <= last; p += ROWS_##bits) {                                                              \
       long before = b * (last - start) + n * (p - start);                                                            \
-      fetch(w, last + before / B, last + (before + n * ROWS_##bits) / B, to);                                        \
+      long next = last + before / B, after = last + (before + n * ROWS_##bits) / B;                                  \
+      soon rows = rows_soon(w, next, after - next, to);                                                              \
+      fetch(&rows, (after - next) * rows.bytes);                                                                     \
       whole_dots_##bits(w, p, ROWS_##bits, in, b, count, out + p, step);                                             \
     }                                                                                                                \
   for (; p < last; p++) whole_dots_##bits(w, p, 1, in, b, count, out + p, step);

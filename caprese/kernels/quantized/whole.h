@@ -20,7 +20,6 @@ typedef struct {
 #define LARGEST (127 * 128)
 #define ROWS_8 4     /* rows whose products are taken side by side */
 #define ROWS_4 2
-#define SUMMED 32    /* rows that `whole_adds` adds up in whole numbers */
 
 /* words from one input to the next: whole vectors, and some more, for what lies a power of two apart shares a place in the
    cache */
@@ -227,12 +226,12 @@ inline void whole_adds_8(const weight *w, long place, long end, const float *z, 
   const __m512i first = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
   const __m512i second = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
   long C = w->columns;
-  const char *row[SUMMED], *ahead[SUMMED];
+  const char *row[SUMMED];
+  soon next = rows_soon(w, place + SUMMED, SUMMED, end);
   float scales[SUMMED], units[AT_ONCE];
   int32_t pairs[AT_ONCE][SUMMED / 2] __attribute__((aligned(32)));
   for (int r = 0; r < SUMMED; r++) {
     row[r] = row_at(w, place + r), scales[r] = *(const float *)scales_at(w, place + r);
-    ahead[r] = row_at(w, place + SUMMED + r < end ? place + SUMMED + r : place + r);
   }
   for (int b = 0; b < n; b++) {
     __m512 own[SUMMED / LANES], by;
@@ -246,7 +245,7 @@ inline void whole_adds_8(const weight *w, long place, long end, const float *z, 
     __m512i low[AT_ONCE], high[AT_ONCE];
 #pragma GCC unroll 8
     for (int b = 0; b < n; b++) low[b] = high[b] = _mm512_setzero_si512();
-    for (int r = 0; r < SUMMED && c % LINE == 0; r++) __builtin_prefetch(ahead[r] + c, 0, 2);
+    fetch(&next, SUMMED * GROUP);
 #pragma GCC unroll 1
     for (int p = 0; p < SUMMED / 2; p++) {
       __m512i one = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(there, row[2 * p] + c));
@@ -274,13 +273,13 @@ inline void whole_adds_8(const weight *w, long place, long end, const float *z, 
 inline void whole_adds_4(const weight *w, long place, long end, const float *z, long step, float *y, int n) {
   const __m512i half = _mm512_set1_epi16(15), zero = _mm512_set1_epi16(8);
   long C = w->columns;
-  const char *row[SUMMED], *ahead[SUMMED];
+  const char *row[SUMMED];
+  soon next = rows_soon(w, place + SUMMED, SUMMED, end);
   const uint16_t *scale[SUMMED];
   float units[AT_ONCE];
   __m512 inner[AT_ONCE][SUMMED / LANES], most = _mm512_setzero_ps();
   for (int r = 0; r < SUMMED; r++) {
     row[r] = row_at(w, place + r), scale[r] = scales_at(w, place + r);
-    ahead[r] = row_at(w, place + SUMMED + r < end ? place + SUMMED + r : place + r);
     for (long g = 0; g < C / GROUP; g += LANES) {
       __m256i halves = _mm256_maskz_loadu_epi16(lanes_of(C / GROUP - g), scale[r] + g);
       most = _mm512_max_ps(most, _mm512_abs_ps((__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)));
@@ -306,7 +305,7 @@ inline void whole_adds_4(const weight *w, long place, long end, const float *z, 
         _mm256_store_si256((__m256i *)pairs[b] + i, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(
                                                         _mm512_mul_ps(inner[b][i], _mm512_load_ps(factors + i * LANES)))));
     }
-    for (int r = 0; r < SUMMED && c % WIDE == 0; r++) __builtin_prefetch(ahead[r] + c / 2, 0, 2);
+    fetch(&next, SUMMED * GROUP / 2);
 #pragma GCC unroll 1
     for (int p = 0; p < SUMMED / 2; p++) {
       __m128i one = _mm_loadu_si128((const __m128i *)(row[2 * p] + c / 2));
