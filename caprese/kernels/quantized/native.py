@@ -1,7 +1,7 @@
 """The products on a CPU: C, compiled once for a machine by its C compiler.
 
-Plain C on vectors, called by address: no header of torch's is compiled, so it takes two seconds and is kept in the
-cache directory. It runs on the OpenMP that torch has loaded, and with as many threads as torch.
+Plain C on vectors, called by address: no header of torch's is compiled, so it takes some ten seconds and is kept in
+the cache directory. It runs on the OpenMP that torch has loaded, and with as many threads as torch.
 """
 
 from __future__ import annotations
