@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,31 @@ def test_a_cell_of_recovery(adapter, monkeypatch, tokenizer):
     )
     assert row["end_to_end"]["kl"] < row["efficient"]["kl"] and row["reselection"]["kl"] > 0
     assert row["kl"]["end_to_end"] < row["kl"]["efficient"] and 0 < row["added"] < 1
+
+
+def test_parts_of_a_step_are_those_of_the_kernels(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    step = importlib.import_module("measures.step")
+    header = (Path(step.native.__file__).parent / "codes.h").read_text()
+    named = header.split("enum { NORM", 1)[1].split("PARTS }", 1)[0]
+    assert tuple(f"norm{named}".replace(",", " ").lower().split()) == step.PARTS
+
+
+@pytest.mark.slow  # it compiles the kernels once more
+def test_a_cell_of_a_step(monkeypatch, tokenizer):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    step = importlib.import_module("measures.step")
+    monkeypatch.setenv("CC", os.environ.get("CC", "cc"))
+    monkeypatch.setattr(step.caprese, "load_base", lambda name, dtype: (tiny_llama().bfloat16(), tokenizer))
+    cell = yaml.safe_load((BENCHMARKS / "experiments" / "step.yaml").read_text())["settings"]
+    try:
+        row = step.Measure()({**cell, "rank": 4, "prompt_tokens": 9, "new_tokens": 12})
+    finally:
+        step.native.library.cache_clear()
+    ms = {name: part["ms"] for name, part in row["parts"].items()}
+    assert {*ms} == {*step.PARTS, "head", "outside"} and all(time > 0 for name, time in ms.items() if name != "branch")
+    assert 0.5 < sum(ms.values()) / row["step_ms"] < 1.5
+    assert row["parts"]["qkv"]["bytes"] == 3 * (32 + 2 * 16) * (32 + 4)
 
 
 def test_what_another_wrote_is_not_replaced(runner, tmp_path, monkeypatch):

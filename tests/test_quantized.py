@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -100,6 +101,26 @@ def test_products_are_those_with_the_weight(
             got = function(given_x, weight, index)
             assert got.dtype == dtype and got.shape == wanted.shape
             assert ((got.double() - wanted).abs() <= room * most + 1e-30).all()
+
+
+@pytest.mark.parametrize("columns", [16384, 16416])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_largest_sums(batch: int, columns: int) -> None:
+    """Every code and input at its largest: whole numbers of 32 bits hold the first, floats the second."""
+    weight = quantize(torch.ones(5, columns), 8)
+    x = torch.ones(batch, columns, dtype=torch.bfloat16)
+    wanted = x.double() @ weight.wide(torch.float64).T
+    assert torch.allclose(products(x, weight).double(), wanted, rtol=5e-3)
+    tall = quantize(torch.ones(columns, 64), 8)
+    assert torch.allclose(sums(x, tall).double(), x.double() @ tall.wide(torch.float64), rtol=5e-3)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("function", [products, sums])
+def test_a_sequence_that_is_no_number_leaves_the_others(function: Any, bits: int) -> None:
+    weight, x = quantize(drawn(64, 64), bits), drawn(8, 64).bfloat16()
+    x[3, 5] = float("inf")
+    assert function(x, weight).isfinite().all(1).tolist() == [row != 3 for row in range(8)]
 
 
 @settings(max_examples=150, deadline=None)

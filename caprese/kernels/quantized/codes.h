@@ -25,9 +25,36 @@ static int omp_get_max_threads(void) { return 1; }
 #define TILE 4    /* rows, and inputs, whose products are taken side by side */
 #define AT_ONCE 8 /* rows that are added up before the sum goes back to memory */
 #define BLOCK 64  /* results that are rounded together */
+#define NEAR 32   /* rows that lie in a cache until all inputs have met them */
+#define SUMMED 32 /* rows that are added up in whole numbers */
 #define AHEAD 2   /* chosen rows that are fetched before they are read */
 #define LINE 64   /* bytes of a line of the cache */
 #define inline static inline __attribute__((always_inline))
+
+/* Seconds that the first thread has spent in each part of a step; only where it is compiled for measuring. */
+enum { NORM, QKV, TURN, ATTEND, OUT, GATE_UP, ACT, DOWN, BRANCH, REDUCE, WAIT, PARTS };
+#ifdef CAPRESE_TIMES
+#include <time.h>
+double caprese_times[PARTS];
+static double last_time;
+static double seconds(void) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return now.tv_sec + 1e-9 * now.tv_nsec;
+}
+static void mark(int part) {
+  if (omp_get_thread_num()) return;
+  double now = seconds();
+  caprese_times[part] += now - last_time, last_time = now;
+}
+#define START last_time = seconds()
+#define MARK(part) mark(part)
+#else
+#define START
+#define MARK(part)
+#endif
+
+#define APART static __attribute__((noinline, noclone)) /* compiled once */
 
 typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(64), aligned(4), may_alias));
@@ -109,6 +136,27 @@ inline const void *scales_at(const weight *w, long place) {
   long row = w->first + (w->rows ? w->rows[place] : place);
   if (w->bits == 8) return (const float *)w->scales + row;
   return w->bits == 4 ? (const uint16_t *)w->scales + row * (w->columns / GROUP) : NULL;
+}
+
+/* Rows to be read soon, brought near line by line, one row after the other: in that order memory is faster than side by
+   side, as they are read. */
+typedef struct {
+  const char *rows[SUMMED];
+  long bytes, at; /* of a row, and in the row */
+  int many, row;
+} soon;
+
+inline soon rows_soon(const weight *w, long place, int many, long end) {
+  soon next = {.bytes = w->columns * w->bits / 8};
+  for (; next.many < many && place + next.many < end; next.many++) next.rows[next.many] = row_at(w, place + next.many);
+  return next;
+}
+
+inline void fetch(soon *next, long bytes) {
+  for (; bytes > 0 && next->row < next->many; bytes -= LINE) {
+    __builtin_prefetch(next->rows[next->row] + next->at);
+    if ((next->at += LINE) >= next->bytes) next->at = 0, next->row++;
+  }
 }
 
 /* 32 codes from column c on, without their scale */

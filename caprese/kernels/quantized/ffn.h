@@ -54,15 +54,18 @@ typedef struct {
   long width;               /* all neurons there are */
 } ffn;
 
+/* whole vectors, an odd number: what lies a power of two apart shares a place in the cache */
+static long padded(long count) { return ((count + LANES - 1) / LANES | 1) * LANES; }
+
 /* what a thread needs of memory, in floats, beside its sum: shared by all */
 static long ffn_room(const ffn *f, long B) {
-  long step = (f->count + LANES - 1) / LANES * LANES;
+  long step = padded(f->count);
   return 2 * B * step + B * f->rank + (f->threshold ? step : 0);
 }
 
 /* this thread's part of the sum for inputs [B, D], added to own [B, D] */
 static void ffn_part(const ffn *f, const inputs *in, float *room, float *own, long B) {
-  long step = (f->count + LANES - 1) / LANES * LANES, from, to, D = f->gate.columns;
+  long step = padded(f->count), from, to, D = f->gate.columns;
   float *a = room, *z = a + B * step, *inner = z + B * step;
   const int32_t *rows = f->gate.rows;
   own_part(f->count, LANES, &from, &to);
@@ -71,6 +74,7 @@ static void ffn_part(const ffn *f, const inputs *in, float *room, float *own, lo
     many_dots(&f->gate, from, to, in, a + from, step, B);
     if (f->gated && !f->threshold) many_dots(&f->up, from, to, in, z + from, step, B);
   }
+  MARK(GATE_UP);
   for (long b = 0; b < B; b++) {
     float *own_a = a + b * step, *own_z = z + b * step;
     const uint8_t *keep = f->keep ? f->keep + b * f->count : NULL;
@@ -95,10 +99,13 @@ static void ffn_part(const ffn *f, const inputs *in, float *room, float *own, lo
     if (f->gated) many_dots(&up, 0, many, &alone, own_z + from, step, 1);
     for (long i = 0; i < many; i++)
       own_z[from + i] = own_a[from + i] * (f->gated ? own_z[from + i] + (up_bias ? up_bias[row[i]] : 0) : 1);
-    many_adds(&down, 0, many, many, own_z + from, step, own + b * D, 1);
+    many_adds(&down, 0, many, f->type, own_z + from, step, own + b * D, 1);
   }
-  if (!f->threshold) many_adds(&f->down, from, to, to, z + from, step, own, B);
+  MARK(ACT);
+  if (!f->threshold) many_adds(&f->down, from, to, f->type, z + from, step, own, B);
+  MARK(DOWN);
   own_part(f->rank, 1, &from, &to);
   many_dots(&f->left, from, to, in, inner + from, f->rank, B);
-  many_adds(&f->right, from, to, to, inner + from, f->rank, own, B);
+  many_adds(&f->right, from, to, f->type, inner + from, f->rank, own, B);
+  MARK(BRANCH);
 }

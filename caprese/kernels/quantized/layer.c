@@ -47,46 +47,71 @@ static void projected(const weight *w, long rows, long at, long from, long to, c
   if (low < high) many_dots(w, low, high, in, out + at + low, total, B);
 }
 
-/* x [B, D] -> q [B, heads, size], and k and v [B, kv_heads, size] as token `place` of what there is; q and k turned by cos
-   and sin [size], those of a sequence `apart` places from the next's. Returns 0, or 1 where there is no memory. */
+/* One more token of B sequences, as a layer sees it. */
+typedef struct {
+  const void *x;        /* [B, D] */
+  const void *cos, *sin; /* [size], those of a sequence `turns` places from the next's */
+  long turns, B;
+  void *q, *y;          /* [B, heads, size], [B, D] */
+  long place, S;        /* of the token's keys and values, and how many tokens there are */
+  const uint8_t *mask;  /* a byte a token [B, S], those of a sequence `apart` bytes from the next's, or NULL */
+  long apart;
+} token;
+
+static long begin_each(const layer *at, long B) { return B * at->q.columns + inputs_room(at->q.columns, B); }
+
+static long begin_room(const layer *at, long B, int threads) {
+  return threads * begin_each(at, B) + B * (at->heads + 2 * at->kv_heads) * at->size;
+}
+
+/* x -> q, and k and v as token `place` of what there is; q and k turned. Inside a parallel region, as what follows. */
+static void begin(const layer *at, const token *now, const states *k, const states *v, float *room) {
+  long D = at->q.columns, d = at->size, heads = at->heads, kv = at->kv_heads, all = heads + 2 * kv, total = all * d;
+  long B = now->B, each = begin_each(at, B), from, to;
+  float *h = room + omp_get_num_threads() * each;
+  float *own = room + omp_get_thread_num() * each; /* each its own: less than waiting for one another */
+  normed(now->x, at->type, at->norm, at->eps, own, D, B);
+  inputs in = prepare(at->q.bits, at->type, own, D, B, own + B * D);
+  own_part(total, AT_ONCE, &from, &to);
+  MARK(NORM);
+  projected(&at->q, heads * d, 0, from, to, &in, h, total, B);
+  projected(&at->k, kv * d, heads * d, from, to, &in, h, total, B);
+  projected(&at->v, kv * d, (heads + kv) * d, from, to, &in, h, total, B);
+  MARK(QKV);
+#pragma omp barrier
+  MARK(WAIT);
+#pragma omp for schedule(static)
+  for (long i = 0; i < B * all; i++) {
+    long b = i / all, head = i % all, own = head < heads ? head : (head - heads) % kv;
+    int which = head < heads ? 0 : head < heads + kv ? 1 : 2;
+    const float *bias = which == 0 ? at->q_bias : which == 1 ? at->k_bias : at->v_bias;
+    const states *new = which == 1 ? k : v;
+    void *out = which == 0 ? now->q : new->start;
+    float *values = h + b * total + head * d;
+    long to_row = which == 0 ? (b * heads + own) * d : b * new->sequence + own * new->head + now->place * new->token;
+    for (long j = 0; bias && j < d; j++) values[j] += bias[own * d + j];
+    for (long j = 0; j < d; j++) {
+      float value = values[j];
+      if (which < 2) {
+        float other = j < d / 2 ? -values[j + d / 2] : values[j - d / 2];
+        long at_turn = b * now->turns + j;
+        value = value * element(now->cos, at->type, at_turn) + other * element(now->sin, at->type, at_turn);
+      }
+      write_out(out, at->type, to_row + j, value);
+    }
+  }
+  MARK(TURN);
+}
+
+/* begin, of one layer. Returns 0, or 1 where there is no memory. */
 int caprese_layer_begin(const layer *at, const void *x, const void *cos, const void *sin, long apart, void *q,
                         const states *k, const states *v, long place, long B) {
   int threads = omp_get_max_threads();
-  long D = at->q.columns, d = at->size, heads = at->heads, kv = at->kv_heads, all = heads + 2 * kv, total = all * d;
-  long each = B * D + inputs_room(D, B);
-  float *room = malloc(sizeof(float) * (threads * each + B * total)), *h = room + threads * each;
+  float *room = malloc(sizeof(float) * begin_room(at, B, threads));
   if (!room) return 1;
+  token now = {.x = x, .cos = cos, .sin = sin, .turns = apart, .q = q, .place = place, .B = B};
 #pragma omp parallel num_threads(threads)
-  {
-    float *own = room + omp_get_thread_num() * each; /* each its own: less than waiting for one another */
-    long from, to;
-    normed(x, at->type, at->norm, at->eps, own, D, B);
-    inputs in = prepare(at->q.bits, at->type, own, D, B, own + B * D);
-    own_part(total, AT_ONCE, &from, &to);
-    projected(&at->q, heads * d, 0, from, to, &in, h, total, B);
-    projected(&at->k, kv * d, heads * d, from, to, &in, h, total, B);
-    projected(&at->v, kv * d, (heads + kv) * d, from, to, &in, h, total, B);
-#pragma omp barrier
-#pragma omp for schedule(static)
-    for (long i = 0; i < B * all; i++) {
-      long b = i / all, head = i % all, own = head < heads ? head : (head - heads) % kv;
-      int which = head < heads ? 0 : head < heads + kv ? 1 : 2;
-      const float *bias = which == 0 ? at->q_bias : which == 1 ? at->k_bias : at->v_bias;
-      const states *new = which == 1 ? k : v;
-      void *out = which == 0 ? q : new->start;
-      float *values = h + b * total + head * d;
-      long to_row = which == 0 ? (b * heads + own) * d : b * new->sequence + own * new->head + place * new->token;
-      for (long j = 0; bias && j < d; j++) values[j] += bias[own * d + j];
-      for (long j = 0; j < d; j++) {
-        float value = values[j];
-        if (which < 2) {
-          float other = j < d / 2 ? -values[j + d / 2] : values[j - d / 2];
-          value = value * element(cos, at->type, b * apart + j) + other * element(sin, at->type, b * apart + j);
-        }
-        write_out(out, at->type, to_row + j, value);
-      }
-    }
-  }
+  begin(at, &now, k, v, room);
   free(room);
   return 0;
 }
@@ -142,56 +167,69 @@ static void attend_any(int type, const float *q, const char *keys, long key_step
 #undef ATTEND
 }
 
-/* The rest: q [B, heads, size] and all keys and values -> y [B, D], the layer's output for x [B, D]. mask: a byte a token
-   [B, S], those of a sequence `apart` bytes from the next's, or NULL. Without an FFN (NULL) y is what it would see, not
-   normed. Returns as above. */
+static long end_each(const layer *at, long S, long B) {
+  long D = at->q.columns, width = at->heads * at->size;
+  return 2 * B * D + (S + LANES) / LANES * LANES + at->size + inputs_room(D > width ? D : width, B);
+}
+
+static long end_room(const layer *at, const ffn *f, long S, long B, int threads) {
+  return threads * end_each(at, S, B) + B * at->heads * at->size + B * at->q.columns + (f ? ffn_room(f, B) : 0);
+}
+
+/* The rest: q and all keys and values -> y [B, D], the layer's output for x. Without an FFN (NULL) y is what it would see,
+   not normed. */
+static void end(const layer *at, const ffn *f, const token *now, const states *keys, const states *values, float *room) {
+  int threads = omp_get_num_threads(), me = omp_get_thread_num(), type = at->type;
+  long D = at->q.columns, d = at->size, heads = at->heads, width = heads * d, B = now->B, S = now->S, from, to;
+  float *parts = room, *norms = parts + threads * B * D, *rest = norms + threads * B * D;
+  long each = end_each(at, S, B) - 2 * B * D;
+  float *mixed = rest + threads * each, *hidden = mixed + B * width, *inner = hidden + B * D;
+  float *own = parts + me * B * D, *in = norms + me * B * D, *query = rest + me * each, *score = query + d;
+  float *planes = score + (S + LANES) / LANES * LANES;
+#pragma omp for schedule(static)
+  for (long i = 0; i < B * heads; i++) {
+    long b = i / heads, head = i % heads, kv = head / (heads / at->kv_heads);
+    for (long j = 0; j < d; j++) query[j] = element(now->q, type, i * d + j);
+    attend_any(type, query, keys->start + (b * keys->sequence + kv * keys->head) * type / 8, keys->token,
+               values->start + (b * values->sequence + kv * values->head) * type / 8, values->token, S,
+               now->mask ? now->mask + b * now->apart : NULL, at->scaling, d, score, mixed + i * d);
+  }
+  MARK(ATTEND);
+  own_part(D, AT_ONCE, &from, &to);
+  inputs mix = prepare(at->o.bits, type, mixed, width, B, planes);
+  many_dots(&at->o, from, to, &mix, hidden + from, D, B);
+  for (long b = 0; b < B; b++)
+    for (long i = from; i < to; i++) {
+      float value = hidden[b * D + i] + (at->o_bias ? at->o_bias[i] : 0);
+      value = (type == 32 ? value : widen(narrow(value))) + element(now->x, type, b * D + i);
+      hidden[b * D + i] = type == 32 ? value : widen(narrow(value));
+    }
+  memset(own, 0, sizeof(float) * B * D);
+  MARK(OUT);
+#pragma omp barrier
+  MARK(WAIT);
+  if (f) {
+    normed(hidden, 32, at->ffn_norm, at->ffn_eps, in, D, B);
+    inputs seen = prepare(f->gate.bits, type, in, D, B, planes);
+    MARK(NORM);
+    ffn_part(f, &seen, inner, own, B);
+  }
+#pragma omp barrier
+  MARK(WAIT);
+  reduce(parts, hidden, f ? f->last : NULL, now->y, type, D, B);
+  MARK(REDUCE);
+}
+
+/* end, of one layer. Returns as above. */
 int caprese_layer_end(const layer *at, const ffn *f, const void *x, const void *q, const states *keys,
                       const states *values, long S, const uint8_t *mask, long apart, void *y, long B) {
-  int threads = omp_get_max_threads(), type = at->type;
-  long D = at->q.columns, d = at->size, heads = at->heads, width = heads * d, room_S = (S + LANES) / LANES * LANES;
-  long each = inputs_room(D > width ? D : width, B);
-  float *parts = malloc(sizeof(float) * (2 * threads * B * D + threads * (room_S + d + each) + B * width + B * D +
-                                         (f ? ffn_room(f, B) : 0)));
-  if (!parts) return 1;
-  float *norms = parts + threads * B * D, *scores = norms + threads * B * D, *mixed = scores + threads * (room_S + d + each);
-  float *hidden = mixed + B * width, *room = hidden + B * D;
+  int threads = omp_get_max_threads();
+  float *room = malloc(sizeof(float) * end_room(at, f, S, B, threads));
+  if (!room) return 1;
+  token now = {.x = x, .q = (void *)q, .y = y, .S = S, .mask = mask, .apart = apart, .B = B};
 #pragma omp parallel num_threads(threads)
-  {
-    int me = omp_get_thread_num();
-    float *own = parts + me * B * D, *in = norms + me * B * D, *score = scores + me * (room_S + d + each);
-    float *planes = score + room_S + d;
-    long from, to;
-#pragma omp for schedule(static)
-    for (long i = 0; i < B * heads; i++) {
-      long b = i / heads, head = i % heads, kv = head / (heads / at->kv_heads);
-      float *query = score + room_S;
-      for (long j = 0; j < d; j++) query[j] = element(q, type, i * d + j);
-      attend_any(type, query, keys->start + (b * keys->sequence + kv * keys->head) * type / 8,
-                 keys->token,
-                 values->start + (b * values->sequence + kv * values->head) * type / 8,
-                 values->token, S,
-                 mask ? mask + b * apart : NULL, at->scaling, d, score, mixed + i * d);
-    }
-    own_part(D, AT_ONCE, &from, &to);
-    inputs mix = prepare(at->o.bits, type, mixed, width, B, planes);
-    many_dots(&at->o, from, to, &mix, hidden + from, D, B);
-    for (long b = 0; b < B; b++)
-      for (long i = from; i < to; i++) {
-        float value = hidden[b * D + i] + (at->o_bias ? at->o_bias[i] : 0);
-        value = (type == 32 ? value : widen(narrow(value))) + element(x, type, b * D + i);
-        hidden[b * D + i] = type == 32 ? value : widen(narrow(value));
-      }
-    memset(own, 0, sizeof(float) * B * D);
-#pragma omp barrier
-    if (f) {
-      normed(hidden, 32, at->ffn_norm, at->ffn_eps, in, D, B);
-      inputs seen = prepare(f->gate.bits, type, in, D, B, planes);
-      ffn_part(f, &seen, room, own, B);
-    }
-#pragma omp barrier
-    reduce(parts, hidden, f ? f->last : NULL, y, type, D, B);
-  }
-  free(parts);
+  end(at, f, &now, keys, values, room);
+  free(room);
   return 0;
 }
 
@@ -201,17 +239,30 @@ typedef struct {
   states keys, values;
 } one;
 
-/* `count` layers, one after the other: x [B, D] -> y [B, D], with S tokens in each cache, of which the last is written */
+/* `count` layers of one shape, one after the other: x [B, D] -> y [B, D], with S tokens in each cache, of which the last
+   is written. One parallel region: threads that meet again within microseconds wait awake. */
 int caprese_layers(const one *each, long count, const void *x, const void *cos, const void *sin, long turns, long S,
                    const uint8_t *mask, long apart, void *y, long B) {
   const layer *at = each->at;
-  void *q = malloc(sizeof(float) * B * at->heads * at->size);
-  int failed = !q;
-  for (long i = 0; i < count && !failed; i++, x = y) {
-    const one *now = each + i;
-    failed = caprese_layer_begin(now->at, x, cos, sin, turns, q, &now->keys, &now->values, S - 1, B) ||
-             caprese_layer_end(now->at, now->inside, x, q, &now->keys, &now->values, S, mask, apart, y, B);
+  int threads = omp_get_max_threads();
+  long most = begin_room(at, B, threads), queries = B * at->heads * at->size;
+  for (long i = 0; i < count; i++) {
+    long own = end_room(each[i].at, each[i].inside, S, B, threads);
+    most = own > most ? own : most;
   }
-  free(q);
-  return failed;
+  float *room = malloc(sizeof(float) * (most + queries));
+  if (!room) return 1;
+  token now = {x, cos, sin, turns, B, room + most, y, S - 1, S, mask, apart};
+  START;
+#pragma omp parallel num_threads(threads) firstprivate(now)
+  {
+    MARK(WAIT);
+    for (long i = 0; i < count; i++, now.x = now.y) {
+      begin(each[i].at, &now, &each[i].keys, &each[i].values, room);
+      end(each[i].at, each[i].inside, &now, &each[i].keys, &each[i].values, room);
+    }
+  }
+  MARK(WAIT);
+  free(room);
+  return 0;
 }

@@ -1,7 +1,7 @@
 """The products on a CPU: C, compiled once for a machine by its C compiler.
 
-Plain C on vectors, called by address: no header of torch's is compiled, so it takes two seconds and is kept in the
-cache directory. It runs on the OpenMP that torch has loaded, and with as many threads as torch.
+Plain C on vectors, called by address: no header of torch's is compiled, so it takes some ten seconds and is kept in
+the cache directory. It runs on the OpenMP that torch has loaded, and with as many threads as torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from caprese.files import cache_dir
 
 _HERE = Path(__file__).parent
 SOURCES = (_HERE / "rows.c", _HERE / "layer.c")
-_HEADERS = (_HERE / "codes.h", _HERE / "products.h", _HERE / "ffn.h")
+_HEADERS = (_HERE / "codes.h", _HERE / "whole.h", _HERE / "products.h", _HERE / "ffn.h")
 _FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
 _LIBRARIES = ("-lm",)
 #: activations that the whole FFN knows, as `ffn.h` counts them
@@ -55,8 +55,9 @@ def library() -> Any:
             at.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=at.parent) as apart:
                 made = Path(apart) / at.name
-                whole = [*command, *map(str, SOURCES), "-o", str(made), *_LIBRARIES]
-                subprocess.run(whole, check=True, capture_output=True, timeout=120)
+                whole = [*command, "-x", "c", "-", "-o", str(made), *_LIBRARIES]
+                both = "".join(f'#include "{source}"\n' for source in SOURCES)  # once, what they share
+                subprocess.run(whole, check=True, capture_output=True, timeout=300, input=both.encode())
                 made.replace(at)
         found = ctypes.CDLL(str(at))
     except (OSError, subprocess.SubprocessError):

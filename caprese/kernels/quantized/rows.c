@@ -47,7 +47,7 @@ int caprese_sums(int bits, const void *codes, const void *scales, const int32_t 
     float *own = parts + omp_get_thread_num() * B * C;
     memset(own, 0, sizeof(float) * B * C);
     own_part(count, AT_ONCE, &from, &to);
-    many_adds(&w, from, to, to, in + from, count, own, B);
+    many_adds(&w, from, to, type, in + from, count, own, B);
 #pragma omp barrier
     reduce(parts, NULL, NULL, y, type, C, B);
   }
