@@ -100,9 +100,9 @@ def bench(flags: Flags) -> None:
         return
     if flags.output is not None:
         check_writable(Path(flags.output))
-    types, others = engine_types(flags.engine, flags.engine_types), _given(flags)
-    if flags.random_weights and "llama.cpp" in types:
+    if flags.random_weights and "llama.cpp" in (flags.engine or ""):
         raise CapreseError("--engine llama.cpp wants a tokenizer, which --random-weights has not; give --model")
+    types, others = engine_types(flags.engine, flags.engine_types), _given(flags)
     tokenizer: Any = None
     if flags.random_weights:
         place = pick_device(flags.device)
