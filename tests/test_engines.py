@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import tiny_llama
@@ -112,4 +111,7 @@ def test_a_checkpoint_takes_turns_with_ours(vllm, tmp_path):
 def test_why_vllm_ended(vllm, tmp_path):
     tiny_llama().save_pretrained(tmp_path / "broken")
     with pytest.raises(caprese.CapreseError, match=r"vLLM ended with broken \(exit 1: ValueError: this checkpoint is"):
-        engines.Engine("broken", Path(tmp_path / "broken"), [1, 2], 1)
+        engines.Engine("broken", tmp_path / "broken", [1, 2], 1).wait()
+    how = {"rank": 4, "prompt_tokens": 8, "new_tokens": 6, "rows": ["dense"]}
+    with pytest.raises(caprese.CapreseError, match=r"vLLM ended with broken"):
+        bench(tiny_llama(), [Griffin()], (1,), {"broken": tmp_path / "broken"}, **how)

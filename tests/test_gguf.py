@@ -114,4 +114,4 @@ def test_llama_cpp_runs_beside_ours(converter, tmp_path):
 def test_a_file_that_is_no_gguf(converter, tmp_path):
     (tmp_path / "bad.gguf").write_bytes(b"GGUF but not really")
     with pytest.raises(caprese.CapreseError, match=r"llama\.cpp ended with bad\.gguf"):
-        Engine("bad", tmp_path / "bad.gguf", [1, 2], 1)
+        Engine("bad", tmp_path / "bad.gguf", [1, 2], 1).wait()

@@ -182,8 +182,10 @@ class Bench:
                 advance(1)
         try:
             for name, path in (others or {}).items() if batch == 1 else ():
-                say(f"starting {name}")
                 engines.append(Engine(name, path, prompts[0], torch.get_num_threads()))
+            for engine in engines:
+                say(f"starting {engine.name}")
+                engine.wait()
             self._decode([*contenders, *engines], batch)
             return self._result(contenders, engines, batch)
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -36,7 +37,7 @@ class Engine:
             prompt: ids, which it reads at once.
 
         Raises:
-            CapreseError: the engine is not installed, or does not take what is there.
+            CapreseError: the engine is not installed.
         """
         self.name, self.path = name, path
         self.engine = "vLLM" if path.is_dir() else "llama.cpp"
@@ -49,7 +50,8 @@ class Engine:
         self._errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
         self._process = subprocess.Popen([*command, str(path), str(threads)], text=True, **pipes)
-        self._ask([int(i) for i in prompt])
+        self._send([int(i) for i in prompt])
+        self._starting = True
 
     @property
     def bytes(self) -> int:
@@ -57,27 +59,42 @@ class Engine:
         files = self.path.glob("*.safetensors") if self.path.is_dir() else [self.path]
         return sum(file.stat().st_size for file in files)
 
+    def wait(self) -> None:
+        """Until it has read the prompt; several start at once.
+
+        Raises:
+            CapreseError: the engine does not take what is there.
+        """
+        if self._starting:
+            self._answer()
+            self._starting = False
+
     def advance(self) -> float:
         """Milliseconds that the next token takes.
 
         Raises:
             CapreseError: the process ended.
         """
-        return float(self._ask(1)[0])
+        self.wait()
+        self._send(1)
+        return float(self._answer()[0])
 
     def close(self) -> None:
-        """End its process."""
+        """End its process, if that was not done."""
+        if self._errors.closed:
+            return
         self._process.kill()
         self._process.communicate()
         self._errors.close()
 
-    def _ask(self, question: Any) -> Any:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
+    def _send(self, question: Any) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # what it said before it ended is read with the answer
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # what it said before it ended is read below
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
         answer = self._process.stdout.readline()
         if answer:
             return json.loads(answer)
