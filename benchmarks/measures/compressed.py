@@ -5,7 +5,7 @@ w8a8 and fp8 the linear layers' inputs; prompts too run through what is left. KL
 model's completions.
 
 Settings of a cell: model; adapter, a directory (null: dense); outtype (bfloat16 keeps all its bits); samples, a
-directory with a run's shards.
+directory with a run's shards; rows, the first so many of each kind (null: all).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Measure:
     def __call__(self, cell: dict[str, Any]) -> dict[str, Any]:
         if self.model is None:
             self.model, self.tokenizer = caprese.load_base(cell["model"], dtype="float32")
-            self.samples = {split: read_samples(cell["samples"], split) for split in SPLITS}
+            self.samples = {split: read_samples(cell["samples"], split)[: cell["rows"]] for split in SPLITS}
             self.dense = {split: self._scores(self.model, split) for split in SPLITS}
         with tempfile.TemporaryDirectory(prefix="caprese-compressed-") as place:
             path = self._checkpoint(cell, Path(place))
