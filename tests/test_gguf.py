@@ -16,7 +16,7 @@ from caprese.exports import dense_ggufs
 from caprese.models import count_parameters
 from caprese.recipes import resolve_recipe
 from caprese.studies import bench
-from caprese.studies.engines import LlamaCpp
+from caprese.studies.engines import Engine
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -114,4 +114,4 @@ def test_llama_cpp_runs_beside_ours(converter, tmp_path):
 def test_a_file_that_is_no_gguf(converter, tmp_path):
     (tmp_path / "bad.gguf").write_bytes(b"GGUF but not really")
     with pytest.raises(caprese.CapreseError, match=r"llama\.cpp ended with bad\.gguf"):
-        LlamaCpp("bad", tmp_path / "bad.gguf", [1, 2], 1)
+        Engine("bad", tmp_path / "bad.gguf", [1, 2], 1).wait()

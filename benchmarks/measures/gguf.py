@@ -24,7 +24,7 @@ import caprese
 from caprese.distill.losses import kl_divergence
 from caprese.evaluation import environment
 from caprese.exports import dense_ggufs, export
-from caprese.studies.engines import LlamaCpp
+from caprese.studies.engines import Engine
 from measures.recovery import read_samples
 
 SPLITS = ("test", "elsewhere")
@@ -53,7 +53,7 @@ class Measure:
             self.dense = {split: self._scores(whole, split) for split in SPLITS}
         path = self._file(cell, root)
         kl = {split: self._kl(path, split) for split in SPLITS}
-        engine = LlamaCpp(path.name, path, self.texts["test"][0][0], torch.get_num_threads())
+        engine = Engine(path.name, path, self.texts["test"][0][0], torch.get_num_threads())
         try:
             engine.advance()
             times = [engine.advance() for _ in range(cell["tokens"])]

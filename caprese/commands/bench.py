@@ -34,10 +34,26 @@ class Flags:
     rows: Annotated[str | None, typer.Option(help="Only these rows, with commas.")] = None
     form: Annotated[str, typer.Option(help="auto, packed or indexed (see caprese.fuse).")] = "auto"
     engine: Annotated[
-        str | None, typer.Option(help="llama.cpp: the dense model as its --engine-types beside ours, at batch 1.")
+        str | None,
+        typer.Option(
+            help="llama.cpp or vllm, or both with a comma: the dense model as their --engine-types beside ours, at "
+            "batch 1."
+        ),
     ] = None
-    engine_types: Annotated[str, typer.Option(help="GGUF types of the dense model, with commas.")] = "q8_0,q4_0,q4_k_m"
-    gguf: Annotated[list[str] | None, typer.Option(help="A GGUF file to run beside ours; several by repeating.")] = None
+    engine_types: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the dense model, with commas; q8_0,q4_0,q4_k_m for llama.cpp and bfloat16,w4a16,w8a8 for vLLM "
+            "without."
+        ),
+    ] = None
+    gguf: Annotated[
+        list[str] | None, typer.Option(help="A GGUF file that llama.cpp runs beside ours; several by repeating.")
+    ] = None
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(help="A checkpoint's directory that vLLM runs beside ours; several by repeating."),
+    ] = None
     output: Annotated[str | None, typer.Option("--output", "-o", help="Directory for bench.json and bench.png.")] = None
     revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None
     dtype: QuickDtype = "auto"
@@ -55,7 +71,7 @@ def bench(flags: Flags) -> None:
     import torch
 
     from caprese.efficient_methods import describe_methods
-    from caprese.exports import dense_ggufs
+    from caprese.exports import dense_checkpoints, dense_ggufs
     from caprese.files import check_writable, write_json
     from caprese.models import load_base, load_config, random_model, shape_config
     from caprese.models.loading import pick_device, pick_dtype
@@ -64,6 +80,7 @@ def bench(flags: Flags) -> None:
     from caprese.report.tables import figures_table
     from caprese.studies.bench import bench as measure
     from caprese.studies.bench import bench_plan
+    from caprese.studies.engines import engine_types
     from caprese.studies.rows import rows_of
 
     name = flags.model or flags.random_weights
@@ -84,10 +101,9 @@ def bench(flags: Flags) -> None:
         return
     if flags.output is not None:
         check_writable(Path(flags.output))
-    files = {Path(name).stem: Path(name) for name in flags.gguf or []}
-    if missing := [str(path) for path in files.values() if not path.is_file()]:
-        raise CapreseError(f"--gguf {missing[0]}: there is no such file")
-    types = _engine_types(flags)
+    if flags.random_weights and "llama.cpp" in (flags.engine or ""):
+        raise CapreseError("--engine llama.cpp wants a tokenizer, which --random-weights has not; give --model")
+    types, others = engine_types(flags.engine, flags.engine_types), _given(flags)
     tokenizer: Any = None
     if flags.random_weights:
         place = pick_device(flags.device)
@@ -98,10 +114,13 @@ def bench(flags: Flags) -> None:
     else:
         loaded, tokenizer = load_base(name, revision=flags.revision, dtype=dtype, device=flags.device)
     with tempfile.TemporaryDirectory(prefix="caprese-bench-") as made:
-        if types:
-            say(f"the dense model as {', '.join(types)} for llama.cpp")
-            found = dense_ggufs(loaded, tokenizer, types, Path(made))
-            files = {f"llama.cpp {kind}": path for kind, path in found.items()} | files
+        for engine, kinds in types.items():
+            say(f"the dense model as {', '.join(kinds)} for {engine}")
+            if engine == "vllm":
+                found = dense_checkpoints(loaded, kinds, Path(made))
+            else:
+                found = dense_ggufs(loaded, tokenizer, kinds, Path(made))
+            others = {f"{engine} {kind}": path for kind, path in found.items()} | others
         result = measure(
             loaded,
             methods,
@@ -113,7 +132,7 @@ def bench(flags: Flags) -> None:
             if flags.rows
             else rows_of(methods, flags.compiled, dtype=loaded.dtype, device=loaded.device.type),
             form=flags.form,
-            ggufs=files,
+            others=others,
         )
     result = {"command": shlex.join(["caprese", *sys.argv[1:]]), "shape": name, **result}
     if flags.output is not None:
@@ -122,24 +141,23 @@ def bench(flags: Flags) -> None:
     show(result, flags.as_json, describe_bench)
 
 
-def _engine_types(flags: Flags) -> list[str]:
-    """GGUF types to make of the dense model.
+def _given(flags: Flags) -> dict[str, Path]:
+    """What other engines run of what is there already, by the names of their rows.
 
     Raises:
-        CapreseError: an engine or a type that there is not, or nothing to make them of.
+        CapreseError: a file or directory that there is not, or an engine.
     """
-    from caprese.exports.gguf import check_llama_cpp, check_outtype
+    from caprese.exports.gguf import check_llama_cpp
+    from caprese.studies.engines import find_vllm
 
-    if flags.gguf:
+    given = {Path(name).stem: Path(name) for name in flags.gguf or []}
+    if missing := [str(path) for path in given.values() if not path.is_file()]:
+        raise CapreseError(f"--gguf {missing[0]}: there is no such file")
+    checkpoints = {Path(name).resolve().name: Path(name) for name in flags.checkpoint or []}
+    if missing := [str(path) for path in checkpoints.values() if not (path / "config.json").is_file()]:
+        raise CapreseError(f"--checkpoint {missing[0]}: there is no config.json in such a directory")
+    if given:
         check_llama_cpp()
-    if flags.engine is None:
-        return []
-    if flags.engine != "llama.cpp":
-        raise CapreseError(f"--engine {flags.engine}: llama.cpp is what runs beside ours")
-    if flags.random_weights:
-        raise CapreseError("--engine llama.cpp wants a tokenizer, which --random-weights has not; give --model")
-    check_llama_cpp()
-    types = flags.engine_types.split(",")
-    for kind in types:
-        check_outtype(kind)
-    return types
+    if checkpoints:
+        find_vllm()
+    return given | checkpoints

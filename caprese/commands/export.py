@@ -22,7 +22,13 @@ class Flags:
     to: Annotated[str, typer.Option(help="Directory for the checkpoint.")]
     model: Annotated[str | None, typer.Option("--model", "-m", help="The base, where it was a local directory.")] = None
     format: Annotated[str, typer.Option(help="hf, or gguf for llama.cpp.")] = "hf"
-    outtype: Annotated[str, typer.Option(help="Of a GGUF: f32, f16, bf16, q8_0, q4_0, q4_k_m, q5_k_m, q6_k.")] = "f16"
+    outtype: Annotated[
+        str | None,
+        typer.Option(
+            help="gguf: f32, f16 (as it is without), bf16, q8_0, q4_0, q4_k_m, q5_k_m, q6_k. hf: w4a16, w8a8, w8a16, "
+            "fp8, for vLLM; without, all bits."
+        ),
+    ] = None
     dtype: Annotated[str, typer.Option(help="Of the weights: auto (the checkpoint's), float32, bfloat16.")] = "auto"
     samples: Annotated[
         int, typer.Option(help="Prompts of each kind that the checkpoint is measured on; 0 skips it.", min=0)
@@ -48,7 +54,8 @@ def export(flags: Flags) -> None:
         name = flags.model or opened.sidecar.base.name
         ranks = opened.ranks if opened.has_branches() else {}
         config = load_config(name, opened.base_revision(name))
-        figures = plan_export(config, opened.methods, lambda layer: ranks.get(layer, 0))
+        outtype = flags.outtype if flags.format == "hf" else None
+        figures = plan_export(config, opened.methods, lambda layer: ranks.get(layer, 0), outtype)
     else:
         from caprese.models.loading import pick_dtype
         from caprese.recovery.finished import export_adapter

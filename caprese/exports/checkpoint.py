@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -25,13 +24,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from caprese.adapters import public_id
 from caprese.efficient_methods import (
     Method,
     Reads,
     StandIn,
     applied_ffns,
-    describe_methods,
     known_methods,
     methods_by_layer,
     phases,
@@ -41,14 +38,15 @@ from caprese.efficient_methods import (
 from caprese.efficient_methods.passes import Phases
 from caprese.errors import CapreseError
 from caprese.exports import granite
+from caprese.exports.card import card
+from caprese.exports.compressed import check_compressible, check_scheme, save_checkpoint, stored_bytes
 from caprese.exports.gguf import convert, find_converter
-from caprese.exports.neurons import Branch, named_weights, read_branch, widen
+from caprese.exports.neurons import Branch, named_weights, read_branch, round_up, widen
 from caprese.files import check_writable, put_in_place, unwritable, write_text
 from caprese.models import (
     FFN,
     base_of,
     base_parameters,
-    base_terms,
     count_parameters,
     encode_text,
     family_of,
@@ -62,8 +60,6 @@ Format = Literal["hf", "gguf"]
 _WITH_BIAS = ("llama", "smollm3")
 #: gated families without, which are Llamas in all but name
 _AS_LLAMA = ("mistral", "qwen2")
-# widths are filled up with zero neurons to a multiple of it: what 4-bit blocks and tensor parallelism divide
-_MULTIPLE = 32
 _SENTENCES = ("The sun is a star, and the moon goes around the earth.", "12 * 12 = 144, because 12 * 10 = 120 and")
 
 # Run where caprese cannot be imported: the checkpoint has to stand alone.
@@ -122,7 +118,7 @@ def exported_config(
     Raises:
         CapreseError: stand-ins of a size that no checkpoint has.
     """
-    width = -(-max(widths) // _MULTIPLE) * _MULTIPLE
+    width = round_up(max(widths))
     if replaced:
         return granite.make_config(config, width, replaced)
     facts = config.to_dict()
@@ -137,11 +133,17 @@ def exported_config(
     return made
 
 
-def plan_export(config: PretrainedConfig, methods: Sequence[Method], rank: Callable[[int], int]) -> dict[str, Any]:
+def plan_export(
+    config: PretrainedConfig,
+    methods: Sequence[Method],
+    rank: Callable[[int], int],
+    outtype: str | None = None,
+) -> dict[str, Any]:
     """What `export` would write, from a config alone.
 
     Args:
         rank: the branch's in a layer; 0 where there is none.
+        outtype: of a checkpoint; None keeps all bits.
 
     Raises:
         CapreseError: what `export` would refuse.
@@ -157,13 +159,16 @@ def plan_export(config: PretrainedConfig, methods: Sequence[Method], rank: Calla
         for site in sites:
             own = applied.get(site.index, [])
             width = Reads(0, 0, site.ffn.width).after(m for m in own if "width" in m.acts_on).total
-            if site.index in applied:
-                width += rank(site.index) * (1 if site.ffn.gated else 2)
+            if site.index in applied and rank(site.index):
+                own_width = width if outtype is None else round_up(width)
+                width = own_width + rank(site.index) * (1 if site.ffn.gated else 2)
             widths.append(width)
             for method in own:
                 method.install(site, config, Phases(tuple(methods), {}))
         planned = exported_config(config, widths, branch, {at.layer: at for at in stand_ins(model)})
         made = AutoModelForCausalLM.from_config(planned)
+    if outtype is not None:
+        check_compressible(made, planned, outtype)
     width = _width(planned)
     parameters = sum(p.numel() for p in made.parameters())
     return {
@@ -172,7 +177,7 @@ def plan_export(config: PretrainedConfig, methods: Sequence[Method], rank: Calla
         "base_ffn_width": sites[0].ffn.width,
         "parameters": parameters,
         "base_parameters": before,
-        "bytes": parameters * (getattr(config, "dtype", None) or torch.float32).itemsize,
+        "bytes": stored_bytes(made, planned, outtype, (getattr(config, "dtype", None) or torch.float32).itemsize),
         "note": _note(methods, width, sites[0].ffn.width),
     }
 
@@ -198,7 +203,7 @@ def export(
     *,
     format: Format = "hf",
     dtype: torch.dtype | None = None,
-    outtype: str = "f16",
+    outtype: str | None = None,
     overwrite: bool = False,
     measure: Callable[[Path], dict[str, Any] | None] | None = None,
 ) -> dict[str, Any]:
@@ -209,13 +214,14 @@ def export(
         to: a directory that is not there yet, or empty.
         format: "hf", or "gguf" for llama.cpp, by its own converter.
         dtype: of the weights written; None as in the base's checkpoint.
-        outtype: of the GGUF: f32, f16, bf16, q8_0, and by llama.cpp's quantiser q4_0, q4_k_m, q5_k_m, q6_k.
+        outtype: of the GGUF: f32, f16 (None), bf16, q8_0, and by llama.cpp's quantiser q4_0, q4_k_m, q5_k_m, q6_k. Of a
+            checkpoint: w4a16, w8a8, w8a16 or fp8, by compressed-tensors, for vLLM; None keeps all bits.
         measure: what of the written checkpoint is to stand on its card, by kind of prompts: asked before it takes its
             place, with its directory.
 
     Returns: {"to", "architecture", "ffn_width", "base_ffn_width", "parameters", "base_parameters", "bytes", "dtype",
-        "note", "largest_logit_difference", "largest_logit", "fidelity", "gguf"}; the difference is to this model, all
-        tokens generated.
+        "outtype", "note", "largest_logit_difference", "largest_logit", "fidelity", "gguf"}; the difference is to this
+        model, all tokens generated, rounding included.
 
     Raises:
         CapreseError: a method or family that no checkpoint can carry, a target in use, a full disk, or no converter.
@@ -225,7 +231,11 @@ def export(
     check_exportable(base.config, phases_of(model).methods, any(part is not None for part in parts.values()))
     target = Path(to).expanduser()
     _check_target(target, Path(base_of(model).source), overwrite)
-    converter = find_converter(outtype) if format == "gguf" else []
+    if format == "gguf":
+        outtype = outtype or "f16"
+        converter = find_converter(outtype)
+    elif outtype is not None:
+        check_scheme(outtype)
     check_writable(target.parent)
     ids = _ids(base, tokenizer)
     with phases(model, [0] * len(ids)):
@@ -233,10 +243,11 @@ def export(
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as name:
             made = Path(name) / "hf"
-            facts = _write(model, parts, made, dtype or base_of(model).dtype or base.dtype)
+            kept = dtype or base_of(model).dtype or base.dtype
+            facts = {**_write(model, parts, made, kept, None if format == "gguf" else outtype), "outtype": outtype}
             if tokenizer is not None:
                 tokenizer.save_pretrained(made)
-            say("reading it back with transformers alone")
+            say("reading it back in a process without caprese")
             facts["largest_logit_difference"] = float((_read_back(made, ids, base) - expected).abs().max())
             facts["largest_logit"] = float(expected.abs().max())
             facts["fidelity"] = None if measure is None else measure(made)
@@ -244,9 +255,9 @@ def export(
             if format == "gguf":
                 say("converting it to GGUF")
                 facts["gguf"] = f"{target.resolve().name}-{outtype}.gguf"
-                convert(converter, made, Path(name) / "gguf" / facts["gguf"], outtype)
+                convert(converter, made, Path(name) / "gguf" / facts["gguf"], str(outtype))
                 made = Path(name) / "gguf"
-            write_text(made / "README.md", _card(model, facts))
+            write_text(made / "README.md", card(model, facts))
             for file in made.iterdir():
                 put_in_place(file, file)
             facts = {"to": str(target), **facts, "bytes": sum(f.stat().st_size for f in made.iterdir())}
@@ -281,8 +292,10 @@ def _take_place(made: Path, target: Path, before: Path) -> None:
         raise
 
 
-def _write(model: nn.Module, parts: Mapping[int, Branch | None], path: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """The checkpoint itself."""
+def _write(
+    model: nn.Module, parts: Mapping[int, Branch | None], path: Path, dtype: torch.dtype, scheme: str | None
+) -> dict[str, Any]:
+    """The checkpoint itself, its linear weights by a scheme of compressed-tensors."""
     base = unwrap(model)
     family = family_of(base.config)
     wrappers = {w.layer: w for w in applied_ffns(model).values()}
@@ -290,7 +303,8 @@ def _write(model: nn.Module, parts: Mapping[int, Branch | None], path: Path, dty
     for i, layer in enumerate(base.get_submodule(family.layers)):
         if i in wrappers:
             views.append(wrappers[i].view)
-            pieces.append(widen(views[i], wrappers[i].transformed.weights(), parts[i], dtype))
+            own = wrappers[i].transformed.weights()
+            pieces.append(widen(views[i], own, parts[i], dtype, apart=scheme is not None))
         else:
             views.append(FFN(getattr(layer, family.ffn) if family.ffn else layer, family))
             pieces.append(views[i].weights())
@@ -305,11 +319,13 @@ def _write(model: nn.Module, parts: Mapping[int, Branch | None], path: Path, dty
         state |= {f"{family.layers}.{i}.{name}": t for name, t in at.checkpoint_state().items()}
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if scheme is not None:
+        check_compressible(made, config, scheme)
     wanted, width = dict(made.named_parameters()), _width(config)
     for i, (view, piece) in enumerate(zip(views, pieces, strict=True)):
-        own = named_weights(view, piece, width)
-        own = granite.name_ffn(own) if replaced else {f"{family.ffn}.{n}".lstrip("."): t for n, t in own.items()}
-        state |= {f"{family.layers}.{i}.{name}": t for name, t in own.items()}
+        ffn = named_weights(view, piece, width)
+        ffn = granite.name_ffn(ffn) if replaced else {f"{family.ffn}.{n}".lstrip("."): t for n, t in ffn.items()}
+        state |= {f"{family.layers}.{i}.{name}": t for name, t in ffn.items()}
     for name, like in wanted.items():  # a Llama's biases that this base does not have
         if name.endswith("bias") and name not in state:
             state[name] = torch.zeros(like.shape)
@@ -317,11 +333,12 @@ def _write(model: nn.Module, parts: Mapping[int, Branch | None], path: Path, dty
         raise CapreseError(
             f"a {config.model_type} checkpoint has other weights than this model: {', '.join(wrong[:4])}"
         )
-    made.load_state_dict({n: t.to("cpu", dtype).contiguous() for n, t in state.items()}, strict=False, assign=True)
+    whole = torch.float64 if scheme else dtype  # rounded once
+    made.load_state_dict({n: t.to("cpu", whole).contiguous() for n, t in state.items()}, strict=False, assign=True)
     made.tie_weights()
     if base.generation_config is not None:
         made.generation_config = base.generation_config
-    made.save_pretrained(path)
+    save_checkpoint(made, scheme, path, dtype)
     return {
         "architecture": type(made).__name__,
         "ffn_width": width,
@@ -352,49 +369,3 @@ def _read_back(path: Path, ids: torch.Tensor, base: Any) -> torch.Tensor:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise CapreseError(f"transformers alone does not load what was exported ({last}); nothing was written")
     return load_file(out)["logits"]
-
-
-def _card(model: nn.Module, facts: Mapping[str, Any]) -> str:
-    """A README.md that says what the checkpoint is."""
-    base = base_of(model)
-    name = public_id(base.model_id)
-    matter: dict[str, Any] = {
-        "base_model": name,
-        "library_name": "gguf" if facts["gguf"] else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["caprese", *(method.name for method in phases_of(model).methods)],
-        **base_terms(Path(base.source)),
-    }
-    what = describe_methods(phases_of(model).methods)
-    changed = (
-        f"{name} with {facts['ffn_width']} instead of {facts['base_ffn_width']} neurons in each FFN, the recovery "
-        "adapter among them, on prompts too"
-    )
-    if replaced := [str(at.layer) for at in stand_ins(model)]:
-        trained = " and ".join(method.trains for method in phases_of(model).methods if method.trains)
-        changed = f"{name} with {trained} in layers {', '.join(replaced)}"
-    return (
-        f"---\n{yaml.safe_dump(matter, sort_keys=False)}---\n\n# {name}, {what}\n\n"
-        f"{changed}; {facts['parameters']:,} instead of {facts['base_parameters']:,} parameters. Exported by "
-        f"caprese as an ordinary {facts['architecture']}: it needs caprese no more. Read back by transformers alone, "
-        f"its logits differ from the caprese model's by {facts['largest_logit_difference']:.1e} at most (the largest "
-        f"is {facts['largest_logit']:.1f}).\n" + _fidelity(model, facts)
-    )
-
-
-def _fidelity(model: nn.Module, facts: Mapping[str, Any]) -> str:
-    """What was measured of the checkpoint, as part of its card."""
-    by_kind: Mapping[str, Any] | None = facts["fidelity"]
-    if not by_kind:
-        return ""
-    head = "| Prompts | Samples | KL | Top-1 | Perplexity |\n| --- | ---: | ---: | ---: | ---: |\n"
-    rows = ""
-    for kind, f in by_kind.items():
-        perplexity = f["perplexity"] or float("inf")
-        rows += f"| {kind} | {f['samples']} | {f['kl']:.4f} | {f['top1_agreement']:.1%} | {perplexity:.2f} |\n"
-    how = "with dense prompts" if phases_of(model).dense_prompts else "as it runs here"
-    which = "this checkpoint" if facts["gguf"] is None else "this checkpoint before it became a GGUF,"
-    return (
-        f"\n## Fidelity\n\nAgainst the dense model's greedy answers, measured on {which} in plain transformers, "
-        f"which runs prompts through what is left, too; it was distilled {how}.\n\n{head}{rows}"
-    )

@@ -16,6 +16,8 @@ from caprese.errors import CapreseError
 from caprese.inference.fused import branch_of
 from caprese.models import FFN, Weights
 
+# widths are filled up with zero neurons to a multiple of it: what 4-bit groups and tensor parallelism divide
+_MULTIPLE = 32
 #: L' [r, D], R' [D, r], bias [D] or None
 Branch = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
@@ -26,8 +28,18 @@ def read_branch(recovery: nn.Module) -> Branch | None:
     return None if found is None or not any(part is not None and part.any() for part in found[1:]) else found
 
 
-def widen(ffn: FFN, w: Weights, branch: Branch | None, dtype: torch.dtype) -> Weights:
-    """The FFN with its branch as more neurons, in float64."""
+def round_up(width: int) -> int:
+    """The width of a checkpoint that holds so many neurons."""
+    return -(-width // _MULTIPLE) * _MULTIPLE
+
+
+def widen(ffn: FFN, w: Weights, branch: Branch | None, dtype: torch.dtype, apart: bool = False) -> Weights:
+    """The FFN with its branch as more neurons, in float64.
+
+    Args:
+        apart: it is going to be rounded: zero neurons keep the branch's out of the others' groups of down, and its
+            columns of down, which may be any multiple as its rows of up divide by it, get the others' size.
+    """
     if branch is None:
         return w
     left, right = branch[0].detach().double(), branch[1].detach().double()
@@ -35,6 +47,11 @@ def widen(ffn: FFN, w: Weights, branch: Branch | None, dtype: torch.dtype) -> We
     w = Weights(*(None if t is None else t.detach().double() for t in w))  # type: ignore[arg-type]
     if extra is not None:
         w = w._replace(down_bias=extra if w.down_bias is None else w.down_bias + extra)
+    if apart:
+        w = _filled(w, round_up(len(w.up)))
+        times = w.down.norm(dim=0).mean() / right.norm(dim=0)
+        times = torch.where(times.isfinite() & (times > 0), times, 1)
+        left, right = left / times[:, None], right * times
     if w.gate is None:
         _check_odd(ffn)
         twice = left.new_zeros(2 * len(left))
@@ -76,24 +93,36 @@ def _check_odd(ffn: FFN) -> None:
         raise CapreseError("of this activation, act(z) - act(-z) is not z, so no neurons can be linear; not exported")
 
 
-def named_weights(ffn: FFN, w: Weights, width: int) -> dict[str, torch.Tensor]:
-    """The weights under their names in the FFN, filled up with zero neurons to `width`."""
+def _filled(w: Weights, width: int) -> Weights:
+    """With zero neurons up to `width`."""
 
-    def rows(t: torch.Tensor | None) -> torch.Tensor | None:
+    def rows(t: Any) -> Any:
         return None if t is None else nn.functional.pad(t, (0, 0) * (t.dim() - 1) + (0, width - len(t)))
 
-    family = ffn.family
-    up, up_bias = rows(w.up), rows(w.up_bias)
+    return w._replace(
+        gate=rows(w.gate),
+        gate_bias=rows(w.gate_bias),
+        up=rows(w.up),
+        up_bias=rows(w.up_bias),
+        down=nn.functional.pad(w.down, (0, width - w.down.shape[1])),
+    )
+
+
+def named_weights(ffn: FFN, w: Weights, width: int) -> dict[str, torch.Tensor]:
+    """The weights under their names in the FFN, filled up with zero neurons to `width`."""
+    family, w = ffn.family, _filled(w, width)
+    up: torch.Tensor | None = w.up
+    up_bias = w.up_bias
     named: dict[str, tuple[Any, torch.Tensor | None]] = {}
     if ffn.fused:
         up, up_bias = (
-            None if half is None else torch.cat([rows(gate), half])  # type: ignore[list-item]
+            None if half is None else torch.cat([gate, half])  # type: ignore[list-item]
             for gate, half in ((w.gate, up), (w.gate_bias, up_bias))
         )
     elif w.gate is not None:
-        named[family.gate] = (rows(w.gate), rows(w.gate_bias))
+        named[family.gate] = (w.gate, w.gate_bias)
     named[family.up] = (up, up_bias)
-    named[family.down] = (nn.functional.pad(w.down, (0, width - w.down.shape[1])), w.down_bias)
+    named[family.down] = (w.down, w.down_bias)
     turned = isinstance(ffn.part("up"), Conv1D)
     weights = {f"{name}.weight": weight.T if turned else weight for name, (weight, _) in named.items()}
     return weights | {f"{name}.bias": bias for name, (_, bias) in named.items() if bias is not None}

@@ -38,8 +38,8 @@ from caprese.inference.generate import NewTokens, clock, generate
 from caprese.kernels import triton_runs
 from caprese.models import context_of, count_parameters, device_of, find_ffns, unwrap
 from caprese.models.cache import roomy_cache
-from caprese.progress import bar
-from caprese.studies.engines import LlamaCpp
+from caprese.progress import bar, say
+from caprese.studies.engines import Engine
 from caprese.studies.lora_step import LoraStep
 from caprese.studies.rows import ROWS, other_type, rows_of
 
@@ -163,11 +163,11 @@ class Bench:
             step = bare.get_compiled_call(config)
         return Contender(name, bare, step)
 
-    def run(self, batch: int = 1, ggufs: Mapping[str, Path] | None = None) -> dict[str, Any]:
+    def run(self, batch: int = 1, others: Mapping[str, Path] | None = None) -> dict[str, Any]:
         """TTNT of every row at one batch size; see `bench`."""
         prompts = self._tokens(batch, self.prompt_tokens).tolist()
         contenders: list[Contender] = []
-        others: list[LlamaCpp] = []
+        engines: list[Engine] = []
         steps = self.new_tokens
         tokens = steps + 4 * TURN + steps // (TURN - 1) + 8
         with bar(f"batch {batch}: prefill and warm-up", len(self.rows), "rows") as advance:
@@ -181,15 +181,18 @@ class Bench:
                 contenders.append(c)
                 advance(1)
         try:
-            for name, path in (ggufs or {}).items() if batch == 1 else ():
-                others.append(LlamaCpp(name, path, prompts[0], torch.get_num_threads()))
-            self._decode([*contenders, *others], batch)
-            return self._result(contenders, others, batch)
+            for name, path in (others or {}).items() if batch == 1 else ():
+                engines.append(Engine(name, path, prompts[0], torch.get_num_threads()))
+            for engine in engines:
+                say(f"starting {engine.name}")
+                engine.wait()
+            self._decode([*contenders, *engines], batch)
+            return self._result(contenders, engines, batch)
         finally:
-            for other in others:
-                other.close()
+            for engine in engines:
+                engine.close()
 
-    def _decode(self, contenders: Sequence[Contender | LlamaCpp], batch: int) -> None:
+    def _decode(self, contenders: Sequence[Contender | Engine], batch: int) -> None:
         """Take turns token by token until each has decoded enough."""
         steps, turn = self.new_tokens, 0
         with bar(f"batch {batch}: decoding", steps, "tokens") as advance:
@@ -238,7 +241,7 @@ class Bench:
     def reads(self, name: str, batch: int) -> int:
         return weights_read(self.model, self.methods, self.rank, name, batch)
 
-    def _result(self, contenders: Sequence[Contender], others: Sequence[LlamaCpp], batch: int) -> dict[str, Any]:
+    def _result(self, contenders: Sequence[Contender], others: Sequence[Engine], batch: int) -> dict[str, Any]:
         by_name = {c.name: c for c in contenders}
         medians = {c.name: statistics.median(c.times) for c in contenders}
         best = min(median for name, median in medians.items() if name.startswith("dense"))
@@ -270,7 +273,7 @@ class Bench:
         for other in others:
             times = other.times * 2 if len(other.times) == 1 else other.times
             low, ttnt, high = statistics.quantiles(times, n=4)
-            size = other.path.stat().st_size
+            size = other.bytes
             ratio = ttnt / medians["dense"]
             rows.append(
                 {
@@ -281,7 +284,7 @@ class Bench:
                     "ratio_same_engine": None,
                     "ratio_dense_eager": ratio,
                     "ratio_best_dense": ttnt / best,
-                    "bytes_per_token": size,  # about: the file, of which a token reads all but the embeddings' rows
+                    "bytes_per_token": size,  # about: the files, of which a token reads all but the embeddings' rows
                     "efficiency": size / dense_bytes / ratio,
                     "peak_bytes": size,
                 }
@@ -352,7 +355,7 @@ def bench(
     model: PreTrainedModel,
     methods: Sequence[Method],
     batch: Sequence[int] = (1,),
-    ggufs: Mapping[str, Path] | None = None,
+    others: Mapping[str, Path] | None = None,
     **how: Any,
 ) -> dict:
     """Time to next token of dense, efficient and recovered, eager and compiled, taking turns token by token.
@@ -361,7 +364,8 @@ def bench(
         model: a bare transformers model; every row is a twin of it that shares its weights.
         methods: what makes it cheaper.
         batch: sequences decoded together, one measurement for each.
-        ggufs: files that llama.cpp runs beside them, at batch 1, by the names of their rows.
+        others: what other engines run beside them, at batch 1, by the names of their rows: a GGUF file in llama.cpp, a
+            checkpoint's directory in vLLM.
         how: see `Bench`.
 
     Returns: the facts of the run, and floor_ratio and rows of the first batch size; if there are several, all of them
@@ -374,6 +378,6 @@ def bench(
     if not batch or min(batch) < 1:
         raise CapreseError("`batch` takes numbers from 1, such as 1,2,4,8,16")
     runner = Bench(model, methods, **how)
-    results = [runner.run(size, ggufs) for size in batch]
+    results = [runner.run(size, others) for size in batch]
     facts = runner.facts() | results[0]
     return facts | ({"batches": results} if len(results) > 1 else {})

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from caprese.errors import CapreseError
-from caprese.exports.gguf import check_llama_cpp
+from caprese.exports.compressed import SCHEMES, check_scheme
+from caprese.exports.gguf import OUTTYPES, QUANTISED, check_llama_cpp
 
-_WORKER = Path(__file__).parent / "llama_cpp_worker.py"
+_HERE = Path(__file__).parent
+#: by engine, the types that the dense model can be made as, and which are without saying
+_TYPES: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
+    "llama.cpp": ((*OUTTYPES, *QUANTISED), ("q8_0", "q4_0", "q4_k_m")),
+    "vllm": (("bfloat16", *SCHEMES), ("bfloat16", "w4a16", "w8a8")),
+}
+#: names the Python that has vLLM
+VLLM_PYTHON = "CAPRESE_VLLM_PYTHON"
 
 
-class LlamaCpp:
-    """One GGUF in llama.cpp, on as many threads as torch has; greedy, one sequence."""
+class Engine:
+    """A GGUF in llama.cpp, or a checkpoint's directory in vLLM, on torch's count of threads; greedy, one sequence."""
 
     def __init__(self, name: str, path: Path, prompt: Sequence[int], threads: int) -> None:
         """
@@ -26,16 +37,37 @@ class LlamaCpp:
             prompt: ids, which it reads at once.
 
         Raises:
-            CapreseError: llama-cpp-python is not installed, or the file cannot be used.
+            CapreseError: the engine is not installed.
         """
-        check_llama_cpp()
         self.name, self.path = name, path
+        self.engine = "vLLM" if path.is_dir() else "llama.cpp"
+        if path.is_dir():
+            command = [find_vllm(), str(_HERE / "vllm_worker.py")]
+        else:
+            check_llama_cpp()
+            command = [sys.executable, str(_HERE / "llama_cpp_worker.py")]
         self.times: list[float] = []
         self._errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
-        command = [sys.executable, str(_WORKER), str(path), str(threads)]
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
-        self._process = subprocess.Popen(command, text=True, **pipes)
-        self._ask([int(i) for i in prompt])
+        self._process = subprocess.Popen([*command, str(path), str(threads)], text=True, **pipes)
+        self._send([int(i) for i in prompt])
+        self._starting = True
+
+    @property
+    def bytes(self) -> int:
+        """Of the weights as they are stored."""
+        files = self.path.glob("*.safetensors") if self.path.is_dir() else [self.path]
+        return sum(file.stat().st_size for file in files)
+
+    def wait(self) -> None:
+        """Until it has read the prompt; several start at once.
+
+        Raises:
+            CapreseError: the engine does not take what is there.
+        """
+        if self._starting:
+            self._answer()
+            self._starting = False
 
     def advance(self) -> float:
         """Milliseconds that the next token takes.
@@ -43,21 +75,26 @@ class LlamaCpp:
         Raises:
             CapreseError: the process ended.
         """
-        return float(self._ask(1)[0])
+        self.wait()
+        self._send(1)
+        return float(self._answer()[0])
 
     def close(self) -> None:
-        """End its process."""
+        """End its process, if that was not done."""
+        if self._errors.closed:
+            return
         self._process.kill()
         self._process.communicate()
         self._errors.close()
 
-    def _ask(self, question: Any) -> Any:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
+    def _send(self, question: Any) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # what it said before it ended is read with the answer
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # what it said before it ended is read below
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
         answer = self._process.stdout.readline()
         if answer:
             return json.loads(answer)
@@ -65,4 +102,59 @@ class LlamaCpp:
         self._errors.seek(0)
         said = [line for line in self._errors.read().splitlines() if line.strip()]
         self.close()
-        raise CapreseError(f"llama.cpp ended with {self.path.name} (exit {code}: {said[-1] if said else 'no message'})")
+        last = said[-1] if said else "no message"
+        raise CapreseError(f"{self.engine} ended with {self.path.name} (exit {code}: {last})")
+
+
+def find_vllm() -> str:
+    """The Python that has vLLM: $CAPRESE_VLLM_PYTHON, or this one.
+
+    Raises:
+        CapreseError: neither has it.
+    """
+    python = os.environ.get(VLLM_PYTHON)
+    if python is None:
+        if importlib.util.find_spec("vllm") is not None:
+            return sys.executable
+        raise CapreseError(f"vLLM is not installed here: make vllm, and set {VLLM_PYTHON} to .venv-vllm/bin/python")
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    try:
+        found = subprocess.run([python, "-c", look], capture_output=True).returncode == 0
+    except OSError:
+        found = False
+    if not found:
+        raise CapreseError(f"{VLLM_PYTHON} is {python}, which is no Python that has vLLM; make vllm sets one up")
+    return python
+
+
+def engine_types(engines: str | None, types: str | None) -> dict[str, list[str]]:
+    """By engine, the types that the dense model is made as.
+
+    Args:
+        engines, types: names with commas; a type goes to the engine that has it, None is what each has without saying.
+
+    Raises:
+        CapreseError: there is no such engine or type, or it is not installed.
+    """
+    if engines is None:
+        return {}
+    names = engines.split(",")
+    if unknown := [name for name in names if name not in _TYPES]:
+        raise CapreseError(f"no engine {unknown[0]!r} runs beside ours: {', '.join(_TYPES)}")
+    asked = None if types is None else types.split(",")
+    found = {}
+    for name in names:
+        known, usual = _TYPES[name]
+        found[name] = list(usual) if asked is None else [kind for kind in asked if kind in known]
+        if not found[name]:
+            raise CapreseError(f"no type of {types} is {name}'s: {', '.join(known)}")
+        if name == "vllm":
+            find_vllm()
+        else:
+            check_llama_cpp()
+        for kind in found[name]:
+            if kind in SCHEMES:
+                check_scheme(kind)
+    if unknown := [kind for kind in asked or () if not any(kind in kinds for kinds in found.values())]:
+        raise CapreseError(f"no type {unknown[0]!r} of {engines}: " + "; ".join(", ".join(_TYPES[n][0]) for n in names))
+    return found
