@@ -14,9 +14,11 @@ from typer.testing import CliRunner
 import caprese
 from caprese.cli import app
 from caprese.efficient_methods import Griffin, Nf4
+from caprese.errors import CapreseError
 from caprese.models import random_model, shape_config
 from caprese.studies import ROWS, bench
 from caprese.studies.bench import Contender, weights_read
+from caprese.studies.engines import find_vllm
 from caprese.studies.rows import rows_of
 
 MADE = rows_of([Griffin()], dtype=torch.float32)
@@ -200,6 +202,9 @@ def test_other_engines_are_asked_for_by_name(tmp_path: Path, monkeypatch: pytest
         (("--random-weights", "llama-3.2-1b", "--engine", "llama.cpp"), "wants a tokenizer"),
         ((*model, "--gguf", str(tmp_path / "none.gguf")), "there is no such file"),
         ((*model, "--checkpoint", str(tmp_path / "none")), "none: there is no config.json in such a directory"),
+        ((*model, "--checkpoint", ""), "there is no config.json in such a directory"),
+        ((*model, "--engine-types", "w4a16"), "give --engine too"),
+        ((*model, "--engine", "llama.cpp", "--batch", "2,4"), "other engines run at batch 1"),
     ):
         code, out = run(*args)
         assert code == 1 and said in " ".join(out.split()), out
@@ -209,3 +214,25 @@ def test_other_engines_are_asked_for_by_name(tmp_path: Path, monkeypatch: pytest
     assert code == 1 and "pip install llama-cpp-python" in " ".join(out.split())
     code, out = run(*model, "--engine", "vllm")
     assert code == 1 and "make vllm" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("script", ["sleep 100", "exit 0", "echo not json", "printf '\\377'", "exit 3"])
+def test_a_python_without_vllm_is_refused_before_any_work(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("caprese.studies.engines._PATIENCE", 1)
+    monkeypatch.setenv("CAPRESE_VLLM_PYTHON", str(python))
+    with pytest.raises(CapreseError, match="which is no Python that has vLLM"):
+        find_vllm()
+
+
+def test_two_rows_of_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("caprese.studies.engines.find_vllm", lambda: "python")
+    for place in ("a", "b"):
+        tiny("llama").save_pretrained(tmp_path / place / "exported")
+    both = [word for place in "ab" for word in ("--checkpoint", str(tmp_path / place / "exported"))]
+    code, out = run("--model", str(tmp_path / "a" / "exported"), *both)
+    assert code == 1 and "would both be the row exported" in " ".join(out.split())

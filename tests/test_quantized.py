@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,6 +121,31 @@ def test_the_largest_sums(batch: int, columns: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_one_large_channel_leaves_the_others_their_bits(batch: int, bits: int) -> None:
+    """It meets no weight here, so all that is left is what the others have."""
+    wide = drawn(96, 512)
+    wide[:, 7] = 0
+    weight = quantize(wide, bits)
+    for times in (30.0, 1e2, 1e4, 1e8):
+        x = drawn(batch, 512, seed=3).bfloat16()
+        x[:, 7] *= times / x[:, 7].abs()
+        wanted, most = (
+            f(x.double()) @ f(weight.wide(torch.float64)).T for f in (torch.Tensor.double, torch.Tensor.abs)
+        )
+        assert ((products(x, weight).double() - wanted).abs() <= 5e-3 * most).all(), times
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_columns_of_small_scales_keep_their_bits_in_sums(batch: int) -> None:
+    wide = drawn(64, 128)
+    wide[:, 32:64] *= 1e-4
+    weight, z = quantize(wide, 4), drawn(batch, 64, seed=3).bfloat16()
+    wanted, most = (f(z.double()) @ f(weight.wide(torch.float64)) for f in (torch.Tensor.double, torch.Tensor.abs))
+    assert ((sums(z, weight).double() - wanted).abs() <= 5e-3 * most).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("function", [products, sums])
 def test_a_sequence_that_is_no_number_leaves_the_others(function: Any, bits: int) -> None:
     weight, x = quantize(drawn(64, 64), bits), drawn(8, 64).bfloat16()
@@ -212,6 +242,19 @@ def test_it_is_compiled_here(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(products(x, weight), naive.products(x, weight))
     finally:
         native.library.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="of other machines' processors there is no flag to take away"
+)
+@pytest.mark.parametrize("without", ["-mno-avx512vnni", "-mno-avx512f"])
+def test_on_processors_that_have_less(without: str, tmp_path: Path) -> None:
+    """The same tests, with the same kernels compiled for less than this machine has."""
+    here = {**os.environ, "CC": f"cc {without}", "CAPRESE_CACHE": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:xdist", __file__]
+    done = subprocess.run(command, env=here, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_under_compile() -> None:

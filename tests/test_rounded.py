@@ -106,6 +106,26 @@ def test_prompts_run_as_stored(text: str) -> None:
                 assert torch.allclose(ours.logits, other.logits, atol=close)
 
 
+@pytest.mark.parametrize("prefill", ["Dense", None, True, ["stored"], ""])
+def test_prompts_run_in_one_of_three_ways(prefill: Any, tmp_path: Path) -> None:
+    with pytest.raises(caprese.CapreseError, match="use dense, efficient, stored"):
+        caprese.apply(tiny_llama(), methods("q8"), prefill=prefill)
+    caprese.save(recovered(caprese.apply(tiny_llama(), methods("q8"))), tmp_path)
+    with pytest.raises(caprese.CapreseError, match="use dense, efficient, stored"):
+        caprese.load(base := tiny_llama(), tmp_path, prefill=prefill)
+    assert not applied_ffns(base)
+
+
+@pytest.mark.parametrize("text", ["q8", "q4", "q4:where=none:head=true"])
+def test_a_weight_that_is_no_number_is_not_rounded_away(text: str) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    for weight in (model.lm_head.weight, model.model.layers[1].self_attn.q_proj.weight):
+        weight.data[3, 5] = torch.nan
+    with pytest.raises(caprese.CapreseError, match="a weight is NaN or infinite"):
+        caprese.apply(model, methods(text))
+    assert not applied_ffns(model)
+
+
 def test_the_teacher_is_dense_whatever_prompts_run_through() -> None:
     model = caprese.apply(tiny_llama(), methods("griffin:0.5+q4:head=true"), prefill="stored")
     with torch.no_grad():
@@ -165,7 +185,11 @@ def test_no_dense_copy_is_kept(tied: bool) -> None:
     norms = (3 * 2 + 1) * 32 * 4
     assert held(model) - rounded - 4 * rows - embedding - norms < 200  # rotary frequencies, and what stands for none
     assert held(model) < 0.5 * whole
-    for ask in (lambda: caprese.remove(model), lambda: caprese.dense(model).__enter__()):
+    for ask in (
+        lambda: caprese.remove(model),
+        lambda: caprese.dense(model).__enter__(),
+        lambda: model.save_pretrained("nowhere"),
+    ):
         with pytest.raises(caprese.CapreseError, match="dense weights of this model were let go"):
             ask()
 

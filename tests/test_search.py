@@ -81,6 +81,26 @@ def test_what_was_measured_is_not_measured_again(small_recipe, monkeypatch):
     assert report["search"]["chosen"] == "q8:head=true"
 
 
+def test_one_that_fails_is_left_out_and_says_why(small_recipe, monkeypatch):
+    plain = search.apply
+
+    def apply(model, methods, **how):
+        if methods[0].name == "griffin":
+            raise RuntimeError("no memory\n(at some line)")
+        return plain(model, methods, **how)
+
+    monkeypatch.setattr(search, "apply", apply)
+    report = caprese.recover(tiny_llama(), byte_tokenizer(), given(small_recipe, 100.0, LINES[:2]))
+    assert report["search"]["chosen"] == "q8:head=true"
+    assert report["search"]["alternatives"][1] == {"method": "griffin:0.5", "refused": "no memory"}
+
+
+def test_another_spelling_is_the_same_run(small_recipe):
+    first = caprese.recover(tiny_llama(), byte_tokenizer(), given(small_recipe, 100.0, ("griffin:0.5", "q8:head=true")))
+    again = given(small_recipe, 100.0, ("griffin", "q8:head=True"))
+    assert caprese.recover(tiny_llama(), byte_tokenizer(), again) == first
+
+
 def test_times_are_real(small_recipe):
     report = caprese.recover(tiny_llama(), byte_tokenizer(), given(small_recipe, 100.0))
     for each in report["search"]["alternatives"]:
@@ -113,10 +133,16 @@ def test_of_a_recipe(tmp_path):
     assert not other.alternatives and other.target_kl is None and other.methods == (caprese.Griffin(),)
     for wrong, said in [
         ({"alternatives": "default"}, "give it, and no other target"),
-        ({"alternatives": "default", "target_kl": 0.2, "method": "q8"}, "in place of methods"),
-        ({"alternatives": "default", "target_kl": 0.2, "layers": "first-half"}, "in place of methods"),
+        ({"alternatives": "default", "target_kl": 0.2, "method": "q8"}, "leave out method"),
+        (
+            {"alternatives": "default", "target_kl": 0.2, "layers": "first-half"},
+            "sparsity and layers",
+        ),
         ({"alternatives": "default", "target_kl": 0.2, "prefill": "efficient"}, "griffin chooses from each prompt"),
         ({"alternatives": ["q9"], "target_kl": 0.2}, "q9"),
+        ({"alternatives": "default", "target_kl": 0.2, "reselect_every": 4}, "leave out `reselect_every`"),
+        ({"alternatives": "default", "target_kl": float("inf")}, "target_kl"),
+        ({"alternatives": "default", "target_kl": float("nan")}, "target_kl"),
         ({"alternatives": "q8", "target_kl": 0.2}, "alternatives"),
     ]:
         with pytest.raises(CapreseError, match=said):

@@ -58,7 +58,7 @@ class Flags:
     revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None
     dtype: QuickDtype = "auto"
     device: Device = "auto"
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print bytes and byte floor; time nothing.")] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print bytes and byte floor; time no row.")] = False
     as_json: Json = False
 
 
@@ -103,6 +103,10 @@ def bench(flags: Flags) -> None:
         check_writable(Path(flags.output))
     if flags.random_weights and "llama.cpp" in (flags.engine or ""):
         raise CapreseError("--engine llama.cpp wants a tokenizer, which --random-weights has not; give --model")
+    if flags.engine_types and not flags.engine:
+        raise CapreseError("--engine-types are those of an engine; give --engine too")
+    if 1 not in batches and (flags.engine or flags.gguf or flags.checkpoint):
+        raise CapreseError("other engines run at batch 1; add it to --batch")
     types, others = engine_types(flags.engine, flags.engine_types), _given(flags)
     tokenizer: Any = None
     if flags.random_weights:
@@ -150,14 +154,22 @@ def _given(flags: Flags) -> dict[str, Path]:
     from caprese.exports.gguf import check_llama_cpp
     from caprese.studies.engines import find_vllm
 
-    given = {Path(name).stem: Path(name) for name in flags.gguf or []}
-    if missing := [str(path) for path in given.values() if not path.is_file()]:
-        raise CapreseError(f"--gguf {missing[0]}: there is no such file")
-    checkpoints = {Path(name).resolve().name: Path(name) for name in flags.checkpoint or []}
-    if missing := [str(path) for path in checkpoints.values() if not (path / "config.json").is_file()]:
-        raise CapreseError(f"--checkpoint {missing[0]}: there is no config.json in such a directory")
-    if given:
+    given: dict[str, Path] = {}
+    for name in flags.gguf or []:
+        if not Path(name).is_file():
+            raise CapreseError(f"--gguf {name}: there is no such file")
         check_llama_cpp()
-    if checkpoints:
+        _name(given, Path(name).stem, Path(name))
+    for name in flags.checkpoint or []:
+        if not name or not (Path(name) / "config.json").is_file():
+            raise CapreseError(f"--checkpoint {name}: there is no config.json in such a directory")
         find_vllm()
-    return given | checkpoints
+        _name(given, Path(name).resolve().name, Path(name))
+    return given
+
+
+def _name(given: dict[str, Path], name: str, path: Path) -> None:
+    """Add what another engine runs as the row of this name."""
+    if name in given:
+        raise CapreseError(f"{given[name]} and {path} would both be the row {name}; rename one of them")
+    given[name] = path

@@ -48,12 +48,15 @@ def export(flags: Flags) -> None:
     if flags.dry_run:
         from caprese.adapters import Adapter
         from caprese.exports import plan_export
+        from caprese.exports.gguf import check_outtype
         from caprese.models import load_config
 
         opened = Adapter.open(flags.adapter)
         name = flags.model or opened.sidecar.base.name
         ranks = opened.ranks if opened.has_branches() else {}
         config = load_config(name, opened.base_revision(name))
+        if flags.format == "gguf":
+            check_outtype(flags.outtype or "f16")
         outtype = flags.outtype if flags.format == "hf" else None
         figures = plan_export(config, opened.methods, lambda layer: ranks.get(layer, 0), outtype)
     else:

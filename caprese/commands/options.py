@@ -26,7 +26,7 @@ Prompts = Annotated[
     Literal["dense", "efficient", "stored"] | None,
     typer.Option(
         help="How prompts run: dense; efficient: through what is left; stored: through all neurons as they are "
-        "stored, and the dense weights are let go. Default as the adapter was made."
+        "stored. Default as the adapter was made."
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Of everything random.", min=0, max=2**32 - 1)]
@@ -34,9 +34,9 @@ Dtype = Annotated[str, typer.Option(help="auto (float32 on CPU), float32, bfloat
 QuickDtype = Annotated[str, typer.Option(help="auto (on CPU the faster one, measured), float32, bfloat16 or float16.")]
 #: what `--for` says in a recipe's words
 MADE_FOR: dict[str, dict[str, Any]] = {
-    "caprese": {"prefill": "dense"},
-    "export": {"prefill": "efficient"},
-    "speed": {"alternatives": "default"},
+    "caprese": {"prefill": "dense", "alternatives": ()},
+    "export": {"prefill": "efficient", "alternatives": ()},
+    "speed": {"prefill": "dense", "alternatives": "default"},
 }
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from caprese.commands.options import Adapter, Device, Json, Model, QuickDtype, Seed, parse_quick
+from caprese.commands.options import Adapter, Device, Dtype, Json, Model, Seed
 from caprese.progress import say, show
 
 
@@ -39,7 +39,7 @@ class Flags:
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace samples of other settings.")] = False
     output: Annotated[str, typer.Option("--output", "-o", help="Directory for samples, scale.json and plot.")] = "scale"
     seed: Seed = 0
-    dtype: QuickDtype = "auto"
+    dtype: Dtype = "auto"
     device: Device = "auto"
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be drawn; draw nothing.")] = False
     as_json: Json = False
@@ -65,7 +65,7 @@ def scale(flags: Flags) -> None:
     if flags.dry_run:
         show(plan_scaling(flags.adapter, sampling), flags.as_json, lambda found: [figures_table("scale", found)])
         return
-    how: dict[str, Any] = {"revision": flags.revision, "dtype": parse_quick(flags.dtype), "device": flags.device}
+    how: dict[str, Any] = {"revision": flags.revision, "dtype": flags.dtype, "device": flags.device}
     command = shlex.join(["caprese", *sys.argv[1:]])
     result = scale_adapter(
         flags.adapter, flags.model, sampling, flags.output, command=command, overwrite=flags.overwrite, **how

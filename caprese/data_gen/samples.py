@@ -20,7 +20,7 @@ def _facts(sources: Sequence[Source]) -> list[dict[str, Any]]:
 class Samples(BaseModel):
     """Stage 1: what the teacher is asked, and how it answers."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     prompts: Annotated[tuple[Source, ...], PlainValidator(read_sources), PlainSerializer(_facts)] = (
         Source(source="gym:gsm_symbolic"),

@@ -20,7 +20,7 @@ PLACES = 9
 class Source(BaseModel):
     """One kind of prompts."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
     source: str
     """gym:TASK (reasoning-gym), chains:SPLIT, a .jsonl or .parquet file, a `datasets` name, optionally with :SPLIT, or

@@ -26,7 +26,7 @@ from caprese.models import device_of
 class Descent(BaseModel):
     """How parameters are trained by gradient descent."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     epochs: Annotated[int, Field(ge=0)] = 3
     """Passes over the samples; 0 skips the stage."""

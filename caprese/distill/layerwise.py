@@ -26,7 +26,7 @@ RIDGES = (0.0, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 class Layerwise(BaseModel):
     """Stage 2: how the branches are fitted layer by layer."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     how: Literal["closed", "sequential", "adam", "none"] = "closed"
     """closed: reduced-rank regression in one pass. sequential: the same, layer after layer on the inputs the recovered

@@ -54,7 +54,8 @@ def apply(
         reselect_every: generated tokens after which they go through the dense model once, in parallel, and the choice
             is made anew; None never.
         prefill: whether prompts run dense; "efficient": through what is left, as an exported checkpoint runs them; or
-            "stored": through all neurons, in the bits that methods store, for which no dense copy is needed.
+            "stored": through all neurons that are not removed for good, in the bits that methods store, for which no
+            dense copy is needed.
 
     Raises:
         CapreseError: an unsupported model, linear layers that a method cannot act on (see `bases.check_layers`),
@@ -110,7 +111,13 @@ def drop_dense(model: M) -> M:
         for at in [m for m in base.modules() if m._parameters.get("weight") is weight]:
             at.weight = nn.Parameter(nothing, requires_grad=False)
     shared.lean = True
+    base.register_state_dict_pre_hook(_refuse_to_save)
     return model
+
+
+def _refuse_to_save(*_: Any) -> None:
+    """What stands for the dense weights is never to be saved as weights."""
+    raise CapreseError(NO_DENSE)
 
 
 def methods_by_layer(methods: Sequence[Method], count: int) -> dict[int, list[Method]]:

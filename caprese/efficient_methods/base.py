@@ -49,7 +49,7 @@ class Method(BaseModel):
     Shapes: x is [B, T, D]; a and z (see `models.FFN`) are [B, T, F]; masks [B, T].
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
     name: ClassVar[str]
     summary: ClassVar[str] = ""
     """One line for `caprese methods`."""
@@ -265,7 +265,7 @@ class Method(BaseModel):
             words.append(f"{sparsity:g}")
         elif sparsity is not None:
             words.append(f"{sum(sparsity) / len(sparsity):.3g} mean")
-        return ":".join([*words, *(f"{key}={str(value).lower()}" for key, value in facts.items())])
+        return ":".join([*words, *(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in facts.items())])
 
 
 class Sparse(Method):

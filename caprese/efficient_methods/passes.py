@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -51,8 +51,11 @@ def check_prefill(prefill: Prefill, methods: Sequence[Method], reselect_every: i
     """Refuse prompts that are not to run dense where something needs them to.
 
     Raises:
-        CapreseError: methods that choose from a whole prompt, or generated tokens that are to run dense again.
+        CapreseError: no such way, methods that choose from a whole prompt, or generated tokens that are to run dense
+            again.
     """
+    if prefill not in get_args(Prefill):
+        raise CapreseError(f"`prefill` is {prefill!r}; use {', '.join(get_args(Prefill))}")
     choosers = [method.name for method in methods if "prompt" in method.learns]
     if prefill == "efficient" and choosers:
         raise CapreseError(
@@ -60,7 +63,10 @@ def check_prefill(prefill: Prefill, methods: Sequence[Method], reselect_every: i
             '`prefill="efficient"` is for methods that do not'
         )
     if prefill != "dense" and reselect_every is not None:
-        raise CapreseError(f'reselection runs tokens dense; with `prefill="{prefill}"` leave out `reselect_every`')
+        raise CapreseError(
+            f'reselection runs tokens dense; with `prefill="{prefill}"` leave out `reselect_every` '
+            "(None, where an adapter was saved with it)"
+        )
 
 
 class Phases:

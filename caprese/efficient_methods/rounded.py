@@ -59,8 +59,10 @@ class _Rounded(Method):
         """A weight [R, C] in few bits; importance [C], see `quantize`.
 
         Raises:
-            CapreseError: 4 bits of columns that are no multiple of 32.
+            CapreseError: 4 bits of columns that are no multiple of 32, or a weight that is not finite.
         """
+        if not torch.isfinite(weight).all():
+            raise CapreseError(f"{self.name}: a weight is NaN or infinite; download the base model again")
         if self.bits == 4 and weight.shape[1] % GROUP:
             raise CapreseError(
                 f"{self.name} stores weights in groups of {GROUP} columns, and one here has {weight.shape[1]}; use q8"

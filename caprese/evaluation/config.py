@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class Evaluation(BaseModel):
     """Stage 4: what is measured on held-out prompts."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     generate: bool = True
     """Let efficient and recovered answer the test prompts too: accuracy and length in free generation."""

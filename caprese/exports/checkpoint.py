@@ -333,7 +333,7 @@ def _write(
         raise CapreseError(
             f"a {config.model_type} checkpoint has other weights than this model: {', '.join(wrong[:4])}"
         )
-    whole = torch.float64 if scheme else dtype  # rounded once
+    whole = torch.float32 if scheme else dtype  # rounded once
     made.load_state_dict({n: t.to("cpu", whole).contiguous() for n, t in state.items()}, strict=False, assign=True)
     made.tie_weights()
     if base.generation_config is not None:

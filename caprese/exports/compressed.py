@@ -144,7 +144,11 @@ def _scheme(name: str) -> Any:
 
 
 def _compressed(weight: torch.Tensor, name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """What stands in a checkpoint for a weight [R, C]: codes nearest to it for scales in `dtype`."""
+    """What stands in a checkpoint for a weight [R, C]: codes nearest to it for scales in `dtype`.
+
+    Raises:
+        CapreseError: a scale that this type does not hold.
+    """
     from compressed_tensors.compressors import BaseCompressor
 
     wide = weight.detach().float()
@@ -153,6 +157,11 @@ def _compressed(weight: torch.Tensor, name: str, dtype: torch.dtype) -> dict[str
     else:
         scales = quantize(wide, SCHEMES[name]["weights"]["num_bits"]).scales.view(len(wide), -1)
     scales = scales.masked_fill(wide.unflatten(1, (scales.shape[1], -1)).abs().amax(-1) == 0, 1).to(dtype)
+    if not (scales.isfinite() & (scales.abs() >= torch.finfo(dtype).tiny)).all():
+        raise CapreseError(
+            f"{name}: a weight is not finite, or {str(dtype).removeprefix('torch.')} does not hold a scale of theirs; "
+            "export with dtype float32 or bfloat16"
+        )
     codes = BaseCompressor.get_value_from_registry(_FORMATS[name]).compress(
         {"weight": wide, "weight_scale": scales.float()}, _scheme(name)
     )

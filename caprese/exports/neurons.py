@@ -48,8 +48,8 @@ def widen(ffn: FFN, w: Weights, branch: Branch | None, dtype: torch.dtype, apart
     if extra is not None:
         w = w._replace(down_bias=extra if w.down_bias is None else w.down_bias + extra)
     if apart:
-        w = _filled(w, round_up(len(w.up)))
         times = w.down.norm(dim=0).mean() / right.norm(dim=0)
+        w = _filled(w, round_up(len(w.up)))
         times = torch.where(times.isfinite() & (times > 0), times, 1)
         left, right = left / times[:, None], right * times
     if w.gate is None:

@@ -209,7 +209,7 @@ def pick_dtype(dtype: str | torch.dtype, device: str, config: Any = None) -> tor
     """
     if dtype == "auto":
         return torch.float32 if device == "cpu" else None
-    if dtype == "quickest":
+    if dtype == "quickest" and config is not None:
         return quickest_dtype(config, device)
     known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(known, torch.dtype) or not known.is_floating_point:

@@ -10,8 +10,8 @@ from torch import nn
 
 from caprese.models.families import family_of
 
-# Elements of the weight that is timed: larger than processor caches.
-_ELEMENTS = 2**23
+# Elements of the weight that is timed: larger than most processors' caches, if the model is.
+_ELEMENTS = 2**25
 # Tokens of a prompt that is answered at equal length.
 _TOKENS = 64
 # How much faster bfloat16 has to be: below it, its rounding is not worth it.
@@ -19,7 +19,7 @@ _FASTER = 1.1
 
 
 def product_seconds(dtype: torch.dtype, tokens: int, inner: int, outer: int, tries: int = 5) -> float:
-    """The least time of a product [tokens, inner] x [inner, outer] on the CPU, after one to warm up."""
+    """The least time of several products [tokens, inner] x [inner, outer] on the CPU."""
     x, weight = torch.ones(tokens, inner, dtype=dtype), torch.ones(outer, inner, dtype=dtype)
     least = float("inf")
     for _ in range(tries + 1):
@@ -31,7 +31,7 @@ def product_seconds(dtype: torch.dtype, tokens: int, inner: int, outer: int, tri
 
 def quickest_dtype(config: Any, device: str) -> torch.dtype | None:
     """float32 or bfloat16: in which a model of this config answers sooner on this CPU, by its FFN's products of a
-    prompt and, one by one, of as many new tokens; None on accelerators, for the checkpoint's own type."""
+    prompt and, one by one, of as many new tokens, in torch; None on accelerators, for the checkpoint's own type."""
     if device != "cpu":
         return None
     width = getattr(config, family_of(config).width, None) or 4 * config.hidden_size

@@ -49,7 +49,7 @@ def _facts(methods: Sequence[Method]) -> list[dict[str, Any]]:
 class Recipe(BaseModel):
     """Everything one run of `recover` depends on."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: str | None = None
     """Alias, hub id or local path; may be left out when a loaded model is given."""
@@ -77,8 +77,8 @@ class Recipe(BaseModel):
     Distillation and evaluation see the same."""
     prefill: Prefill = "dense"
     """How prompts run: dense, as in the paper and in caprese; efficient, through what is left, as an exported
-    checkpoint runs them in any engine; or stored, through all neurons in the bits that methods store, which saves the
-    memory of a dense copy. Calibration, distillation and evaluation see the same."""
+    checkpoint runs them in any engine; or stored, through all neurons that are not removed for good, in the bits that
+    methods store, which saves the memory of a dense copy. Calibration, distillation and evaluation see the same."""
     calibration_samples: Annotated[int, Field(ge=1)] = 64
     """Training samples from which methods such as static and teal choose, and auto measures."""
     rank: Annotated[int, Field(ge=1)] | Literal["auto"] = 256
@@ -112,12 +112,14 @@ class Recipe(BaseModel):
         if self.alternatives:
             if [facts_of(method) for method in self.methods] != _UNDECIDED:
                 raise CapreseError(
-                    f"`alternatives` are in place of methods; leave out {describe_methods(self.methods)}"
+                    "several methods are to be measured, with all their settings; leave out method, sparsity and layers"
                 )
             if self.target_kl is None or self.target_active is not None:
                 raise CapreseError(
                     "the fastest of several methods is that within `target_kl`; give it, and no other target"
                 )
+            if self.reselect_every is not None:
+                raise CapreseError("several methods are measured without reselection; leave out `reselect_every`")
         return self
 
     @model_validator(mode="after")

@@ -72,11 +72,15 @@ def override(raw: Mapping[str, Any], over: Mapping[str, Any]) -> tuple[dict[str,
         said += [facts.get("sparsity") for facts in parse_methods(line)]
     if any(each not in (None, "auto") for each in said):  # a number in place of what was to be measured
         raw = {key: value for key, value in raw.items() if key not in TARGETS}
-    if over.get("prefill") == "efficient":  # where nothing runs dense again
+    if over.get("prefill") in ("efficient", "stored") or over.get(
+        "alternatives"
+    ):  # where nothing runs dense again, or what is measured does not
         raw = {key: value for key, value in raw.items() if key != "reselect_every"}
-    if raw.get("alternatives") and {"method", "methods", "alternatives"} & over.keys():  # chosen by another target
+    if raw.get("alternatives") and {"method", "methods", "alternatives"} & {
+        k for k, v in over.items() if v is not None
+    }:  # chosen by another target
         raw = {key: value for key, value in raw.items() if key not in ("alternatives", "target_kl")}
-    if {"methods", "alternatives"} & over.keys():
+    if "methods" in over or over.get("alternatives"):
         raw = {key: value for key, value in raw.items() if key not in (*SPELLED, "methods")}
     elif line is not None:
         raw = {key: value for key, value in raw.items() if key not in SETTINGS or leaves_open(line, key)}

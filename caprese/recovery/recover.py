@@ -61,12 +61,11 @@ def recover(
     if recipe.model is None:
         # what it leaves open comes from the recipe shipped for this model, if there is one
         recipe = resolve_recipe(model=base_of(model).name, **recipe.model_dump(exclude_unset=True, exclude={"model"}))
-    for methods in recipe.compositions:
-        layers = check_job(model, methods, recipe.branches, recipe.layerwise)
+    each = [check_job(model, methods, recipe.branches, recipe.layerwise) for methods in recipe.compositions]
     out = Path(recipe.output).expanduser()
     check_writable(out)
     prints = fingerprint(model)
-    run = Run(out, _identity(recipe, layers, prints), recipe.seed)
+    run = Run(out, _identity(recipe, each, prints), recipe.seed)
     if (finished := run.finished()) is not None:
         return finished
     run.claim(overwrite)
@@ -132,11 +131,15 @@ def _is_quick(model: nn.Module, directory: Path) -> bool:
     return is_quicker(model)
 
 
-def _identity(recipe: Recipe, layers: Mapping[int, Sequence[Method]], prints: Mapping[str, str]) -> str:
+def _identity(recipe: Recipe, each: Sequence[Mapping[int, Sequence[Method]]], prints: Mapping[str, str]) -> str:
     """What a result depends on, as one digest, however it is spelled: the recipe without its places, what acts on each
-    layer, the base's weights, how samples are made."""
-    unused = set() if any(method.trains for method in recipe.methods) else {"alignment"}
-    places = {"output", "model", "revision", "device", "methods", "samples"}
+    layer (of each alternative), the base's weights, how samples are made."""
+    trains = any(method.trains for methods in recipe.compositions for method in methods)
+    unused = set() if trains else {"alignment"}
+    places = {"output", "model", "revision", "device", "methods", "alternatives", "samples"}
     facts = recipe.model_dump(mode="json", exclude=places | unused) | {"samples": recipe.samples.facts}
-    acts = {i: [{**facts_of(method), "layers": [i]} for method in own] for i, own in layers.items()}
-    return hashlib.sha256(json.dumps([facts, acts, dict(prints), VERSION], sort_keys=True).encode()).hexdigest()[:32]
+    acts = [
+        {i: [{**facts_of(method), "layers": [i]} for method in own] for i, own in layers.items()} for layers in each
+    ]
+    known = [facts, acts if recipe.alternatives else acts[0], dict(prints), VERSION]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]

@@ -16,7 +16,7 @@ from caprese.distill import Checkpoints, HeldOut, make_batches
 from caprese.distill.checkpoints import Kept
 from caprese.efficient_methods import Method, apply, calibrate, describe_methods, needs_calibration, remove
 from caprese.errors import CapreseError
-from caprese.evaluation.latency import time_to_next_token
+from caprese.evaluation.latency import rounds_within, time_to_next_token
 from caprese.models import device_of, unwrap
 from caprese.models.quickest import quickest_dtype
 from caprese.progress import say
@@ -37,7 +37,7 @@ def find_fastest(
     validation samples is within `config.target_kl`, before recovery.
 
     Times are of one fused step at batch 1, without a branch, in the type that this machine decodes fastest in. An
-    alternative that this model cannot be given is left out, with the reason. What was measured is kept as "search":
+    alternative that fails on this model is left out, with the reason. What was measured is kept as "search":
     {"target_kl", "dtype", "chosen", "alternatives": [{"method", "kl", "ttnt_ms", "dense_ms", "ratio"} or {"method",
     "refused"}]}.
 
@@ -70,7 +70,7 @@ def _fastest(found: Sequence[Mapping[str, Any]], target: float) -> int:
         least = min(able, key=lambda each: each["kl"])
         raise CapreseError(
             f"no alternative is within `target_kl={target:g}`: {least['method']} comes nearest, at {least['kl']:.3g}; "
-            "allow more"
+            "allow more, with `overwrite` in the same output"
         )
     return found.index(min(within, key=lambda each: each["ratio"]))
 
@@ -99,8 +99,8 @@ class _Measuring:
         name = describe_methods(methods)
         try:
             return {}, {"method": name, **self._measured(methods)}
-        except CapreseError as error:
-            return {}, {"method": name, "refused": str(error)}
+        except (CapreseError, RuntimeError) as error:  # RuntimeError: no memory, among others
+            return {}, {"method": name, "refused": (str(error).strip().splitlines() or [type(error).__name__])[0]}
 
     def _measured(self, methods: tuple[Method, ...]) -> dict[str, float]:
         how: dict[str, Any] = {"prefill": self.config.prefill}
@@ -115,7 +115,10 @@ class _Measuring:
         apply(self.served, methods, **how)
         try:
             names, label = ("dense", "efficient"), f"search: {describe_methods(methods)}"
-            times = time_to_next_token(self.served, self.validation[0].prompt_ids, _TOKENS, names, label)
+            prompt = min((sample.prompt_ids for sample in self.validation), key=len)
+            if not rounds_within(self.served, prompt):
+                raise CapreseError("no prompt leaves room in this model's context to time its next tokens")
+            times = time_to_next_token(self.served, prompt, _TOKENS, names, label)
         finally:
             remove(self.served)
         efficient, dense = times["efficient"]["ttnt_ms"], times["dense"]["ttnt_ms"]

@@ -23,6 +23,9 @@ _TYPES: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
     "llama.cpp": ((*OUTTYPES, *QUANTISED), ("q8_0", "q4_0", "q4_k_m")),
     "vllm": (("bfloat16", *SCHEMES), ("bfloat16", "w4a16", "w8a8")),
 }
+# seconds that a Python has to answer
+_PATIENCE = 60
+_FOUND = 77
 #: names the Python that has vLLM
 VLLM_PYTHON = "CAPRESE_VLLM_PYTHON"
 
@@ -117,10 +120,11 @@ def find_vllm() -> str:
         if importlib.util.find_spec("vllm") is not None:
             return sys.executable
         raise CapreseError(f"vLLM is not installed here: make vllm, and set {VLLM_PYTHON} to .venv-vllm/bin/python")
-    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    look = f"import importlib.util; raise SystemExit({_FOUND} if importlib.util.find_spec('vllm') else 1)"
     try:
-        found = subprocess.run([python, "-c", look], capture_output=True).returncode == 0
-    except OSError:
+        asked = subprocess.run([python, "-c", look], capture_output=True, timeout=_PATIENCE)
+        found = asked.returncode == _FOUND  # what is no Python does not end so
+    except (OSError, subprocess.TimeoutExpired):
         found = False
     if not found:
         raise CapreseError(f"{VLLM_PYTHON} is {python}, which is no Python that has vLLM; make vllm sets one up")

@@ -3,8 +3,8 @@
 #include "codes.h"
 
 /* Inputs x [B, C] as a product reads them: floats, and where `whole` is there, whole numbers of `unit` each, 127 * 128 to
-   the largest. That rounds finer than bfloat16 does; products are then exact. (For floats it takes more bits, and is no
-   faster than floats are.) */
+   the largest; products are then exact. That rounds about as bfloat16 does where the largest is not FAR from the others,
+   and is not done where it is. (For floats it takes more bits, and is no faster than floats are.) */
 typedef struct {
   const float *x;
   const int16_t *whole; /* [B, step], a line of the cache begins with each; for 4 bits in the order of `nibbles`; or NULL */
@@ -18,6 +18,7 @@ typedef struct {
 #define WIDE 128     /* columns of 4 bits in a vector */
 #define MOST 16384   /* columns up to which 32 bits hold a product with 8 */
 #define LARGEST (127 * 128)
+#define FAR 128      /* times the mean size of the others: these then have some seven bits left */
 #define ROWS_8 4     /* rows whose products are taken side by side */
 #define ROWS_4 2
 
@@ -43,14 +44,18 @@ static inputs prepare(int bits, int type, const float *x, long C, long B, float 
   float *units = (float *)zeros + B * in.step / 8;
   in.whole = whole, in.zeros = zeros, in.units = units;
   for (long b = 0; b < B; b++, x += C, whole += in.step) {
-    __m512 most = _mm512_setzero_ps();
+    __m512 most = _mm512_setzero_ps(), all = most;
     int odd = 0; /* whether there is what is no finite number */
     for (long c = 0; c < C; c += LANES) {
       __m512 size = _mm512_abs_ps(_mm512_maskz_loadu_ps(lanes_of(C - c), x + c));
       odd |= _mm512_cmp_ps_mask(size, _mm512_set1_ps(INFINITY), _CMP_NLT_UQ);
-      most = _mm512_max_ps(most, size);
+      most = _mm512_max_ps(most, size), all = _mm512_add_ps(all, size);
     }
     float largest = odd ? 0 : _mm512_reduce_max_ps(most);
+    if (largest * C > FAR * (_mm512_reduce_add_ps(all) - largest)) {
+      in.whole = NULL;
+      return in;
+    }
     units[b] = odd ? NAN : largest / LARGEST;
     __m512 by = _mm512_set1_ps(largest > 1e-30f ? LARGEST / largest : 0);
     for (long c = 0; c < in.step; c += LANES) {
@@ -277,27 +282,25 @@ inline void whole_adds_4(const weight *w, long place, long end, const float *z, 
   soon next = rows_soon(w, place + SUMMED, SUMMED, end);
   const uint16_t *scale[SUMMED];
   float units[AT_ONCE];
-  __m512 inner[AT_ONCE][SUMMED / LANES], most = _mm512_setzero_ps();
-  for (int r = 0; r < SUMMED; r++) {
-    row[r] = row_at(w, place + r), scale[r] = scales_at(w, place + r);
-    for (long g = 0; g < C / GROUP; g += LANES) {
-      __m256i halves = _mm256_maskz_loadu_epi16(lanes_of(C / GROUP - g), scale[r] + g);
-      most = _mm512_max_ps(most, _mm512_abs_ps((__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)));
-    }
-  }
-  float largest = _mm512_reduce_max_ps(most), rest = largest > 1e-30f ? 1 / largest : 0;
+  __m512 inner[AT_ONCE][SUMMED / LANES];
+  for (int r = 0; r < SUMMED; r++) row[r] = row_at(w, place + r), scale[r] = scales_at(w, place + r);
   for (int b = 0; b < n; b++) {
     __m512 by;
     for (int i = 0; i < SUMMED / LANES; i++) inner[b][i] = _mm512_loadu_ps(z + b * step + i * LANES);
-    units[b] = rounded(inner[b], &by) * largest;
-    for (int i = 0; i < SUMMED / LANES; i++)
-      inner[b][i] = _mm512_mul_ps(_mm512_mul_ps(inner[b][i], by), _mm512_set1_ps(rest));
+    units[b] = rounded(inner[b], &by);
+    for (int i = 0; i < SUMMED / LANES; i++) inner[b][i] = _mm512_mul_ps(inner[b][i], by);
   }
   for (long c = 0; c < C; c += GROUP) {
     int32_t pairs[AT_ONCE][SUMMED / 2] __attribute__((aligned(32)));
     float factors[SUMMED] __attribute__((aligned(64)));
+    __m512 most = _mm512_setzero_ps();
     __m512i low[AT_ONCE], high[AT_ONCE];
     for (int r = 0; r < SUMMED; r++) factors[r] = widen(scale[r][c / GROUP]);
+    for (int i = 0; i < SUMMED / LANES; i++)
+      most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_load_ps(factors + i * LANES)));
+    float largest = _mm512_reduce_max_ps(most), rest = largest > 1e-30f ? 1 / largest : 0;
+    for (int i = 0; i < SUMMED / LANES; i++)
+      _mm512_store_ps(factors + i * LANES, _mm512_mul_ps(_mm512_load_ps(factors + i * LANES), _mm512_set1_ps(rest)));
 #pragma GCC unroll 8
     for (int b = 0; b < n; b++) {
       low[b] = high[b] = _mm512_setzero_si512();
@@ -322,7 +325,7 @@ inline void whole_adds_4(const weight *w, long place, long end, const float *z, 
 #pragma GCC unroll 8
     for (int b = 0; b < n; b++) {
       float *to = y + b * C + c;
-      __m512 unit = _mm512_set1_ps(units[b]);
+      __m512 unit = _mm512_set1_ps(units[b] * largest);
       _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(low[b]), unit, _mm512_loadu_ps(to)));
       _mm512_storeu_ps(to + LANES, _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[b]), unit, _mm512_loadu_ps(to + LANES)));
     }
