@@ -358,8 +358,9 @@ def test_what_a_model_writes_is_streamed_as_text(tiny_dir, monkeypatch):
 
 
 def test_one_place_prints():
+    """But for what answers in a process of its own."""
     for file in Path(caprese.__file__).parent.rglob("*.py"):
-        if file.name not in ("progress.py", "llama_cpp_worker.py", "vllm_worker.py"):  # these answer in processes of their own
+        if file.name not in ("progress.py", "llama_cpp_worker.py", "vllm_worker.py"):
             assert not re.search(r"(?<![\w.])print\(|Console\(|sys\.std(out|err)", file.read_text()), file
 
 
