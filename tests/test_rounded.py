@@ -171,7 +171,7 @@ def held(model: torch.nn.Module) -> int:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_no_dense_copy_is_kept(tied: bool) -> None:
+def test_no_dense_copy_is_kept(tied: bool, tmp_path: Path) -> None:
     model = tiny_llama(tie_word_embeddings=tied)
     whole = held(model)
     caprese.apply(model, methods("q8:head=true"), prefill="efficient")
@@ -188,7 +188,7 @@ def test_no_dense_copy_is_kept(tied: bool) -> None:
     for ask in (
         lambda: caprese.remove(model),
         lambda: caprese.dense(model).__enter__(),
-        lambda: model.save_pretrained("nowhere"),
+        lambda: model.save_pretrained(tmp_path),
     ):
         with pytest.raises(caprese.CapreseError, match="dense weights of this model were let go"):
             ask()
