@@ -57,7 +57,9 @@ def _fidelity(model: nn.Module, facts: Mapping[str, Any]) -> str:
     for kind, f in by_kind.items():
         perplexity = f["perplexity"] or float("inf")
         rows += f"| {kind} | {f['samples']} | {f['kl']:.4f} | {f['top1_agreement']:.1%} | {perplexity:.2f} |\n"
-    how = "with dense prompts" if phases_of(model).dense_prompts else "as it runs here"
+    phases = phases_of(model)
+    how = "with prompts as stored" if phases.stored_prompts else "as it runs here"
+    how = "with dense prompts" if phases.dense_prompts else how
     which = "this checkpoint" if facts["gguf"] is None else "this checkpoint before it became a GGUF,"
     rounded = ", weights and inputs rounded as they are stored" if facts["outtype"] in SCHEMES else ""
     return (
