@@ -73,7 +73,7 @@ def test_a_mixture_is_spelled_in_several_ways(tmp_path):
     one, other = (
         caprese.Recipe(samples={"prompts": p}) for p in ("self=2,gym:leg_counting=2", "self,gym:leg_counting")
     )
-    assert _identity(one, {}, {}) == _identity(other, {}, {})
+    assert _identity(one, [{}], {}) == _identity(other, [{}], {})
     assert caprese.Recipe.model_validate(one.model_dump(mode="json")) == one
 
 

@@ -111,6 +111,7 @@ def recover(
                 samples.get(ELSEWHERE, ()),
             )
             stage.update(note=f"{len(samples['test'])} test samples")
+        measured["search"] = (run.load("search") or ({}, None))[1]  # every process asks
         if not run.main:
             return measured
         run.unmark()

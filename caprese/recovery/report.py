@@ -73,7 +73,6 @@ def report_of(
         "lost": sorted({what for at in stand_ins(model) for what in at.lost}),
         "seed": run.seed,
         **measured,
-        "search": (run.load("search") or ({}, None))[1],
         "stages": run.stages(),
         "curves": fitted.curves,
         "samples": {split: describe(list(rows)) for split, rows in samples.items()},
