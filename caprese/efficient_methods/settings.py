@@ -11,7 +11,6 @@ from caprese.errors import CapreseError
 #: how prompts run: as in the dense model; through what is left, as an exported checkpoint runs them; or through all
 #: neurons that are not removed for good, in the bits that methods store, for which no dense copy is needed
 Prefill = Literal["dense", "efficient", "stored"]
-"""How prompts run: dense, as in the paper, or through what is left, as every exported checkpoint runs them."""
 
 
 def check_reselect(every: int | None) -> int | None:
