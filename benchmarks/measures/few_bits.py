@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from caprese.distill.fit import fit_end_to_end, fit_layers
 from caprese.distill.precision import quick_products
 from caprese.efficient_methods import calibrate, needs_calibration
 from caprese.evaluation import environment, fidelity
-from caprese.models import find_ffns
+from caprese.models import find_ffns, unwrap
 from caprese.studies.bench import bench
 from measures.recovery import read_samples
 
@@ -89,9 +89,9 @@ class Measure:
         try:
             row["efficient"] = self._fidelity(applied)
             if cell["rank"]:
-                with beside_attention(applied, cell["attention_rank"]):
+                with ExitStack() as beside:
                     with quick_products(applied, True):
-                        applied = self._distil(applied, cell)
+                        applied = self._distil(applied, cell, beside)
                     row["recovered"] = self._fidelity(applied)
         finally:
             caprese.remove(applied)
@@ -103,12 +103,13 @@ class Measure:
             for split in ("test", "elsewhere")
         }
 
-    def _distil(self, model: Any, cell: dict[str, Any]) -> Any:
+    def _distil(self, model: Any, cell: dict[str, Any], beside: ExitStack) -> Any:
         batch = cell["batch"]
         held_out = HeldOut(model, make_batches(self.samples["validation"], batch), 1.0)
         teacher = Teacher(model, make_batches(self.samples["train"][: cell["train"]], batch), 3.0)
         first = Layerwise(batch_size=batch, how=cell["layerwise"])
         model, facts = fit_layers(model, teacher, held_out, Branches(cell["rank"]), first)
+        beside.enter_context(beside_attention(unwrap(model), cell["attention_rank"]))
         best = min(facts["kl"].values())
         how = EndToEnd(learning_rate=cell["rate"], epochs=cell["epochs"], batch_size=batch, micro_batch=batch)
         fit_end_to_end(model, teacher, held_out, how, best)

@@ -160,7 +160,7 @@ class LayerMemory:
         return replace(self, statistics=dict(self.statistics), choices=dict(self.choices), history=list(self.history))
 
 
-@dataclass
+@dataclass(eq=False)
 class PromptMemory:
     """What methods learned in each layer from the prompts behind one KV cache, and how far that cache goes."""
 
@@ -174,6 +174,8 @@ class PromptMemory:
     valid: torch.Tensor | None = None
     #: the generated tokens since the last dense pass, for reselection
     pending: Pending = field(default_factory=Pending)
+    #: how often it may have learned, or its sequences moved
+    changes: int = 0
 
     def layer(self, index: int) -> LayerMemory:
         return self.layers.setdefault(index, LayerMemory())
@@ -186,11 +188,13 @@ class PromptMemory:
 
     def saw(self, real: torch.Tensor, offset: int) -> None:
         """Take down a dense pass behind `offset` tokens: which of its own are real, [B, T]."""
+        self.changes += 1
         self.pending.clear()  # reselection begins after it
         self.valid = torch.cat([self.mask(offset, real), real], 1)
 
     def crop(self, length: int) -> None:
         """Follow a cache that became shorter."""
+        self.changes += 1
         for index, layer in self.layers.items():
             layer.crop(self.learners[index], length)
         self.pending.crop(length)
@@ -200,6 +204,7 @@ class PromptMemory:
 
     def change(self, change: Change) -> None:
         """Follow a cache whose sequences were reordered, selected or repeated."""
+        self.changes += 1
         for layer in self.layers.values():
             layer.change(change, self.batch)
         self.valid = None if self.valid is None else change(self.valid)

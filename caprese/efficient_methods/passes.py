@@ -149,6 +149,15 @@ class Phases:
             yield
 
     @contextmanager
+    def telling(self, prompt_lengths: torch.Tensor, observer: Observer | None = None) -> Iterator[None]:
+        """See `phases`."""
+        try:
+            with self._set(_prompt_lengths=prompt_lengths, observer=observer):
+                yield
+        finally:
+            self.current = None
+
+    @contextmanager
     def _set(self, **fields: Any) -> Iterator[None]:
         before = {name: getattr(self, name) for name in fields}
         vars(self).update(fields)
@@ -323,11 +332,8 @@ def phases(
     lengths = torch.as_tensor(prompt_lengths)
     if lengths.dim() != 1 or lengths.is_floating_point() or (lengths < 0).any():
         raise CapreseError("prompt_lengths takes one length >= 0 per sequence")
-    try:
-        with shared._set(_prompt_lengths=lengths, observer=observer):
-            yield
-    finally:
-        shared.current = None
+    with shared.telling(lengths, observer):
+        yield
 
 
 @contextmanager

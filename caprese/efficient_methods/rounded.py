@@ -255,7 +255,8 @@ class _Embedding(RoundedModule):
     def few_bits(self, x: torch.Tensor) -> torch.Tensor:
         weight: Any = self.weight
         scale = getattr(self, "embed_scale", 1.0)  # Gemma's
-        return self.rounded.take(x.flatten()).wide(weight.dtype).view(*x.shape, -1) * scale
+        y = self.rounded.wide(weight.dtype, x.flatten()).view(*x.shape, -1)
+        return y if scale == 1.0 else y * scale
 
 
 @functools.cache

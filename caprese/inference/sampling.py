@@ -20,6 +20,8 @@ _COLDEST = 1e-6
 
 def greedy(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """The likeliest token of each row."""
+    if logits.device.type == "cpu":  # numpy's takes a tenth of the time
+        return torch.from_numpy(logits.float().numpy().argmax(-1))
     return logits.argmax(-1)
 
 

@@ -16,76 +16,101 @@ from caprese.models.private import needed
 from caprese.progress import say
 
 
+class _Filled:
+    """Keys or values of a layer: what is filled of the room they lie in."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, layer: Any, owner: type | None = None) -> Any:
+        if layer is None:
+            return self
+        room = layer.rooms.get(self.name)
+        if room is None or room.dim() < 2:
+            return room
+        return room.narrow(-2, 0, layer.lengths[self.name])
+
+    def __set__(self, layer: Any, value: torch.Tensor | None) -> None:
+        room = layer.rooms.get(self.name)
+        if value is None:
+            layer.rooms.pop(self.name, None)
+            layer.lengths.pop(self.name, None)
+            return
+        layer.lengths[self.name] = value.shape[-2] if value.dim() > 1 else 0
+        # what cropped the cache made a view of the room; what reordered it, another tensor
+        if room is None or room.data_ptr() != value.data_ptr() or _around(room) != _around(value):
+            layer.rooms[self.name] = value
+
+
+def _around(states: torch.Tensor) -> tuple[Any, ...]:
+    return states.shape[:-2], states.shape[-1], states.stride(), states.dtype
+
+
 class RoomyLayer(DynamicLayer):
     """`DynamicLayer` with room behind its last token; `keys` and `values` are views of what is filled.
 
     No gradients. `caprese scale`, `generate` and the drawing of samples use it.
+
+    Attributes:
+        rooms: keys and values [B, H, T or more, d].
+        lengths: how many tokens of them are filled.
     """
 
+    keys = _Filled()
+    values = _Filled()
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
         self.rooms: dict[str, torch.Tensor] = {}
+        self.lengths: dict[str, int] = {}
+        self.shared = False
+        super().__init__(*args, **kwargs)
+
+    @classmethod
+    def take_over(cls, layer: Any) -> None:
+        """Make a `DynamicLayer` one."""
+        keys, values = (vars(layer).pop(name) for name in ("keys", "values"))
+        layer.__class__ = cls
+        layer.rooms, layer.lengths, layer.shared = {}, {}, False
+        layer.keys, layer.values = keys, values
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """New keys and values [B, H, T, d] -> all of them, as views."""
-        if self.keys is None or self.values is None or not self.keys.numel():
+        if not self.lengths.get("keys"):
             return super().update(key_states, value_states, *args, **kwargs)
-        count = key_states.shape[-2]
-        keys, values = self.extend(count)
-        keys.narrow(-2, keys.shape[-2] - count, count).copy_(key_states)
-        values.narrow(-2, values.shape[-2] - count, count).copy_(value_states)
+        self.extend(key_states.shape[-2])
+        keys, values = self.keys, self.values
+        for all_of_them, new in ((keys, key_states), (values, value_states)):
+            count = new.shape[-2]
+            all_of_them.narrow(-2, all_of_them.shape[-2] - count, count).copy_(new)
         return keys, values
 
-    def extend(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Room for more tokens: keys and values [B, H, T + count, d], of which the caller writes the last."""
-        assert self.keys is not None and self.values is not None
-        self.keys = self._extended("keys", self.keys, count)
-        self.values = self._extended("values", self.values, count)
-        return self.keys, self.values
-
-    def _extended(self, name: str, known: torch.Tensor, count: int) -> torch.Tensor:
-        length = known.shape[-2]
-        total = length + count
-        room = self.rooms.get(name)
-        # what cropped the cache left a view of the room; what reordered it left another tensor
-        if (
-            room is None
-            or room.data_ptr() != known.data_ptr()
-            or room.shape[:-2] != known.shape[:-2]
-            or room.shape[-2] < total
-        ):
-            room = known.new_empty(*known.shape[:-2], total + max(64, total // 4), known.shape[-1])
-            room[..., :length, :] = known
-            self.rooms[name] = room
-        return room.narrow(-2, 0, total)
+    def extend(self, count: int) -> None:
+        """Room for more tokens of a layer that has some, whose keys and values the caller writes."""
+        for name, room in self.rooms.items():
+            length = self.lengths[name]
+            total = length + count
+            if self.shared or room.shape[-2] < total:
+                wider = room.new_empty(*room.shape[:-2], total + max(64, total // 4), room.shape[-1])
+                wider[..., :length, :] = room[..., :length, :]
+                self.rooms[name] = wider
+            self.lengths[name] = total
+        self.shared = False
 
     def __copy__(self) -> RoomyLayer:
         """Neither goes on in the room that both see."""
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        twin.rooms, self.rooms = {}, {}
+        twin.rooms, twin.lengths = dict(self.rooms), dict(self.lengths)
+        twin.shared = self.shared = True
         return twin
 
     def reset(self) -> None:
         """Empty, as before the first token; older versions of transformers leave zeros of the same length."""
-        self.rooms = {}
         super().reset()
         self.keys = self.values = None
         self.is_initialized = False
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self.rooms = {}  # the memory, too, is given back at once
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.rooms = {}
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.rooms = {}
 
 
 class RoomyCache(DynamicCache):

@@ -20,7 +20,7 @@ from caprese.efficient_methods import applied_ffns
 from caprese.errors import CapreseError
 from caprese.inference.fused.by_row import runs_here
 from caprese.inference.fused.forms import Form, check_form, faster_form, forms_of
-from caprese.inference.fused.layer import put_on
+from caprese.inference.fused.model import put_on
 from caprese.inference.fused.step import branch_of
 from caprese.models import unwrap
 

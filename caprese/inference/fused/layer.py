@@ -1,4 +1,4 @@
-"""Whole decoder layers in two calls on a CPU, where a layer is of the kind that they compute (`kernels.DecoderLayer`).
+"""Decoder layers in two calls each on a CPU, where they are of the kind that these compute (`kernels.DecoderLayer`).
 
 What is not weights costs a small model more than its weights do: some forty operations a layer. Which layers are of
 that kind is found by trying: their attention is run beside ours on the same numbers.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import Any, cast
 
 import torch
@@ -22,9 +22,7 @@ from caprese.efficient_methods.passes import Pass
 from caprese.efficient_methods.rounded import RoundedModule
 from caprese.errors import CapreseError
 from caprese.inference.fused.step import Step
-from caprese.kernels import DecoderLayer, DecoderLayers, LayerWeights, Projection
-from caprese.models import family_of
-from caprese.models.cache import RoomyLayer
+from caprese.kernels import DecoderLayer, LayerWeights, Projection
 
 _PARTS = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -32,19 +30,8 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _WITHIN = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
-def put_on(model: Any, wrappers: Sequence[EfficientFFN]) -> None:
-    """Have decoder layers run whole, those that can, whenever the FFN's step runs."""
-    rotary = getattr(model.get_decoder(), "rotary_emb", None)
-    plans = [made for wrapper in wrappers if (made := _plan(wrapper, rotary)) is not None]
-    layers = model.get_submodule(family_of(model.config).layers)
-    alike = len({*(getattr(model.config, "layer_types", None) or ())}) < 2
-    if alike and len(plans) == len(layers):
-        together = Together(plans)
-        for made in plans:
-            made.together = together
-
-
-def _plan(wrapper: EfficientFFN, rotary: Any) -> Plan | None:
+def plan_of(wrapper: EfficientFFN, rotary: Any) -> Plan | None:
+    """Have a decoder layer run whole whenever its FFN's step does; None where it is of another kind."""
     layer: Any = wrapper.site.layer
     step: Step = wrapper.fused
     if not step.in_c or not _looks_alike(layer, wrapper):
@@ -87,7 +74,6 @@ class Plan:
         self.moves = 0
         self.filled: Any = None
         self.whole: Any = None  # the FFN, which holds the tensors, and what C reads of it
-        self.together: Together | None = None
 
     def one_token(
         self,
@@ -99,40 +85,32 @@ class Plan:
         **_: Any,
     ) -> torch.Tensor | None:
         """The layer's output; None where the layer itself is to compute it."""
-        current, together = self.wrapper.phases.current, self.together
+        current = self.wrapper.phases.current
         if current is None or current.prompt is not None or current.shape[1] != 1 or output_attentions:
             return None
-        if together is not None and self is not together.plans[0] and together.done is current:
-            if self is together.plans[-1]:
-                together.done = None
-            return x
         if past_key_values is None or position_embeddings is None or not _fits(attention_mask, len(x)):
             return None
         if any(t.dtype != self.dtype or t.shape[-1] != self.made().size for t in position_embeddings):
             return None
+        if not self.may_run(x) or not self.follow(current):
+            return None
         mask = None if attention_mask is None else attention_mask.flatten(1).contiguous()
-        if together is not None and self is together.plans[0]:
-            y = together.run(x, position_embeddings, past_key_values, mask, current)
-            if y is not None:
-                return y
-        return self._run(x, position_embeddings, past_key_values, mask) if self.ready(x, current) else None
+        return self._run(x, position_embeddings, past_key_values, mask)
 
-    def ready(self, x: torch.Tensor, current: Pass) -> bool:
-        """Whether x [B, 1, D] can run whole here, with the choice and the branch of this pass taken over.
-
-        Not where the layer is no longer what it was, or something looks on at one of its parts.
-        """
-        wrapper, step = self.wrapper, self.wrapper.fused
-        if step is None or not wrapper.can_decode_fused or self.layer.training or len(x) > kernels.MAX_BATCH:
+    def may_run(self, x: torch.Tensor) -> bool:
+        """Whether x [B, 1, D] can run whole here: the layer is still what it was, and nothing looks on at its parts."""
+        wrapper = self.wrapper
+        if wrapper.fused is None or not wrapper.can_decode_fused or self.layer.training or len(x) > kernels.MAX_BATCH:
             return False
         if x.dtype != self.dtype or x.device.type != "cpu" or self._parts() != self.parts:
             return False
-        if any(self.hooks):
-            return False
+        return not any(self.hooks)
+
+    def follow(self, current: Pass) -> bool:
+        """Take over the choice and the branch of this pass; whether one call is enough for them."""
+        wrapper, step = self.wrapper, self.wrapper.fused
         if self.moves != step.moves:
             self.weights, self.moves = None, step.moves
-            if self.together is not None:
-                self.together.layers = None
         step.follow(current.memory.layer(wrapper.layer), current.shape[0])
         if self.filled != (step, step.fills):
             whole = step.whole()
@@ -150,7 +128,7 @@ class Plan:
         memo[id(self)] = copied
         for name in ("layer", "wrapper", "parts", "hooks"):
             setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
-        copied.weights = copied.filled = copied.whole = copied.together = None  # addresses, which are not its own
+        copied.weights = copied.filled = copied.whole = None  # addresses, which are not its own
         return copied
 
     def made(self) -> DecoderLayer:
@@ -208,53 +186,19 @@ class Plan:
                     )[0]
                 q, k, v = weights.begin(x, *turned)
                 got = weights.end(x, q, *ours.update(k, v, index))
-                if not _close(got, x + wanted):
+                if not close(got, x + wanted):
                     return False
-            by, eps = layer.post_attention_layernorm.weight.float(), layer.post_attention_layernorm.variance_epsilon
-            wide = x.float()
-            normed = by * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-            return _close(layer.post_attention_layernorm(x), normed.to(dtype))
+            norm = layer.post_attention_layernorm
+            return close(norm(x), rms_normed(norm, x))
         except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
             return False  # another kind of layer
 
 
-class Together:
-    """Every layer of a model in one call: the first runs all, and the others hand on what they are given.
-
-    Attributes:
-        done: the pass that the layers after the first are in.
-    """
-
-    def __init__(self, plans: list[Plan]) -> None:
-        self.plans = plans
-        self.done: Any = None
-        self.layers: DecoderLayers | None = None
-
-    def run(self, x: torch.Tensor, turned: Any, cache: Any, mask: Any, current: Pass) -> torch.Tensor | None:
-        """The last layer's output for x [B, 1, D]; None where one of them, or the cache, is not for it."""
-        plans = self.plans
-        held = [cache.layers[plan.layer.self_attn.layer_idx] for plan in plans]
-        if not all(type(layer) is RoomyLayer and layer.keys is not None for layer in held):
-            return None
-        first = plans[0].made()
-        length = held[0].keys.shape[2]
-        shape, whole = (len(x), first.kv_heads, length, first.size), None if mask is None else mask.shape[1]
-        if whole not in (None, length + 1):
-            return None
-        if any(t.shape != shape or t.dtype != x.dtype for layer in held for t in (layer.keys, layer.values)):
-            return None
-        # what is put on a layer for a while, such as to see its output, is to see its own
-        if any(p.layer._forward_hooks or p.layer._forward_pre_hooks or "forward" in vars(p.layer) for p in plans):
-            return None
-        if not all(plan.ready(x, current) for plan in plans):
-            return None
-        if self.layers is None:
-            self.layers = DecoderLayers([plan.made() for plan in plans])
-        ffns = [plan.whole[1] for plan in plans]
-        states = [layer.extend(1) for layer in held]
-        y = self.layers.run(x.contiguous(), turned[0], turned[1], ffns, states, mask)
-        self.done = current if len(plans) > 1 else None
-        return y
+def rms_normed(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    """x [..., D] as C norms it."""
+    wide = x.float()
+    by: torch.Tensor = norm.weight.float()
+    return (by * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.variance_epsilon)).to(x.dtype)
 
 
 def _fits(mask: Any, batch: int) -> bool:
@@ -265,7 +209,7 @@ def _fits(mask: Any, batch: int) -> bool:
     return plain and mask.shape[1:3] == (1, 1) and len(mask) in (1, batch)
 
 
-def _close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
+def close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
     if got.shape != wanted.shape:
         return False
     return bool((got.float() - wanted.float()).abs().max() <= _WITHIN[got.dtype] * wanted.float().abs().max())

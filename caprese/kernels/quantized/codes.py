@@ -56,13 +56,16 @@ class QuantizedRows(nn.Module):
         """These rows alone, copied, in this order."""
         return QuantizedRows(self.codes.index_select(0, index), self.scales.index_select(0, index))
 
-    def wide(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight that the codes stand for, [R, C]."""
+    def wide(self, dtype: torch.dtype, index: torch.Tensor | None = None) -> torch.Tensor:
+        """The weight that the codes stand for, [R, C]; of the rows `index` [k] alone, [k, C]."""
+        codes, scales = self.codes, self.scales
+        if index is not None:
+            codes, scales = codes.index_select(0, index), scales.index_select(0, index)
         if self.bits == 8:
-            return (self.codes.to(self.scales.dtype) * self.scales[:, None]).to(dtype)
-        halves = self.codes.view(len(self), -1, GROUP // 2)
+            return (codes.to(scales.dtype) * scales[:, None]).to(dtype)
+        halves = codes.view(len(codes), -1, GROUP // 2)
         codes = torch.cat([halves & 15, halves >> 4], -1).to(torch.float32) - 8
-        return (codes * self.scales[..., None].float()).flatten(1).to(dtype)
+        return (codes * scales[..., None].float()).flatten(1).to(dtype)
 
 
 @torch.no_grad()

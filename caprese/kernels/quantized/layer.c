@@ -239,18 +239,19 @@ typedef struct {
   states keys, values;
 } one;
 
-/* `count` layers of one shape, one after the other: x [B, D] -> y [B, D], with S tokens in each cache, of which the last
-   is written. One parallel region: threads that meet again within microseconds wait awake. */
-int caprese_layers(const one *each, long count, const void *x, const void *cos, const void *sin, long turns, long S,
-                   const uint8_t *mask, long apart, void *y, long B) {
+/* `count` layers of one shape, one after the other, with S tokens in each cache, of which the last is written, and the
+   norm behind them: x [B, D] -> y [B, D]. One parallel region: threads that meet again within microseconds wait awake.
+   Returns as above. */
+int caprese_layers(const one *each, long count, const float *norm, float eps, const void *x, const void *cos,
+                   const void *sin, long turns, long S, const uint8_t *mask, long apart, void *y, long B) {
   const layer *at = each->at;
   int threads = omp_get_max_threads();
-  long most = begin_room(at, B, threads), queries = B * at->heads * at->size;
+  long D = at->q.columns, queries = B * at->heads * at->size, most = begin_room(at, B, threads);
   for (long i = 0; i < count; i++) {
     long own = end_room(each[i].at, each[i].inside, S, B, threads);
     most = own > most ? own : most;
   }
-  float *room = malloc(sizeof(float) * (most + queries));
+  float *room = malloc(sizeof(float) * (most + queries + B * D)), *last = room + most + queries;
   if (!room) return 1;
   token now = {x, cos, sin, turns, B, room + most, y, S - 1, S, mask, apart};
   START;
@@ -263,6 +264,9 @@ int caprese_layers(const one *each, long count, const void *x, const void *cos, 
     }
   }
   MARK(WAIT);
+  normed(y, at->type, norm, eps, last, D, B);
+  for (long i = 0; i < B * D; i++) write_out(y, at->type, i, last[i]);
+  MARK(NORM);
   free(room);
   return 0;
 }

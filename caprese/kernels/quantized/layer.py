@@ -149,43 +149,53 @@ class DecoderLayer:
 
 
 class DecoderLayers:
-    """Layers that follow one another, in one call."""
+    """Layers that follow one another and the norm behind them, in one call."""
 
-    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
-        """layers: of the same sizes and type."""
+    def __init__(self, layers: Sequence[DecoderLayer], norm: torch.Tensor, eps: float) -> None:
+        """
+        Args:
+            layers: of the same sizes and type.
+            norm, eps: of what is behind them, [D].
+        """
         self._layers = list(layers)
+        self._norm, self._eps = norm.detach().float().contiguous(), eps
         self._each = (_One * len(layers))()
         for one, layer in zip(self._each, self._layers, strict=True):
             one.at = layer._address
+        # what is read there lives as long
+        self._ffns: list[Any] = [None] * len(layers)
+        self.states: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(layers)
+
+    def put_ffn(self, index: int, ffn: native.FFN) -> None:
+        """What runs in a layer from now on."""
+        self._ffns[index], self._each[index].inside = ffn, ctypes.addressof(ffn)
+
+    def put_states(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Where a layer's keys and values [B, K, S or more, size] lie from now on."""
+        one, self.states[index] = self._each[index], (keys, values)
+        one.keys, one.values = _States.of(keys), _States.of(values)
 
     def run(
-        self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        ffns: Sequence[native.FFN],
-        states: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        mask: torch.Tensor | None = None,
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, tokens: int, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x [B, 1, D], cos and sin [B or 1, 1, size] -> [B, 1, D].
 
         Args:
-            ffns: what runs in each layer.
-            states: keys and values [B, K, S, size] of each layer; what is last of them is written.
+            tokens: S, how many keys and values there are; the last of them are written.
             mask: bool [B or 1, S].
         """
         y, cos, sin = torch.empty_like(x), cos.contiguous(), sin.contiguous()
-        for one, ffn, (keys, values) in zip(self._each, ffns, states, strict=True):
-            one.inside, one.keys, one.values = ctypes.addressof(ffn), _States.of(keys), _States.of(values)
         native.call(
             "caprese_layers",
             ctypes.addressof(self._each),
             len(self._layers),
+            self._norm.data_ptr(),
+            self._eps,
             x.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
             cos.shape[-1] if len(cos) > 1 else 0,
-            states[0][0].shape[2],
+            tokens,
             None if mask is None else mask.data_ptr(),
             0 if mask is None or len(mask) == 1 else mask.stride(0),
             y.data_ptr(),

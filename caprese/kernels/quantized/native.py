@@ -68,7 +68,7 @@ def library() -> Any:
     found.caprese_ffn.argtypes = [p, p, p, n]
     found.caprese_layer_begin.argtypes = [p, p, p, p, n, p, p, p, n, n]
     found.caprese_layer_end.argtypes = [p, p, p, p, p, p, n, p, n, p, n]
-    found.caprese_layers.argtypes = [p, n, p, p, p, n, n, p, n, p, n]
+    found.caprese_layers.argtypes = [p, n, p, ctypes.c_float, p, p, p, n, n, p, n, p, n]
     return found
 
 
@@ -172,7 +172,7 @@ def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def call(name: str, *arguments: int | None) -> None:
+def call(name: str, *arguments: float | None) -> None:
     """Run a function of the library.
 
     Raises:

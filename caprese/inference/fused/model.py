@@ -1,0 +1,229 @@
+"""All of a decoder in one call on a CPU, where each of its layers runs whole.
+
+Between two tokens there is then little Python: what a token needs is in one place, and is looked at once for the model
+instead of once for a layer.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Hashable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from caprese import kernels
+from caprese.efficient_methods import EfficientFFN
+from caprese.efficient_methods.passes import Pass
+from caprese.inference.fused.layer import Plan, close, plan_of, rms_normed
+from caprese.inference.fused.watch import Watch
+from caprese.kernels import DecoderLayers
+from caprese.models.cache import RoomyLayer
+
+# beside the layers
+_PARTS = ("embed_tokens", "norm", "rotary_emb")
+# positions whose rotation is computed at once, and the kinds in which it does not depend on how many there are
+_TURNS = 64
+_STEADY = ("default", "linear", "llama3", "yarn")
+
+
+def put_on(model: Any, wrappers: Sequence[EfficientFFN]) -> None:
+    """Have decoder layers run whole, those that can, whenever the FFN's step runs; the decoder too, if all can."""
+    decoder = model.get_decoder()
+    plans = [made for wrapper in wrappers if (made := plan_of(wrapper, getattr(decoder, "rotary_emb", None)))]
+    if not _looks_alike(decoder, plans) or not (whole := Whole(decoder, plans)).is_right():
+        return
+    before = type(decoder)
+    decoder.__class__ = _mixed(cast(Hashable, before))
+    decoder.whole = whole
+    for wrapper in wrappers:  # the first that goes takes it along
+        wrapper.fused.undo.append(functools.partial(_take_off, decoder, before))
+
+
+def _take_off(decoder: Any, before: type) -> None:
+    if isinstance(decoder, WholeDecoder):
+        decoder.__class__ = before
+        del decoder.whole
+
+
+class WholeDecoder(nn.Module):
+    """Mixed into the class of a decoder: one more token runs in one call."""
+
+    whole: Whole
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        y = None if args or torch.compiler.is_compiling() else self.whole.one_token(**kwargs)
+        return super().forward(*args, **kwargs) if y is None else y
+
+
+class Whole:
+    """What C is given of a decoder; made anew for a copy of the model."""
+
+    def __init__(self, decoder: Any, plans: list[Plan]) -> None:
+        self.decoder, self.plans, self.phases = decoder, plans, plans[0].wrapper.phases
+        self.caches = [plan.layer.self_attn.layer_idx for plan in plans]
+        self.watch = Watch([decoder._modules[name] for name in _PARTS], decoder, plans)
+        self.facts: Any = None  # with which C was given what it has
+        self.made: DecoderLayers | None = None
+        self.parts: list[Any] = []
+        self.turns = Turns()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Whole:
+        copied = copy.copy(self)
+        memo[id(self)] = copied
+        copied.made, copied.facts, copied.parts, copied.turns = None, None, [], Turns()  # not its own
+        for name in ("decoder", "plans", "phases", "watch"):
+            setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
+        return copied
+
+    def one_token(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        use_cache: Any = None,
+        **more: Any,
+    ) -> BaseModelOutputWithPast | None:
+        """What the decoder returns; None where it is to compute that itself."""
+        current = self.phases.current
+        if current is None or current.prompt is not None or current.shape[1] != 1 or input_ids is None:
+            return None
+        if past_key_values is None or any(more.values()):
+            return None
+        batch, past = current.shape[0], current.offset
+        mask: torch.Tensor | None = None
+        if attention_mask is not None:
+            if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != (batch, past + 1):
+                return None
+            mask = attention_mask.bool()
+        x = self.decoder.embed_tokens(input_ids)
+        layers = self._layers(x, current)
+        held = None if layers is None else self._held(past_key_values, past)
+        if layers is None or held is None:
+            return None
+        first = self.plans[0].made()
+        fresh = [i for i, layer in enumerate(held) if not _same(layer.rooms, layers.states[i])]
+        if not all(_fits(held[i].rooms, (batch, first.kv_heads, first.size), x.dtype) for i in fresh):
+            return None
+        cos, sin = self.turns.of(self.decoder.rotary_emb, x, past if position_ids is None else position_ids)
+        if any(t.dtype != x.dtype or t.shape not in ((1, 1, first.size), (batch, 1, first.size)) for t in (cos, sin)):
+            return None
+        for i, layer in enumerate(held):
+            layer.extend(1)
+            rooms = layer.rooms
+            if not _same(rooms, layers.states[i]):
+                layers.put_states(i, rooms["keys"], rooms["values"])
+        y = layers.run(x.contiguous(), cos, sin, past + 1, mask)
+        return BaseModelOutputWithPast(last_hidden_state=y, past_key_values=past_key_values)
+
+    def _layers(self, x: torch.Tensor, current: Pass) -> DecoderLayers | None:
+        """What C is given, up to date; None where x [B, 1, D] cannot run so."""
+        if len(x) > kernels.MAX_BATCH or x.dtype != self.plans[0].dtype or x.device.type != "cpu":
+            return None
+        if self.made is not None and self.facts == self.watch.facts(current):
+            return self.made
+        self.facts = None
+        if not self.watch.is_as_it_was() or not all([plan.may_run(x) and plan.follow(current) for plan in self.plans]):
+            return None
+        parts: list[Any] = [plan.made() for plan in self.plans]
+        if self.made is None or self.parts != parts:
+            norm = self.decoder.norm
+            self.made, self.parts = DecoderLayers(parts, norm.weight, norm.variance_epsilon), parts
+        for i, plan in enumerate(self.plans):
+            self.made.put_ffn(i, plan.whole[1])
+        self.facts = self.watch.facts(current, anew=True)
+        return self.made
+
+    def _held(self, cache: Any, past: int) -> list[RoomyLayer] | None:
+        """The cache's layers, which from now on are written in place; None for other kinds."""
+        held = [cache.layers[i] for i in self.caches]
+        for layer in held:
+            if type(layer) is DynamicLayer and layer.is_initialized:
+                RoomyLayer.take_over(layer)
+        lengths = {"keys": past, "values": past}
+        return held if all(type(layer) is RoomyLayer and layer.lengths == lengths for layer in held) else None
+
+    @torch.no_grad()
+    def is_right(self) -> bool:
+        """Whether the decoder does what ours does around its layers: it is run on one layer that only looks."""
+        decoder, spy = self.decoder, _Spy()
+        ids, layers = torch.tensor([[1, 2, 3], [3, 2, 1]]), decoder.layers
+        embedded: list[torch.Tensor] = []
+        hook = decoder.embed_tokens.register_forward_hook(lambda module, given, x: embedded.append(x))
+        decoder.layers = nn.ModuleList([spy])
+        try:
+            with self.phases.telling(torch.zeros(2, dtype=torch.long)):
+                y = decoder(input_ids=ids, use_cache=False).last_hidden_state
+            (x,) = embedded
+            turned = decoder.rotary_emb(x, position_ids=torch.arange(3)[None])
+            same = torch.equal(spy.x, x) and all(map(torch.equal, spy.turned, turned))
+            return same and close(y, rms_normed(decoder.norm, x))
+        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            return False  # another kind of decoder
+        finally:
+            hook.remove()
+            decoder.layers = layers
+
+
+class Turns:
+    """cos and sin of the positions that come next, found together where they do not depend on how many there are."""
+
+    def __init__(self) -> None:
+        self.rotary: Any = None
+        self.start = 0
+        self.cos = self.sin = torch.empty(0)
+
+    def of(self, rotary: Any, x: torch.Tensor, positions: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B or 1, 1, size] each, in the type of x [B, 1, D]; positions: one for all, or [B or 1, 1]."""
+        if not isinstance(positions, torch.Tensor):
+            positions = torch.tensor([[positions]])
+        if positions.numel() > 1 or getattr(rotary, "rope_type", None) not in _STEADY:
+            cos, sin = rotary(x, position_ids=positions)
+            return cos, sin
+        place = int(positions)
+        at = place - self.start
+        if rotary is not self.rotary or not 0 <= at < _TURNS or self.cos.dtype != x.dtype:
+            cos, sin = rotary(x, position_ids=torch.arange(place, place + _TURNS)[None])
+            self.rotary, self.start, self.cos, self.sin, at = rotary, place, cos, sin, 0
+        return self.cos[:, at : at + 1], self.sin[:, at : at + 1]
+
+
+class _Spy(nn.Module):
+    """In the place of layers: hands on what it is given."""
+
+    x: torch.Tensor
+    turned: tuple[torch.Tensor, torch.Tensor]
+
+    def forward(self, hidden_states: torch.Tensor, *, position_embeddings: Any, **_: Any) -> torch.Tensor:
+        self.x, self.turned = hidden_states, position_embeddings
+        return hidden_states
+
+
+def _looks_alike(decoder: Any, plans: list[Plan]) -> bool:
+    """Whether a decoder has the parts, and every layer of it is one of these."""
+    if {name for name, _ in decoder.named_children()} != {*_PARTS, "layers"}:
+        return False
+    kinds = {*(getattr(decoder.config, "layer_types", None) or ())}
+    return len(kinds) < 2 and [*decoder.layers] == [plan.layer for plan in plans]
+
+
+def _same(rooms: dict[str, torch.Tensor], states: tuple[torch.Tensor, torch.Tensor] | None) -> bool:
+    return states is not None and rooms["keys"] is states[0] and rooms["values"] is states[1]
+
+
+def _fits(rooms: dict[str, torch.Tensor], sizes: tuple[int, int, int], dtype: torch.dtype) -> bool:
+    """Whether keys and values are as C reads them: B, K and the size of a head."""
+    states = rooms["keys"], rooms["values"]
+    return all((*t.shape[:2], t.shape[3]) == sizes and t.dtype == dtype and t.stride(-1) == 1 for t in states)
+
+
+@functools.cache
+def _mixed(kind: Hashable) -> type:
+    """The class of a decoder of this kind, whole."""
+    assert isinstance(kind, type)
+    return type(f"Whole{kind.__name__}", (WholeDecoder, kind), {"__module__": __name__})
