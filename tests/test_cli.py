@@ -303,7 +303,8 @@ def test_foreign_text_in_an_adapter(tiny_dir, foreign, tmp_path):
     base, _ = caprese.load_base(str(tiny_dir))
     caprese.save(attach_adapter(caprese.apply(base, caprese.Nothing()), 2), foreign / "static")
     args = ("export", str(foreign / "static"), *model, "--to", str(foreign))
-    assert r"foo] \x1b[31m" in shown(*args, code=1) and "would write" in shown(*args, "--dry-run")
+    assert r"foo] \x1b[31m" in shown(*args, code=1) and r"foo] \x1b[31m" in shown(*args, "--dry-run", code=1)
+    assert "would write" in shown(*args[:-1], str(foreign / "stock"), "--dry-run")
     scale = (
         "scale",
         *model,

@@ -258,8 +258,9 @@ def test_the_command(tiny_dir, tmp_path):
     assert done["largest_logit_difference"] < 1e-4
     card = (tmp_path / "stock" / "README.md").read_text()
     assert "base_model: tiny-llama" in card and str(tmp_path) not in card
-    again = runner.invoke(app, args)
-    assert again.exit_code == 1 and "--overwrite" in again.output
+    for more in ([], ["--dry-run"]):
+        again = runner.invoke(app, [*args, *more])
+        assert again.exit_code == 1 and "--overwrite" in again.output
 
 
 def test_gguf_without_a_converter_says_where_it_comes_from(tmp_path, monkeypatch):

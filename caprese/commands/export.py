@@ -47,12 +47,13 @@ def export(flags: Flags) -> None:
         raise CapreseError(f"--format {flags.format}: hf or gguf")
     if flags.dry_run:
         from caprese.adapters import Adapter
-        from caprese.exports import plan_export
+        from caprese.exports import check_target, plan_export
         from caprese.exports.gguf import check_outtype
         from caprese.models import load_config
 
         opened = Adapter.open(flags.adapter)
         name = flags.model or opened.sidecar.base.name
+        check_target(flags.to, name, flags.overwrite)
         ranks = opened.ranks if opened.has_branches() else {}
         config = load_config(name, opened.base_revision(name))
         if flags.format == "gguf":

@@ -229,8 +229,7 @@ def export(
     base = unwrap(model)
     parts = {w.layer: read_branch(w.recovery) for w in applied_ffns(model).values()}
     check_exportable(base.config, phases_of(model).methods, any(part is not None for part in parts.values()))
-    target = Path(to).expanduser()
-    _check_target(target, Path(base_of(model).source), overwrite)
+    target = check_target(to, base_of(model).source, overwrite)
     if format == "gguf":
         outtype = outtype or "f16"
         converter = find_converter(outtype)
@@ -267,10 +266,15 @@ def export(
     return facts
 
 
-def _check_target(target: Path, source: Path, overwrite: bool) -> None:
-    """Nothing but an earlier export is ever replaced."""
+def check_target(to: str | os.PathLike[str], base: str, overwrite: bool) -> Path:
+    """Where an export goes. Nothing but an earlier export is ever replaced.
+
+    Raises:
+        CapreseError: something else is there, or an earlier export that is not to be replaced.
+    """
+    target, source = Path(to).expanduser(), Path(base)
     if not target.exists():
-        return
+        return target
     if not target.is_dir() or (any(target.iterdir()) and not overwrite):
         raise CapreseError(f"{target} exists; choose another `to`, or give `overwrite=True`")
     for kind, file in (("an adapter", "caprese_config.json"), ("samples", "samples")):
@@ -278,6 +282,7 @@ def _check_target(target: Path, source: Path, overwrite: bool) -> None:
             raise CapreseError(f"{target} holds {kind}, which `overwrite` does not replace; choose another `to`")
     if source.is_dir() and source.resolve().is_relative_to(target.resolve()):
         raise CapreseError(f"{target} holds the base model, which `overwrite` does not replace; choose another `to`")
+    return target
 
 
 def _take_place(made: Path, target: Path, before: Path) -> None:

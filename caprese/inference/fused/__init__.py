@@ -32,8 +32,8 @@ def fuse(model: nn.Module, form: Form = "auto") -> nn.Module:
 
     A generated token then runs two products in each FFN, also under `torch.compile` and CUDA graphs (generate with a
     static cache). On a CPU with a C compiler it runs whole decoder layers, where they are of the Llama kind, which is
-    found by trying; in caprese's own decode loop all of them in one call. The choice, the adapter that is active and
-    its weights are followed; weights of the base that change are not: fuse again. Prefill, training and
+    found by trying; where all of a decoder's are, all of them in one call a token. The choice, the adapter that is
+    active and its weights are followed; weights of the base that change are not: fuse again. Prefill, training and
     `caprese.phases` run as before, and so does a batch with PEFT's `adapter_names`.
 
     Args:
