@@ -91,27 +91,25 @@ def test_bfloat16() -> None:
 
 
 def test_what_looks_on_sees_each_layer() -> None:
-    """Hidden states that are asked for, and hooks."""
-    model = applied("llama", "griffin:0.5+q8")
-    base = unwrap(model)
+    """Hooks, and hidden states that are asked for."""
     seen: dict[bool, list[torch.Tensor]] = {}
     for fused in (False, True):
+        model = applied("llama", "griffin:0.5+q8")
+        base = unwrap(model)
         if fused:
             caprese.fuse(model)
         cache = roomy_cache(model)
         with torch.no_grad():
             base(torch.tensor(PROMPTS[:1]), past_key_values=cache)
-            out = base(torch.tensor([[7]]), past_key_values=cache, output_hidden_states=True)
-            seen[fused] = list(out.hidden_states)
             hooked: list[torch.Tensor] = []
-            hook = base.model.layers[1].register_forward_hook(lambda m, a, y, to=hooked: to.append(y))
-            base(torch.tensor([[8]]), past_key_values=cache)
-            hook.remove()
-            hook = base.model.layers[1].self_attn.q_proj.register_forward_hook(lambda m, a, y, to=hooked: to.append(y))
-            base(torch.tensor([[8]]), past_key_values=cache)
-            hook.remove()
-            seen[fused] += hooked
+            for module in (base.model.layers[1], base.model.layers[1].self_attn.q_proj):
+                hook = module.register_forward_hook(lambda m, a, y, to=hooked: to.append(y))
+                base(torch.tensor([[8]]), past_key_values=cache)
+                hook.remove()
             assert len(hooked) == 2
+            out = base(torch.tensor([[7]]), past_key_values=cache, output_hidden_states=True)
+            assert len(out.hidden_states) == 1 + len(base.model.layers)
+            seen[fused] = [*out.hidden_states, *hooked]
     for a, b in zip(seen[True], seen[False], strict=True):
         same(a, b)
 
@@ -212,10 +210,13 @@ def test_another_cache_is_not_written_into() -> None:
     caprese.fuse(model)
     base, ids = unwrap(model), torch.tensor(PROMPTS[:1])
     with torch.no_grad():
-        cache = roomy_cache(model)
-        base(ids, past_key_values=cache)
-        with pytest.raises(RuntimeError):
-            base(torch.tensor([[7], [8]]), past_key_values=cache)
+        for known in (False, True):  # to C, from the token before
+            cache = roomy_cache(model)
+            base(ids, past_key_values=cache)
+            if known:
+                base(torch.tensor([[7]]), past_key_values=cache)
+            with pytest.raises(RuntimeError):
+                base(torch.tensor([[7], [8]]), past_key_values=cache)
         cache = roomy_cache(model)
         with torch.autocast("cpu", torch.bfloat16):
             base(ids, past_key_values=cache)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from conftest import tiny_llama
 from test_fused import PADDED, PROMPT, answer, applied, same
 from test_layer import PROMPTS, scores
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 import caprese
 from caprese.efficient_methods import applied_ffns
@@ -18,7 +21,7 @@ from caprese.inference.fused.model import WholeDecoder
 from caprese.inference.generate import generate
 from caprese.kernels.quantized import native
 from caprese.models import unwrap
-from caprese.models.cache import RoomyLayer
+from caprese.models.cache import RoomyLayer, roomy_cache
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 
@@ -106,7 +109,7 @@ def _hook(model: Any) -> None:
     _layer(model).self_attn.o_proj.register_forward_hook(lambda module, given, y: 2 * y)
 
 
-def _hook_on_the_decoder(model: Any) -> None:
+def _hook_on_the_norm(model: Any) -> None:
     unwrap(model).model.norm.register_forward_pre_hook(lambda module, given: (given[0] + 1,))
 
 
@@ -122,32 +125,60 @@ def _forward_of_its_own(model: Any) -> None:
     layer.forward = lambda x, **how: plain(2 * x, **how)
 
 
-CHANGES: list[Callable[[Any], None]] = [
+def _hook_on_the_decoder(model: Any) -> None:
+    unwrap(model).model.register_forward_hook(lambda module, given, y: setattr(y, "last_hidden_state", 2 * y[0]))
+
+
+def _same_storage(model: Any) -> None:
+    linear = _ffn(model, 0).recovery.lora_B["default"]
+    linear.weight = torch.nn.Parameter(linear.weight.data, requires_grad=False)
+    with torch.no_grad():
+        linear.weight.mul_(3)
+
+
+def _rotation(model: Any) -> None:
+    unwrap(model).model.rotary_emb.inv_freq.mul_(0.5)
+
+
+def _fewer_layers(model: Any) -> None:
+    unwrap(model).config.num_hidden_layers = 1
+
+
+STAYS: list[Callable[[Any], None]] = [
     _scaled,
     _one_slot_off,
     _branch_in_place,
     _another_branch,
     _another_linear,
+    _same_storage,
     _no_slot,
     _second_adapter,
-    _hook,
     _hook_on_the_decoder,
+    _rotation,
+    lambda model: caprese.efficient_methods.phases_of(model).reselect(2),
+]
+ENDS: list[Callable[[Any], None]] = [
+    _hook,
+    _hook_on_the_norm,
     _another_projection,
     _forward_of_its_own,
+    _fewer_layers,
     lambda model: model.train(),
-    lambda model: caprese.efficient_methods.phases_of(model).reselect(2),
 ]
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", STAYS + ENDS, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("spec", ["griffin:0.5", "static:0.3+q8:where=ffn"])
-def test_what_changes_between_two_tokens_is_followed(spec: str, change: Callable[[Any], None]) -> None:
+def test_what_changes_between_two_tokens_is_followed(
+    spec: str, change: Callable[[Any], None], calls: list[str]
+) -> None:
     found = []
     for fused in (False, True):
         model = applied("llama", spec)
         if fused:
             caprese.fuse(model)
             assert is_whole(model)
+        calls.clear()
         seen: list[torch.Tensor] = []
 
         def sampler(
@@ -162,12 +193,14 @@ def test_what_changes_between_two_tokens_is_followed(spec: str, change: Callable
             pass
         found.append(torch.stack(seen))
     same(found[1], found[0])
+    assert calls.count("caprese_layers") == (7 if change in STAYS else 3)
 
 
-def test_two_caches_take_turns() -> None:
+def test_two_caches_take_turns(calls: list[str]) -> None:
     model = applied("llama", "griffin:0.5")
     wanted = [scores(model, PROMPTS[:1]), scores(model, PROMPTS[1:])]
     caprese.fuse(model)
+    calls.clear()
     seen: list[list[torch.Tensor]] = [[], []]
 
     def sampler(at: int) -> Any:
@@ -179,6 +212,147 @@ def test_two_caches_take_turns() -> None:
             next(loop)
     for got, expected in zip(seen, wanted, strict=True):
         same(torch.stack(got), expected)
+    assert calls == ["caprese_layers"] * 14
+
+
+@pytest.mark.parametrize("way", ["inputs_embeds", "output_hidden_states", "many"])
+def test_a_cache_beside_it_that_is_not_for_one_call(way: str) -> None:
+    """It fills the same steps."""
+    model = applied("llama", "griffin:0.5")
+    base, found = unwrap(model), []
+    for fused in (False, True):
+        if fused:
+            caprese.fuse(model)
+        caches = [roomy_cache(model), roomy_cache(model)]
+        others = PROMPTS[1:] * (100 if way == "many" else 1)
+        with torch.no_grad():
+            base(torch.tensor(PROMPTS[:1]), past_key_values=caches[0])
+            base(torch.tensor(others), past_key_values=caches[1])
+            out = []
+            for token in (7, 8, 9):
+                out.append(base(torch.tensor([[token]]), past_key_values=caches[0]).logits)
+                ids = torch.full((len(others), 1), token)
+                how: Any = {"input_ids": ids}
+                if way == "inputs_embeds":
+                    how = {"inputs_embeds": base.model.embed_tokens(ids)}
+                elif way == "output_hidden_states":
+                    how["output_hidden_states"] = True
+                out.append(base(**how, past_key_values=caches[1]).logits[:1])
+        found.append(torch.stack(out))
+    same(found[1], found[0])
+
+
+def test_a_window_is_not_for_one_call() -> None:
+    """Also where the cache does not know of it."""
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        config = MistralConfig(
+            hidden_size=32,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=258,
+            sliding_window=8,
+            initializer_range=0.3,
+        )
+        model = MistralForCausalLM(config).eval()
+        caprese.apply(model, caprese.Griffin(sparsity=0.5))
+        if fused:
+            caprese.fuse(model)
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(torch.tensor(PROMPTS[1:]), past_key_values=cache)
+            found.append(torch.stack([model(torch.tensor([[t]]), past_key_values=cache).logits for t in range(5, 11)]))
+    same(found[1], found[0])
+
+
+@pytest.mark.parametrize("mask", ["spread", "turned", "float"])
+def test_masks_as_they_lie(mask: str) -> None:
+    model = applied("llama", "griffin:0.5:shared_choice=true")
+    base, found = unwrap(model), []
+    for fused in (False, True):
+        if fused:
+            caprese.fuse(model)
+        cache = roomy_cache(model)
+        given = torch.ones(2, 9, dtype=torch.bool)
+        if mask == "spread":
+            given = torch.ones(2, 1, dtype=torch.bool).expand(2, 9)
+        elif mask == "turned":
+            given[0, :3] = False
+            given = given.T.contiguous().T
+        elif mask == "float":
+            given = given.float()
+        with torch.no_grad():
+            base(torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]] * 2), past_key_values=cache)
+            found.append(base(torch.tensor([[7], [8]]), attention_mask=given, past_key_values=cache).logits)
+    same(found[1], found[0])
+
+
+def test_a_cache_of_another_s_is_its_own() -> None:
+    """What was kept of it stays, and it may be used in and out of inference mode, and with gradients."""
+    found = []
+    for fused in (False, True):
+        model = applied("llama", "griffin:0.5")
+        base = unwrap(model)
+        if fused:
+            caprese.fuse(model)
+        cache: Any = DynamicCache(config=base.config)
+        with torch.inference_mode():
+            base(torch.tensor(PROMPTS[:1]), past_key_values=cache)
+            base(torch.tensor([[7]]), past_key_values=cache)
+        with torch.no_grad():
+            out = [base(torch.tensor([[8]]), past_key_values=cache).logits]
+            kept = cache.layers[0].keys
+            before = kept.clone()
+            cache.crop(-2)
+            out += [base(torch.tensor([[t]]), past_key_values=cache).logits for t in (9, 10)]
+        assert torch.equal(kept, before)
+        cache = DynamicCache(config=base.config)
+        with torch.no_grad():
+            base(torch.tensor(PROMPTS[:1]), past_key_values=cache)
+            base(torch.tensor([[7]]), past_key_values=cache)
+        x = base.model.embed_tokens(torch.tensor([[11]])).requires_grad_()
+        y = base(inputs_embeds=x, past_key_values=cache).logits.sum()
+        y = y + base(inputs_embeds=2 * x, past_key_values=cache).logits.sum()
+        (gradient,) = torch.autograd.grad(y, x)
+        found.append([*out, gradient])
+    for got, wanted in zip(found[1], found[0], strict=True):
+        same(got, wanted)
+
+
+def test_a_cache_is_let_go() -> None:
+    model = applied("llama", "griffin:0.5")
+    caprese.fuse(model)
+    cache: Any = roomy_cache(model)
+    with torch.no_grad():
+        for ids in (PROMPTS[0], [7], [8]):
+            unwrap(model)(torch.tensor([ids]), past_key_values=cache)
+    rooms = [weakref.ref(room) for layer in cache.layers for room in layer.rooms.values()]
+    del cache
+    gc.collect()
+    assert not any(ref() is not None for ref in rooms)
+
+
+def test_without_memory_the_cache_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = applied("llama", "griffin:0.5")
+    caprese.fuse(model)
+    cache: Any = roomy_cache(model)
+    plain = native.call
+
+    def short(name: str, *rest: Any) -> None:
+        raise MemoryError
+
+    with torch.no_grad():
+        unwrap(model)(torch.tensor(PROMPTS[:1]), past_key_values=cache)
+        wanted = unwrap(model)(torch.tensor([[7]]), past_key_values=copy.deepcopy(cache)).logits
+        monkeypatch.setattr(native, "call", short)
+        with pytest.raises(MemoryError):
+            unwrap(model)(torch.tensor([[7]]), past_key_values=cache)
+        monkeypatch.setattr(native, "call", plain)
+        assert cache.get_seq_length() == 5
+        same(unwrap(model)(torch.tensor([[7]]), past_key_values=cache).logits, wanted)
 
 
 def test_a_decoder_that_does_more_stays() -> None:
@@ -234,8 +408,6 @@ def test_a_layer_that_is_unfused_takes_the_whole_along() -> None:
 
 
 def test_a_cache_of_transformers_is_written_in_place() -> None:
-    from transformers import DynamicCache
-
     model = applied("llama", "griffin:0.5")
     caprese.fuse(model)
     cache = DynamicCache(config=unwrap(model).config)

@@ -162,7 +162,10 @@ class LayerMemory:
 
 @dataclass(eq=False)
 class PromptMemory:
-    """What methods learned in each layer from the prompts behind one KV cache, and how far that cache goes."""
+    """What methods learned in each layer from the prompts behind one KV cache, and how far that cache goes.
+
+    Each is equal to itself alone.
+    """
 
     learners: dict[int, list[Method]]
     """By layer, the methods that learn from prompts."""

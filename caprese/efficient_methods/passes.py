@@ -150,7 +150,7 @@ class Phases:
 
     @contextmanager
     def telling(self, prompt_lengths: torch.Tensor, observer: Observer | None = None) -> Iterator[None]:
-        """See `phases`."""
+        """See `phases`; behind it no pass is left."""
         try:
             with self._set(_prompt_lengths=prompt_lengths, observer=observer):
                 yield

@@ -176,9 +176,10 @@ class EfficientFFN(nn.Module):
 
     @property
     def can_decode_fused(self) -> bool:
-        """Not where gradients or an observer are wanted, nor where PEFT mixes adapters within a batch (by hooks)."""
-        mixed = getattr(self.recovery, "_forward_pre_hooks", None)
-        return self.phases.acts_on(self.layer) and not torch.is_grad_enabled() and not mixed
+        """Not where gradients or an observer are wanted, nor where hooks are on the slot: by them PEFT mixes adapters
+        within a batch."""
+        hooked = self.recovery._forward_pre_hooks or self.recovery._forward_hooks
+        return self.phases.acts_on(self.layer) and not torch.is_grad_enabled() and not hooked
 
     @property
     def rows(self) -> torch.Tensor | None:

@@ -40,6 +40,8 @@ class _Filled:
         # what cropped the cache made a view of the room; what reordered it, another tensor
         if room is None or room.data_ptr() != value.data_ptr() or _around(room) != _around(value):
             layer.rooms[self.name] = value
+        elif layer.others:
+            layer.shared = True
 
 
 def _around(states: torch.Tensor) -> tuple[Any, ...]:
@@ -49,11 +51,14 @@ def _around(states: torch.Tensor) -> tuple[Any, ...]:
 class RoomyLayer(DynamicLayer):
     """`DynamicLayer` with room behind its last token; `keys` and `values` are views of what is filled.
 
-    No gradients. `caprese scale`, `generate` and the drawing of samples use it.
+    Gradients make it copy, as transformers' does. `caprese scale`, `generate` and the drawing of samples use it, and
+    whatever decodes with a fused model whose layers run in one call.
 
     Attributes:
-        rooms: keys and values [B, H, T or more, d].
+        rooms: "keys" and "values", in this order, [B, H, T or more, d].
         lengths: how many tokens of them are filled.
+        shared: whether a copy sees the same rooms, so that they are not to be written.
+        others: whether it was a layer of transformers', of which who made it may keep what a crop leaves behind.
     """
 
     keys = _Filled()
@@ -62,22 +67,22 @@ class RoomyLayer(DynamicLayer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.rooms: dict[str, torch.Tensor] = {}
         self.lengths: dict[str, int] = {}
-        self.shared = False
+        self.shared = self.others = False
         super().__init__(*args, **kwargs)
 
     @classmethod
     def take_over(cls, layer: Any) -> None:
-        """Make a `DynamicLayer` one."""
+        """Make a `DynamicLayer` one, in place."""
         keys, values = (vars(layer).pop(name) for name in ("keys", "values"))
         layer.__class__ = cls
-        layer.rooms, layer.lengths, layer.shared = {}, {}, False
+        layer.rooms, layer.lengths, layer.shared, layer.others = {}, {}, False, True
         layer.keys, layer.values = keys, values
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """New keys and values [B, H, T, d] -> all of them, as views."""
-        if not self.lengths.get("keys"):
+        if not self.lengths.get("keys") or key_states.requires_grad:
             return super().update(key_states, value_states, *args, **kwargs)
         self.extend(key_states.shape[-2])
         keys, values = self.keys, self.values
@@ -87,11 +92,12 @@ class RoomyLayer(DynamicLayer):
         return keys, values
 
     def extend(self, count: int) -> None:
-        """Room for more tokens of a layer that has some, whose keys and values the caller writes."""
+        """Room for more tokens of a layer that has some, whose keys and values the caller writes; fewer below 0."""
         for name, room in self.rooms.items():
             length = self.lengths[name]
             total = length + count
-            if self.shared or room.shape[-2] < total:
+            stays = room.is_inference() and not torch.is_inference_mode_enabled()
+            if self.shared or stays or room.shape[-2] < total:
                 wider = room.new_empty(*room.shape[:-2], total + max(64, total // 4), room.shape[-1])
                 wider[..., :length, :] = room[..., :length, :]
                 self.rooms[name] = wider

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any, cast
 
 import torch
@@ -26,6 +26,8 @@ from caprese.kernels import DecoderLayer, LayerWeights, Projection
 
 _PARTS = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+# where transformers' own hooks are from
+_INERT = "transformers.utils.output_capturing"
 # how far from the layer's own arithmetic, over the largest value; sums are taken in another order
 _WITHIN = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
@@ -90,21 +92,24 @@ class Plan:
             return None
         if past_key_values is None or position_embeddings is None or not _fits(attention_mask, len(x)):
             return None
+        if x.dtype != self.dtype or x.device.type != "cpu":
+            return None
         if any(t.dtype != self.dtype or t.shape[-1] != self.made().size for t in position_embeddings):
             return None
-        if not self.may_run(x) or not self.follow(current):
+        if global_hooks() or not self.may_run(len(x)) or not self.follow(current):
             return None
         mask = None if attention_mask is None else attention_mask.flatten(1).contiguous()
         return self._run(x, position_embeddings, past_key_values, mask)
 
-    def may_run(self, x: torch.Tensor) -> bool:
-        """Whether x [B, 1, D] can run whole here: the layer is still what it was, and nothing looks on at its parts."""
+    def may_run(self, batch: int) -> bool:
+        """Whether a token of `batch` sequences can run whole here: the layer is still what it was, and nothing looks on
+        at its parts."""
         wrapper = self.wrapper
-        if wrapper.fused is None or not wrapper.can_decode_fused or self.layer.training or len(x) > kernels.MAX_BATCH:
+        if wrapper.fused is None or not wrapper.can_decode_fused or self.layer.training or batch > kernels.MAX_BATCH:
             return False
-        if x.dtype != self.dtype or x.device.type != "cpu" or self._parts() != self.parts:
+        if self._parts() != self.parts or any("forward" in vars(part) for part in self.parts):
             return False
-        return not any(self.hooks)
+        return not any(map(look_on, self.hooks))
 
     def follow(self, current: Pass) -> bool:
         """Take over the choice and the branch of this pass; whether one call is enough for them."""
@@ -119,7 +124,7 @@ class Plan:
         return self.whole is not None
 
     def _parts(self) -> list[Any]:
-        """The modules whose place it takes, the attention's linear layers first; looked at for every token."""
+        """The modules whose place it takes, the attention's linear layers first."""
         own, inside = self.layer._modules, self.layer.self_attn._modules
         return [*(inside[name] for name in _PROJECTIONS), *(own[name] for name in _PARTS)]
 
@@ -192,6 +197,18 @@ class Plan:
             return close(norm(x), rms_normed(norm, x))
         except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
             return False  # another kind of layer
+
+
+def look_on(hooks: Mapping[int, Any]) -> bool:
+    """Whether a hook among them sees what a module does. Those that transformers leaves once hidden states were asked
+    for see nothing where they are not."""
+    return any(getattr(hook, "__module__", "") != _INERT for hook in hooks.values())
+
+
+def global_hooks() -> bool:
+    """Whether there are hooks on all modules."""
+    everywhere = nn.modules.module
+    return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
 
 
 def rms_normed(norm: Any, x: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from collections.abc import Hashable, Sequence
 from typing import Any, cast
 
@@ -16,7 +17,6 @@ from torch import nn
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from caprese import kernels
 from caprese.efficient_methods import EfficientFFN
 from caprese.efficient_methods.passes import Pass
 from caprese.inference.fused.layer import Plan, close, plan_of, rms_normed
@@ -69,13 +69,13 @@ class Whole:
         self.watch = Watch([decoder._modules[name] for name in _PARTS], decoder, plans)
         self.facts: Any = None  # with which C was given what it has
         self.made: DecoderLayers | None = None
-        self.parts: list[Any] = []
-        self.turns = Turns()
+        self.turns, self.alone = Turns(), threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Whole:
         copied = copy.copy(self)
         memo[id(self)] = copied
-        copied.made, copied.facts, copied.parts, copied.turns = None, None, [], Turns()  # not its own
+        copied.made, copied.facts = None, None  # addresses, which are not its own
+        copied.turns, copied.alone = Turns(), threading.Lock()
         for name in ("decoder", "plans", "phases", "watch"):
             setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
         return copied
@@ -87,66 +87,86 @@ class Whole:
         position_ids: Any = None,
         past_key_values: Any = None,
         use_cache: Any = None,
+        return_dict: Any = None,
         **more: Any,
     ) -> BaseModelOutputWithPast | None:
         """What the decoder returns; None where it is to compute that itself."""
         current = self.phases.current
         if current is None or current.prompt is not None or current.shape[1] != 1 or input_ids is None:
             return None
-        if past_key_values is None or any(more.values()):
+        if past_key_values is None or use_cache is False or return_dict is False:
+            return None
+        if any(value is not None and value is not False for value in more.values()):
             return None
         batch, past = current.shape[0], current.offset
         mask: torch.Tensor | None = None
         if attention_mask is not None:
             if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != (batch, past + 1):
                 return None
-            mask = attention_mask.bool()
-        x = self.decoder.embed_tokens(input_ids)
-        layers = self._layers(x, current)
-        held = None if layers is None else self._held(past_key_values, past)
+            mask = attention_mask.bool().contiguous()
+        with self.alone:
+            y = self._run(input_ids, mask, past if position_ids is None else position_ids, past_key_values, current)
+        return None if y is None else BaseModelOutputWithPast(last_hidden_state=y, past_key_values=past_key_values)
+
+    def _run(self, ids: Any, mask: Any, positions: Any, cache: Any, current: Pass) -> torch.Tensor | None:
+        """The last hidden state [B, 1, D]; None where C is not for it."""
+        batch, past = current.shape[0], current.offset
+        layers = self._layers(current)
+        held = None if layers is None else self._held(cache, past)
         if layers is None or held is None:
             return None
         first = self.plans[0].made()
-        fresh = [i for i, layer in enumerate(held) if not _same(layer.rooms, layers.states[i])]
-        if not all(_fits(held[i].rooms, (batch, first.kv_heads, first.size), x.dtype) for i in fresh):
+        fresh = [layer for i, layer in enumerate(held) if not layers.knows(i, *layer.rooms.values())]
+        if not all(_fits(layer.rooms, (batch, first.kv_heads, first.size), first.dtype) for layer in fresh):
             return None
-        cos, sin = self.turns.of(self.decoder.rotary_emb, x, past if position_ids is None else position_ids)
+        x = self.decoder.embed_tokens(ids)
+        if x.shape != (batch, 1, first.columns) or x.dtype != first.dtype or x.device.type != "cpu":
+            return None
+        cos, sin = self.turns.of(self.decoder.rotary_emb, x, positions)
         if any(t.dtype != x.dtype or t.shape not in ((1, 1, first.size), (batch, 1, first.size)) for t in (cos, sin)):
             return None
         for i, layer in enumerate(held):
             layer.extend(1)
-            rooms = layer.rooms
-            if not _same(rooms, layers.states[i]):
-                layers.put_states(i, rooms["keys"], rooms["values"])
-        y = layers.run(x.contiguous(), cos, sin, past + 1, mask)
-        return BaseModelOutputWithPast(last_hidden_state=y, past_key_values=past_key_values)
+            if not layers.knows(i, *layer.rooms.values()):
+                layers.put_states(i, *layer.rooms.values())
+        try:
+            return layers.run(x.contiguous(), cos, sin, past + 1, mask)
+        except MemoryError:
+            for layer in held:
+                layer.extend(-1)
+            raise
 
-    def _layers(self, x: torch.Tensor, current: Pass) -> DecoderLayers | None:
-        """What C is given, up to date; None where x [B, 1, D] cannot run so."""
-        if len(x) > kernels.MAX_BATCH or x.dtype != self.plans[0].dtype or x.device.type != "cpu":
-            return None
+    def _layers(self, current: Pass) -> DecoderLayers | None:
+        """What C is given, up to date; None where this pass cannot run so."""
         if self.made is not None and self.facts == self.watch.facts(current):
             return self.made
         self.facts = None
-        if not self.watch.is_as_it_was() or not all([plan.may_run(x) and plan.follow(current) for plan in self.plans]):
+        self.watch.look()
+        if not self.watch.is_as_it_was() or not all([plan.may_run(current.shape[0]) for plan in self.plans]):
+            return None
+        if not all([plan.follow(current) for plan in self.plans]):
             return None
         parts: list[Any] = [plan.made() for plan in self.plans]
-        if self.made is None or self.parts != parts:
+        if self.made is None or self.made.layers != parts:
             norm = self.decoder.norm
-            self.made, self.parts = DecoderLayers(parts, norm.weight, norm.variance_epsilon), parts
+            self.made = DecoderLayers(parts, norm.weight, norm.variance_epsilon)
         for i, plan in enumerate(self.plans):
-            self.made.put_ffn(i, plan.whole[1])
-        self.facts = self.watch.facts(current, anew=True)
+            self.made.put_ffn(i, plan.whole)
+        self.made.forget()  # looked at for as many sequences as there were
+        self.turns = Turns()
+        self.facts = self.watch.facts(current)
         return self.made
 
     def _held(self, cache: Any, past: int) -> list[RoomyLayer] | None:
         """The cache's layers, which from now on are written in place; None for other kinds."""
-        held = [cache.layers[i] for i in self.caches]
+        every = getattr(cache, "layers", ())
+        held = [every[i] for i in self.caches if i < len(every)]
         for layer in held:
             if type(layer) is DynamicLayer and layer.is_initialized:
                 RoomyLayer.take_over(layer)
         lengths = {"keys": past, "values": past}
-        return held if all(type(layer) is RoomyLayer and layer.lengths == lengths for layer in held) else None
+        alike = all(type(layer) is RoomyLayer and layer.lengths == lengths for layer in held)
+        return held if alike and len(held) == len(self.caches) else None
 
     @torch.no_grad()
     def is_right(self) -> bool:
@@ -182,7 +202,8 @@ class Turns:
         """[B or 1, 1, size] each, in the type of x [B, 1, D]; positions: one for all, or [B or 1, 1]."""
         if not isinstance(positions, torch.Tensor):
             positions = torch.tensor([[positions]])
-        if positions.numel() > 1 or getattr(rotary, "rope_type", None) not in _STEADY:
+        many = positions.numel() > 1 or positions.is_floating_point()
+        if many or getattr(rotary, "rope_type", None) not in _STEADY:
             cos, sin = rotary(x, position_ids=positions)
             return cos, sin
         place = int(positions)
@@ -205,25 +226,25 @@ class _Spy(nn.Module):
 
 
 def _looks_alike(decoder: Any, plans: list[Plan]) -> bool:
-    """Whether a decoder has the parts, and every layer of it is one of these."""
+    """Whether a decoder has the parts, every layer of it is one of these, and each sees all tokens."""
     if {name for name, _ in decoder.named_children()} != {*_PARTS, "layers"}:
         return False
-    kinds = {*(getattr(decoder.config, "layer_types", None) or ())}
-    return len(kinds) < 2 and [*decoder.layers] == [plan.layer for plan in plans]
-
-
-def _same(rooms: dict[str, torch.Tensor], states: tuple[torch.Tensor, torch.Tensor] | None) -> bool:
-    return states is not None and rooms["keys"] is states[0] and rooms["values"] is states[1]
+    config = decoder.config
+    kinds = {*(getattr(config, "layer_types", None) or ())}
+    if not kinds <= {"full_attention"} or (not kinds and getattr(config, "sliding_window", None)):
+        return False  # all tokens are seen by all layers
+    return [*decoder.layers] == [plan.layer for plan in plans]
 
 
 def _fits(rooms: dict[str, torch.Tensor], sizes: tuple[int, int, int], dtype: torch.dtype) -> bool:
     """Whether keys and values are as C reads them: B, K and the size of a head."""
-    states = rooms["keys"], rooms["values"]
+    states = rooms.values()
     return all((*t.shape[:2], t.shape[3]) == sizes and t.dtype == dtype and t.stride(-1) == 1 for t in states)
 
 
 @functools.cache
 def _mixed(kind: Hashable) -> type:
-    """The class of a decoder of this kind, whole."""
+    """The class of a decoder of this kind, whole; under its name, by which transformers looks up what it can record."""
     assert isinstance(kind, type)
-    return type(f"Whole{kind.__name__}", (WholeDecoder, kind), {"__module__": __name__})
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (WholeDecoder, kind), names)

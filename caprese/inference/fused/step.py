@@ -73,7 +73,8 @@ class Step(nn.Module):
         version = (wrapper.phases.compiled, *version)
         if self.source is memory.choices and self.version == version:
             return
-        with torch.no_grad():
+        # what is made in inference mode could not be written outside of it
+        with torch.inference_mode(False), torch.no_grad():
             choices = wrapper.choices(memory, batch)
             self._fill(list(zip(wrapper.methods, choices, strict=True)), branch_of(wrapper.recovery))
         self.source, self.version, self.tensors = memory.choices, version, tensors

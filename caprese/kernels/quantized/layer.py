@@ -1,12 +1,13 @@
-"""A decoder layer of the Llama kind on a CPU: all that one more token needs, in two calls of compiled C.
+"""Decoder layers of the Llama kind on a CPU: all that one more token needs, in two calls of compiled C, or one for all.
 
 x + attention(norm(x)), then that + FFN(norm(that)); norms by root mean square, positions by rotation of halves, queries
-in groups. Between the two calls the caller adds keys and values to its cache.
+in groups. Between the two calls the caller adds keys and values to its cache; with one, it makes room for them before.
 """
 
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -78,7 +79,7 @@ class DecoderLayer:
     def __init__(self, weights: LayerWeights, dtype: torch.dtype) -> None:
         """dtype: of inputs, outputs, keys and values: float32 or bfloat16."""
         q, k, v, o, norm, ffn_norm, eps, size, scaling = weights
-        self.dtype, self.size = dtype, size
+        self.dtype, self.size, self.columns = dtype, size, norm.numel()
         self.heads, self.kv_heads = len(q.weight) // size, len(k.weight) // size
         self._held: list[Any] = []
         rows = [native.Weight.of(*self._hold(each.weight)) for each in (q, k, v, o)]
@@ -148,6 +149,10 @@ class DecoderLayer:
         return y
 
 
+def _gone() -> None:
+    """A reference to nothing."""
+
+
 class DecoderLayers:
     """Layers that follow one another and the norm behind them, in one call."""
 
@@ -157,22 +162,31 @@ class DecoderLayers:
             layers: of the same sizes and type.
             norm, eps: of what is behind them, [D].
         """
-        self._layers = list(layers)
+        self.layers = list(layers)
         self._norm, self._eps = norm.detach().float().contiguous(), eps
         self._each = (_One * len(layers))()
-        for one, layer in zip(self._each, self._layers, strict=True):
+        for one, layer in zip(self._each, self.layers, strict=True):
             one.at = layer._address
-        # what is read there lives as long
-        self._ffns: list[Any] = [None] * len(layers)
-        self.states: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(layers)
+        self._ffns: list[Any] = [None] * len(layers)  # what is read there lives as long
+        self._states: list[Any] = []
+        self.forget()
 
-    def put_ffn(self, index: int, ffn: native.FFN) -> None:
-        """What runs in a layer from now on."""
-        self._ffns[index], self._each[index].inside = ffn, ctypes.addressof(ffn)
+    def put_ffn(self, index: int, ffn: tuple[Any, native.FFN]) -> None:
+        """What runs in a layer from now on: what holds the tensors, and what C reads of it."""
+        self._ffns[index], self._each[index].inside = ffn, ctypes.addressof(ffn[1])
+
+    def forget(self) -> None:
+        """Know no keys and values."""
+        self._states = [(_gone, _gone)] * len(self.layers)
+
+    def knows(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether these are what `put_states` was given last."""
+        known = self._states[index]
+        return known[0]() is keys and known[1]() is values
 
     def put_states(self, index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Where a layer's keys and values [B, K, S or more, size] lie from now on."""
-        one, self.states[index] = self._each[index], (keys, values)
+        """Where a layer's keys and values [B, K, S or more, size] lie from now on; they are not held."""
+        one, self._states[index] = self._each[index], (weakref.ref(keys), weakref.ref(values))
         one.keys, one.values = _States.of(keys), _States.of(values)
 
     def run(
@@ -181,14 +195,14 @@ class DecoderLayers:
         """x [B, 1, D], cos and sin [B or 1, 1, size] -> [B, 1, D].
 
         Args:
-            tokens: S, how many keys and values there are; the last of them are written.
+            tokens: S, how many keys and values there are of those put last, which live; the last of them are written.
             mask: bool [B or 1, S].
         """
         y, cos, sin = torch.empty_like(x), cos.contiguous(), sin.contiguous()
         native.call(
             "caprese_layers",
             ctypes.addressof(self._each),
-            len(self._layers),
+            len(self.layers),
             self._norm.data_ptr(),
             self._eps,
             x.data_ptr(),
