@@ -37,7 +37,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         for ax, (kind, title) in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS.items(), strict=True):
             for number, (method, at) in enumerate(points(rows).items()):
                 color, x, y = f"C{number % 10}", at["time"], at["efficient"][kind]
-                if y < 1e-6:  # the dense model itself
+                if y < 1e-6:  # the dense model itself, whose KL no logarithm has
                     continue
                 marker = MARKERS[number // 10]
                 ax.plot(x, y, marker, color=color, fillstyle="none", label=method)
@@ -45,7 +45,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 if left is not None:
                     ax.annotate("", (x, left), (x, y), arrowprops={"arrowstyle": "-|>", "color": color})
                     ax.plot(x, left, marker, color=color)
-            ax.set(xlim=(0, 0.4), yscale="log", xlabel="time to next token, of dense bfloat16", title=title)
+            ax.axvline(1, color="0.5", linestyle=":", label="dense bfloat16, KL 0")
+            ax.set(xscale="log", yscale="log", xlabel="time to next token, of dense bfloat16", title=title)
+            ax.set_xticks([0.1, 0.2, 0.5, 1], ["0.1", "0.2", "0.5", "1"])
+            ax.minorticks_off()
         figure.axes[0].set_ylabel("KL(dense || efficient); filled: recovered")
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7)
