@@ -266,7 +266,10 @@ def test_the_command(tiny_dir, tmp_path):
 def test_gguf_without_a_converter_says_where_it_comes_from(tmp_path, monkeypatch):
     monkeypatch.delenv("LLAMA_CPP", raising=False)
     monkeypatch.setenv("PATH", "/nonexistent")
-    with pytest.raises(caprese.CapreseError, match=r"convert_hf_to_gguf\.py: git clone .*LLAMA_CPP"):
+    with pytest.raises(caprese.CapreseError, match=r"convert_hf_to_gguf\.py: git clone .*LLAMA_CPP.*make llama-cpp"):
+        caprese.export(recovered(pruned(tiny_llama())), None, tmp_path / "out", format="gguf")
+    monkeypatch.setenv("LLAMA_CPP", "/no/such")
+    with pytest.raises(caprese.CapreseError, match="LLAMA_CPP names /no/such, which has none"):
         caprese.export(recovered(pruned(tiny_llama())), None, tmp_path / "out", format="gguf")
 
 

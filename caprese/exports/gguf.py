@@ -41,8 +41,11 @@ def find_converter(outtype: str) -> list[str]:
         return [sys.executable, str(own)]
     if (script := shutil.which(name)) is not None:
         return [sys.executable, script]
+    missing = f" (LLAMA_CPP names {own.parent}, which has none)" if os.environ.get("LLAMA_CPP") else ""
     raise CapreseError(
         f"GGUF needs llama.cpp's {name}: git clone https://github.com/ggml-org/llama.cpp and set LLAMA_CPP to it"
+        f"{missing}; or, in a clone of caprese, make llama-cpp, which has it in "
+        ".venv/src/llama_cpp_python-*/vendor/llama.cpp"
     )
 
 
