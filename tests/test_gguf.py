@@ -68,7 +68,8 @@ def converter(monkeypatch):
 
 def test_smollm2_is_exported_exactly_and_smaller(exported):
     _, _, out, facts = exported
-    assert facts["largest_logit_difference"] < 1e-4
+    # float32, 30 layers, sums in another order: some tens of units of the largest logit's last place
+    assert facts["largest_logit_difference"] < 1e-5 * facts["largest_logit"], facts
     before = Path(caprese.models.resolve("smollm2-135m").source) / "model.safetensors"
     assert (out / "hf" / "model.safetensors").stat().st_size < before.stat().st_size
 
