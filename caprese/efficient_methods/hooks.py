@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,6 +27,13 @@ from caprese.progress import say
 _PROPOSER = "caprese_proposer"
 # how many tokens one proposes, in the words of the different kinds
 _PROPOSED = ("num_output_tokens", "num_assistant_tokens", "num_mtp_layers", "block_size")
+
+
+@functools.cache
+def mixed(mixin: Hashable, kind: Hashable) -> type:
+    """The class `kind` with another mixed in before it; under its own name, by which transformers looks things up."""
+    assert isinstance(mixin, type) and isinstance(kind, type)
+    return type(kind.__name__, (mixin, kind), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
 
 
 @dataclass(frozen=True)

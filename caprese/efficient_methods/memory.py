@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from caprese.efficient_methods.base import Method
+from caprese.efficient_methods.hooks import mixed
 from caprese.efficient_methods.reselection import Pending
 from caprese.errors import CapreseError
 from caprese.kernels import PackedFFN
@@ -266,12 +266,6 @@ class _Following:
         self._follow(lambda t: t.repeat_interleave(repeats, dim=0))
 
 
-@functools.cache
-def _following(kind: Hashable) -> type:
-    assert isinstance(kind, type)
-    return type(kind.__name__, (_Following, kind), {"__module__": kind.__module__})
-
-
 def memory_of(cache: Any) -> PromptMemory | None:
     """The memory on a cache, if there is one."""
     return getattr(cache, MEMORY, None)
@@ -281,5 +275,5 @@ def keep_memory(cache: Any, memory: PromptMemory) -> None:
     """Put `memory` on a cache, which from now on moves it along."""
     if not isinstance(cache, _Following):
         kind: Any = type(cache)
-        cache.__class__ = _following(kind)
+        cache.__class__ = mixed(_Following, kind)
     setattr(cache, MEMORY, memory)

@@ -11,6 +11,7 @@ from pydantic import model_validator
 from torch import nn
 
 from caprese.efficient_methods.base import Method, Part, Reads, Source
+from caprese.efficient_methods.hooks import mixed
 from caprese.efficient_methods.passes import NO_DENSE
 from caprese.efficient_methods.stand_in import Acting
 from caprese.errors import CapreseError
@@ -184,7 +185,7 @@ class RoundedModule(nn.Module):
     def put_on(cls, module: Any, rounded: QuantizedRows, phases: Any, layer: int | None) -> Callable[[], None]:
         """Make a module a rounded one; returns the undoing."""
         before = type(module)
-        module.__class__ = _mixed(cast(Hashable, cls), cast(Hashable, before))
+        module.__class__ = mixed(cast(Hashable, cls), cast(Hashable, before))
         module.rounded, module.phases, module.layer = rounded, phases, layer
 
         def undo() -> None:
@@ -257,10 +258,3 @@ class _Embedding(RoundedModule):
         scale = getattr(self, "embed_scale", 1.0)  # Gemma's
         y = self.rounded.wide(weight.dtype, x.flatten()).view(*x.shape, -1)
         return y if scale == 1.0 else y * scale
-
-
-@functools.cache
-def _mixed(mixin: Hashable, kind: Hashable) -> type:
-    """The class of a module of this kind, rounded."""
-    assert isinstance(mixin, type) and isinstance(kind, type)
-    return type(f"Rounded{kind.__name__}", (mixin, kind), {"__module__": __name__})

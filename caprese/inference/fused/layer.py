@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from caprese import kernels
 from caprese.efficient_methods import EfficientFFN
+from caprese.efficient_methods.hooks import mixed
 from caprese.efficient_methods.memory import PromptMemory
 from caprese.efficient_methods.passes import Pass
 from caprese.efficient_methods.rounded import RoundedModule
@@ -42,7 +43,7 @@ def plan_of(wrapper: EfficientFFN, rotary: Any) -> Plan | None:
     if not made.is_right(rotary):
         return None
     before = type(layer)
-    layer.__class__ = _mixed(cast(Hashable, before))
+    layer.__class__ = mixed(WholeLayer, cast(Hashable, before))
     layer.plan = made
     step.undo.append(functools.partial(_take_off, layer, before))  # no closure: a deep copy then has its own
     return made
@@ -252,10 +253,3 @@ def _looks_alike(layer: Any, wrapper: EfficientFFN) -> bool:
 
 def _projection(linear: Any) -> Projection:
     return Projection(linear.rounded if isinstance(linear, RoundedModule) else linear.weight, linear.bias)
-
-
-@functools.cache
-def _mixed(kind: Hashable) -> type:
-    """The class of a decoder layer of this kind, whole."""
-    assert isinstance(kind, type)
-    return type(f"Whole{kind.__name__}", (WholeLayer, kind), {"__module__": __name__})

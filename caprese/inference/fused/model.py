@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from caprese.efficient_methods import EfficientFFN
+from caprese.efficient_methods.hooks import mixed
 from caprese.efficient_methods.passes import Pass
 from caprese.inference.fused.layer import Plan, close, plan_of, rms_normed
 from caprese.inference.fused.watch import Watch
@@ -38,7 +39,7 @@ def put_on(model: Any, wrappers: Sequence[EfficientFFN]) -> None:
     if not _looks_alike(decoder, plans) or not (whole := Whole(decoder, plans)).is_right():
         return
     before = type(decoder)
-    decoder.__class__ = _mixed(cast(Hashable, before))
+    decoder.__class__ = mixed(WholeDecoder, cast(Hashable, before))
     decoder.whole = whole
     for wrapper in wrappers:  # the first that goes takes it along
         wrapper.fused.undo.append(functools.partial(_take_off, decoder, before))
@@ -240,11 +241,3 @@ def _fits(rooms: dict[str, torch.Tensor], sizes: tuple[int, int, int], dtype: to
     """Whether keys and values are as C reads them: B, K and the size of a head."""
     states = rooms.values()
     return all((*t.shape[:2], t.shape[3]) == sizes and t.dtype == dtype and t.stride(-1) == 1 for t in states)
-
-
-@functools.cache
-def _mixed(kind: Hashable) -> type:
-    """The class of a decoder of this kind, whole; under its name, by which transformers looks up what it can record."""
-    assert isinstance(kind, type)
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, (WholeDecoder, kind), names)
