@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from caprese.inference import fuse as fuse
     from caprese.inference import load as load
     from caprese.inference import unfuse as unfuse
+    from caprese.inference.lossless import Lossless as Lossless
     from caprese.models import load_base as load_base
     from caprese.publish import info as info
     from caprese.publish import push as push
@@ -44,6 +45,7 @@ _PUBLIC = {
     "Cats": "efficient_methods",
     "Griffin": "efficient_methods",
     "Int8": "efficient_methods",
+    "Lossless": "inference.lossless",
     "Mamba": "efficient_methods",
     "Nf4": "efficient_methods",
     "Nothing": "efficient_methods",

@@ -333,16 +333,6 @@ def test_hybrids_that_no_checkpoint_holds_are_refused(tmp_path):
     refused(attach_adapter(caprese.apply(tiny("mistral"), caprese.Mamba()), 1), "sliding window")
 
 
-def test_reselection_is_refused():
-    with pytest.raises(caprese.CapreseError, match="which a mixer's state cannot"):
-        caprese.apply(tiny_llama(), [caprese.Mamba(), caprese.Griffin()], reselect_every=8)
-    model = caprese.apply(tiny_llama(), caprese.Mamba())
-    with pytest.raises(caprese.CapreseError, match="a mixer's state"), caprese.reselection(model, 4):
-        pass
-    recipe = caprese.resolve_recipe("reasoner-tiny", method="mamba")
-    assert recipe.reselect_every is None and recipe.methods == (caprese.Mamba(),)
-
-
 def test_alignment_goes_from_layer_to_attention_only():
     """The error of a mixer that gives what attention gave is 0, and no layer's error depends on another's mixer."""
     model = caprese.apply(tiny_llama(), caprese.Mamba(keep_attention=0))

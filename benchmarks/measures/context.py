@@ -40,11 +40,9 @@ def filled(model: Any, length: int, mixed: set[int], batch: int) -> DynamicCache
         if i in mixed:
             state = MixerState()
             m = mixers[i]
-            state.keep(
-                torch.randn(batch, KERNEL - 1, m.channels, **like),
-                torch.randn(batch, m.heads, m.size, m.size, device=model.device),
-                length,
-            )
+            state.window = torch.randn(batch, KERNEL - 1, m.channels, **like)
+            state.state = torch.randn(batch, m.heads, m.size, m.size, device=model.device)
+            state.length = length
             cache.layers[i] = state
         else:
             cache.layers[i].update(*(torch.randn(batch, heads, length, size, **like) for _ in range(2)))

@@ -20,6 +20,7 @@ from transformers import Cache, GenerationMixin
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from caprese.errors import CapreseError
+from caprese.models.cache import RoomyLayer
 from caprese.models.private import needed
 from caprese.progress import say
 
@@ -138,8 +139,13 @@ def proposed(cache: Any) -> int | None:
     return max(int(getattr(proposer, name, None) or 0) for name in _PROPOSED)
 
 
+def only_goes_on(layer: Any) -> bool:
+    """Whether a cache layer lets go of what it needed before: with a sliding window, or a recurrent state."""
+    return bool(layer.is_sliding) or hasattr(layer, "put_back")
+
+
 def copy_layer(layer: Any) -> Any:
-    """A copy of a cache layer with a sliding window, for `put_back`."""
+    """A copy of such a layer, for `put_back`."""
     twin = copy.copy(layer)
     if layer.is_compileable:  # written in place
         twin.keys, twin.values = layer.keys.clone(), layer.values.clone()
@@ -149,7 +155,9 @@ def copy_layer(layer: Any) -> Any:
 
 def put_back(layer: Any, before: Any) -> None:
     """Make a cache layer what it was when `copy_layer` made `before` of it."""
-    if layer.is_compileable:
+    if hasattr(layer, "put_back"):
+        layer.put_back(before)
+    elif layer.is_compileable:
         layer.keys.copy_(before.keys)
         layer.values.copy_(before.values)
         layer.cumulative_length.copy_(before.cumulative_length)
@@ -159,15 +167,25 @@ def put_back(layer: Any, before: Any) -> None:
         layer.cumulative_length = needed(before, "cumulative_length")
 
 
+def change_layer(layer: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Reorder, select or repeat the sequences of such a layer."""
+    if hasattr(layer, "each"):
+        layer.each(change)
+    else:
+        layer.keys, layer.values = change(layer.keys), change(layer.values)
+
+
 def shorten(cache: Cache, layer: Any, tokens: int) -> None:
-    """Take the last `tokens` tokens out of a layer of `cache` without a sliding window.
+    """Take the last `tokens` tokens out of a layer of `cache` that does not only go on.
 
     Raises:
         CapreseError: a kind of layer that cannot.
     """
-    if isinstance(layer, StaticLayer):
+    if isinstance(layer, RoomyLayer):
+        layer.extend(-tokens)
+    elif isinstance(layer, StaticLayer):
         needed(layer, "cumulative_length").sub_(tokens)
     elif isinstance(layer, DynamicLayer):
         layer.crop(-tokens)
     else:
-        raise CapreseError(f"reselection cannot rewrite a {type(cache).__name__}; use a dynamic or static cache")
+        raise CapreseError(f"a {type(cache).__name__} cannot be taken back; use a dynamic or static cache")

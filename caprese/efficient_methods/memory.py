@@ -58,6 +58,11 @@ class LayerMemory:
     first_end: int = 0
     #: where the passes lie whose ends are no longer known: (first token, end)
     forgotten: tuple[int, int] | None = None
+    #: of passes that verified, whose tokens may not stay
+    waiting: list[Seen] = field(default_factory=list)
+    #: what tokens taught that stayed since the choice was made, and where they lie
+    coming: dict[str, torch.Tensor] = field(default_factory=dict)
+    span: tuple[int, int] | None = None
 
     def learn(self, methods: list[Method], seen: Seen, tail: int = TAIL) -> None:
         """Add a pass over prompt tokens, of which the last `tail` (over the batch) can be unlearned one by one."""
@@ -81,15 +86,30 @@ class LayerMemory:
             self.forgotten = (offset, surplus[-1][1])
             del self.history[first : first + len(surplus)]
 
+    def confirm(self, methods: list[Method], taken: torch.Tensor) -> None:
+        """Of each pass that verified, the first `taken` [B] tokens stay."""
+        for seen in self.waiting:
+            stays = torch.arange(seen.mask.shape[1], device=seen.mask.device) < taken[:, None]
+            _sum(self.coming, methods, replace(seen, mask=seen.mask & stays))
+            first = seen.offset if self.span is None else self.span[0]
+            self.span = first, seen.offset + int(taken.max())
+        self.waiting = []
+
+    def choose_anew(self) -> None:
+        """The next choice is made with what came since the last."""
+        if self.span is None:
+            return
+        for name, new in self.coming.items():
+            old = self.statistics.get(name)
+            self.statistics[name] = new if old is None else old + new
+        self.history.append((*self.span, dict(self.statistics)))
+        self.coming, self.span, self.tail = {}, None, None
+        self.choices, self.packed = {}, None
+        self._forget()
+
     def _add(self, methods: list[Method], seen: Seen) -> None:
         self.choices, self.packed = {}, None
-        for method in methods:
-            with torch.autocast(seen.x.device.type, enabled=False):  # it would round sums over tokens
-                new = method.statistic(seen.x, seen.a, seen.z, seen.mask)
-            if getattr(method, "shared_choice", False):
-                new = new.sum(0, keepdim=True)
-            old = self.statistics.get(method.name)
-            self.statistics[method.name] = new if old is None else old + new
+        _sum(self.statistics, methods, seen)
 
     def chosen(self, method: Method, ffn: FFN | PackedFFN, batch: int, known: torch.Tensor | None) -> torch.Tensor:
         """The choice of a method that learns from the prompt, [batch or 1, ...]; `known` is from samples."""
@@ -151,13 +171,26 @@ class LayerMemory:
         if any(len(t) != batch for t in self.statistics.values()):
             self.tail = None  # shared by sequences that may be gone: no longer to be taken apart
         self.statistics, self.choices, self.packed = each(self.statistics), each(self.choices), None
+        self.coming = each(self.coming)
         self.history = [(offset, end, each(known)) for offset, end, known in self.history]
         if self.tail is not None:
             t = self.tail
             self.tail = Seen(t.offset, change(t.x), change(t.a), change(t.z), change(t.mask))
 
     def fork(self) -> LayerMemory:
-        return replace(self, statistics=dict(self.statistics), choices=dict(self.choices), history=list(self.history))
+        own: dict[str, Any] = {name: dict(getattr(self, name)) for name in ("statistics", "choices", "coming")}
+        return replace(self, history=list(self.history), waiting=list(self.waiting), **own)
+
+
+def _sum(known: dict[str, torch.Tensor], methods: list[Method], seen: Seen) -> None:
+    """Add what tokens teach to what is known of each method."""
+    for method in methods:
+        with torch.autocast(seen.x.device.type, enabled=False):  # it would round sums over tokens
+            new = method.statistic(seen.x, seen.a, seen.z, seen.mask)
+        if getattr(method, "shared_choice", False):
+            new = new.sum(0, keepdim=True)
+        old = known.get(method.name)
+        known[method.name] = new if old is None else old + new
 
 
 @dataclass(eq=False)
@@ -179,6 +212,8 @@ class PromptMemory:
     pending: Pending = field(default_factory=Pending)
     #: how often it may have learned, or its sequences moved
     changes: int = 0
+    #: tokens that stayed since the choice was made
+    since: int = 0
 
     def layer(self, index: int) -> LayerMemory:
         return self.layers.setdefault(index, LayerMemory())
@@ -194,6 +229,21 @@ class PromptMemory:
         self.changes += 1
         self.pending.clear()  # reselection begins after it
         self.valid = torch.cat([self.mask(offset, real), real], 1)
+
+    def confirm(self, taken: torch.Tensor, every: int | None) -> None:
+        """Each sequence keeps the first `taken` [B] tokens of the passes that verified; the choice is made anew once
+        `every` tokens stayed, None never."""
+        if every is None or not self.learners:
+            for layer in self.layers.values():
+                layer.waiting = []
+            return
+        self.since += int(taken.max())
+        for index, layer in self.layers.items():
+            layer.confirm(self.learners[index], taken)
+        if self.since >= every:
+            self.since, self.changes = 0, self.changes + 1
+            for layer in self.layers.values():
+                layer.choose_anew()
 
     def crop(self, length: int) -> None:
         """Follow a cache that became shorter."""

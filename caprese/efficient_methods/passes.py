@@ -17,6 +17,7 @@ from torch import nn
 
 from caprese.efficient_methods.base import Method
 from caprese.efficient_methods.hooks import Call, proposed
+from caprese.efficient_methods.masks import real_tokens, split_tokens
 from caprese.efficient_methods.memory import TAIL, PromptMemory, keep_memory, memory_of
 from caprese.efficient_methods.settings import Prefill, check_reselect
 from caprese.errors import CapreseError
@@ -45,6 +46,8 @@ class Pass:
     """The first token's position in the cache."""
     tail: int = TAIL
     """How many of the last tokens may be cropped away again."""
+    verifies: bool = False
+    """Whether what is learned waits for `PromptMemory.confirm`, which knows the tokens that stay."""
 
 
 def check_prefill(prefill: Prefill, methods: Sequence[Method], reselect_every: int | None) -> None:
@@ -80,6 +83,7 @@ class Phases:
         current: the pass that runs; None where all is dense and nothing is learned.
         ended: the last pass, for what comes after the decoder: the head.
         dense: whether the teacher runs.
+        verifying: whether drafts are verified: as prompts run, and what is learned waits.
         only: layers that act, the others staying dense; None is all.
         observer: what is shown the completion tokens of every FFN, which then runs dense.
         compiled: inside a compiled decode step, which only computes: what is Python was done before it.
@@ -93,7 +97,7 @@ class Phases:
         self.lean = False
         self.current: Pass | None = None
         self.ended: Pass | None = None
-        self.dense = False
+        self.dense = self.verifying = False
         self.only: frozenset[int] | None = None
         self.observer: Observer | None = None
         self.compiled = False
@@ -110,7 +114,7 @@ class Phases:
     @property
     def stored_prompts(self) -> bool:
         """Whether prompts run through the weights as methods store them."""
-        return self.prefill == "stored"
+        return self.prefill == "stored" and not self.verifying
 
     def acts_on(self, layer: int) -> bool:
         """Whether generated tokens run efficient in this layer now."""
@@ -227,10 +231,12 @@ class Phases:
         prompt: torch.Tensor | None
         completion: torch.Tensor | None = None
         candidates = proposed(cache)
-        if self.prefill == "efficient":
-            prompt, completion = None, _real(call, past)
+        if self.verifying:
+            prompt = real_tokens(call, past)
+        elif self.prefill == "efficient":
+            prompt, completion = None, real_tokens(call, past)
         elif self._prompt_lengths is not None:
-            prompt, completion = _split(call, past, self._prompt_lengths)
+            prompt, completion = split_tokens(call, past, self._prompt_lengths)
             if prompt is not None:
                 memory.saw(prompt if completion is None else prompt | completion, past)
         elif past and length == 1 and not self._prefilling and candidates is None:
@@ -238,11 +244,12 @@ class Phases:
                 self._reselect(decoder, call, memory, past)
             prompt, completion = None, torch.ones(batch, length, dtype=torch.bool, device=call.tokens.device)
         else:
-            prompt = _real(call, past)
+            prompt = real_tokens(call, past)
             memory.saw(prompt, past)
         memory.length, memory.batch = past + length, batch
         # assisted decoding may take back all it proposed and one (times sequences, of which there is one)
-        self.current = Pass(prompt, completion, memory, (batch, length), past, max(TAIL, 1 + (candidates or 0)))
+        tail = max(TAIL, 1 + (candidates or 0))
+        self.current = Pass(prompt, completion, memory, (batch, length), past, tail, self.verifying)
 
     def _reselect(self, decoder: nn.Module, call: Call, memory: PromptMemory, past: int) -> None:
         """Take down one generated token, after those before it were rewritten if they are enough."""
@@ -265,37 +272,6 @@ class Phases:
             keep_memory(cache, current.memory)
         if self._prompt_lengths is None:  # inside phases() it stays, so that gradient checkpointing can run it again
             self.current = None
-
-
-def _split(call: Call, past: int, prompt_lengths: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Prompt and completion tokens as `phases` was told, [B, T]; None where there are none."""
-    batch, length = call.tokens.shape[:2]
-    if len(prompt_lengths) != batch:
-        raise CapreseError(f"phases() was given {len(prompt_lengths)} prompt lengths for a batch of {batch}")
-    device = call.tokens.device
-    mask = torch.ones(batch, past + length, device=device) if call.mask is None else call.mask
-    mask = mask.bool()
-    early = (mask.cumsum(-1) - 1)[:, -length:] < prompt_lengths.to(device)[:, None]
-    real = mask[:, -length:]
-    prompt, completion = real & early, real & ~early
-    return prompt if prompt.any() else None, completion if completion.any() else None
-
-
-def _real(call: Call, past: int) -> torch.Tensor:
-    """Which of the new tokens are no pads, [B, T], from whatever form the attention mask has."""
-    batch, length = call.tokens.shape[:2]
-    mask = call.mask
-    if isinstance(mask, dict):  # one mask per kind of attention layer
-        mask = mask.get("full_attention", next(iter(mask.values())))
-    if mask is None:
-        return torch.ones(batch, length, dtype=torch.bool, device=call.tokens.device)
-    if mask.dim() == 2:
-        return mask[:, -length:].bool()
-    # 4D: a real token attends to itself, a pad does not. A sliding window that has moved on ends with the new tokens
-    first = min(past, mask.shape[-1] - length)
-    own = mask[:, 0, torch.arange(length), first + torch.arange(length)]
-    own = own if own.dtype == torch.bool else own == 0
-    return own.expand(batch, -1)
 
 
 def phases_of(model: nn.Module) -> Phases:
@@ -347,6 +323,29 @@ def dense(model: nn.Module) -> Iterator[None]:
     if shared.lean:
         raise CapreseError(NO_DENSE)
     with shared._set(dense=True):
+        yield
+
+
+@contextmanager
+def drafting(model: nn.Module) -> Iterator[None]:
+    """Around speculative decoding: prompts run as in the dense model, and nothing is reselected but by `verifying`."""
+    with phases_of(model)._set(prefill="dense", reselect_every=None):
+        yield
+
+
+@contextmanager
+def verifying(model: nn.Module) -> Iterator[None]:
+    """Inside, passes verify drafts: FFNs run dense, and what methods learn waits for `PromptMemory.confirm`.
+
+    Where attention is replaced, it stays so: what is verified is that model's text.
+
+    Raises:
+        CapreseError: no method applied, or its dense weights were let go.
+    """
+    shared = phases_of(model)
+    if shared.lean:
+        raise CapreseError(NO_DENSE)
+    with shared._set(verifying=True):
         yield
 
 

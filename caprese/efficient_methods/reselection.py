@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from caprese.efficient_methods.hooks import Call, copy_layer, put_back, shorten
+from caprese.efficient_methods.hooks import Call, change_layer, copy_layer, only_goes_on, put_back, shorten
 
 
 class Generated(NamedTuple):
@@ -25,8 +25,8 @@ class Generated(NamedTuple):
 
 @dataclass
 class Pending:
-    """The decoding passes since the last dense one; and as they were before these, the cache layers that cannot be
-    cropped: those with a sliding window."""
+    """The decoding passes since the last dense one; and as they were before these, the cache layers that only
+    go on."""
 
     passes: list[Generated] = field(default_factory=list)
     layers: dict[int, Any] = field(default_factory=dict)
@@ -37,8 +37,8 @@ class Pending:
     def add(self, call: Call, offset: int) -> None:
         """Take down a generated token, before it runs."""
         if not self.passes:
-            layers = enumerate(zip(call.cache.layers, call.cache.is_sliding, strict=True))
-            self.layers = {i: copy_layer(layer) for i, (layer, slides) in layers if slides and layer.is_initialized}
+            layers = enumerate(call.cache.layers)
+            self.layers = {i: copy_layer(layer) for i, layer in layers if only_goes_on(layer) and layer.is_initialized}
         self.passes.append(Generated(offset, call.tokens, call.positions))
 
     def rewrite(self, decoder: nn.Module, cache: Any, mask: torch.Tensor) -> None:
@@ -72,7 +72,7 @@ class Pending:
             for at, tokens, p in self.passes
         ]
         for layer in self.layers.values():
-            layer.keys, layer.values = change(layer.keys), change(layer.values)
+            change_layer(layer, change)
 
     def fork(self) -> Pending:
         return Pending(list(self.passes), {index: copy.copy(layer) for index, layer in self.layers.items()})

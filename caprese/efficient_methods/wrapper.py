@@ -203,7 +203,10 @@ class EfficientFFN(nn.Module):
             whole = ffn is self.transformed or self.rows is None
             seen_a, seen_z = (a, z) if whole else (a[..., self.rows], z[..., self.rows])
             seen = Seen(current.offset, x.detach(), seen_a.detach(), seen_z.detach(), current.prompt)
-            memory.learn(self.learners, seen, current.tail)
+            if current.verifies:
+                memory.waiting.append(seen)
+            else:
+                memory.learn(self.learners, seen, current.tail)
         return ffn.down(z)
 
     def choices(self, memory: LayerMemory, batch: int) -> list[torch.Tensor | None]:

@@ -212,7 +212,8 @@ def _over(opened: Adapter, sampling: Sampling) -> list[Contender]:
         raise CapreseError(f"{refused}; leave out `reselect_every`")
     every = sampling.reselect_every
     if every is None:
-        every = 0 if refused else RESELECT_EVERY
+        chooses = any("prompt" in method.learns for method in opened.methods)
+        every = RESELECT_EVERY if chooses and not refused else 0
     return contenders(every or None, sampling.contenders)
 
 

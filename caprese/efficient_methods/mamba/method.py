@@ -53,7 +53,6 @@ class Mamba(Method):
     trains: ClassVar[str] = "Mamba mixers"
     dense_prompts: ClassVar[bool] = False
     static_cache: ClassVar[bool] = False
-    no_reselection: ClassVar[str] = "reselection reads generated tokens again, which a mixer's state cannot"
     checkpoint: ClassVar[str] = "granitemoehybrid"
 
     keep_attention: Annotated[float | list[int], PlainValidator(_keep)] = 0.5

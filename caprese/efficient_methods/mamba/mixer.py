@@ -18,76 +18,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.cache_utils import DynamicLayer
 
-from caprese.errors import CapreseError
-from caprese.kernels.scan import convolve, decode, mixing_matrix, scan
+from caprese.efficient_methods.mamba.state import KERNEL, MixerState
+from caprese.kernels.replay import Tokens
+from caprese.kernels.scan import convolve, mixing_matrix, scan
 from caprese.models.attention import Attention
 
-KERNEL = 4
 # dt from 1/1000 to 1/10, log-uniform, and A from 1 to 16, as in Mamba-2: heads remember from a token to a thousand
 _DT, _A = (1e-3, 1e-1), (1.0, 16.0)
-
-
-class MixerState(DynamicLayer):
-    """A mixer's place in the KV cache: the last inputs of its convolution and its state, however long the text is.
-
-    `window` [B, KERNEL - 1, channels], `state` [B, H, P, N].
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.window: torch.Tensor | None = None
-        self.state: torch.Tensor | None = None
-        self.length = 0
-        self.keys = self.values = torch.empty(0)
-        self.is_initialized = True
-
-    def __copy__(self) -> MixerState:
-        """One that goes on by itself: decoding writes over a state."""
-        twin = MixerState()
-        twin.window, twin.length = self.window, self.length
-        twin.state = None if self.state is None else self.state.clone()
-        return twin
-
-    def keep(self, window: torch.Tensor, state: torch.Tensor, tokens: int) -> None:
-        """After `tokens` more tokens."""
-        self.window, self.state = window, state
-        self.length += tokens
-
-    def get_seq_length(self, *_: Any) -> int:
-        return self.length
-
-    def update(self, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        raise CapreseError("this KV cache was filled by a hybrid; the dense model starts with an empty one")
-
-    def offload(self) -> None:
-        """It is small."""
-
-    def prefetch(self) -> None:
-        """It is where it is used."""
-
-    def _each(self, change: Any) -> None:
-        if self.window is not None and self.state is not None:
-            self.window, self.state = change(self.window), change(self.state)
-
-    def reset(self) -> None:
-        self.window = self.state = None
-        self.length = 0
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._each(lambda t: t[indices])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._each(lambda t: t.repeat_interleave(repeats, dim=0))
-
-    def crop(self, max_length: int) -> None:
-        if max_length in (0, self.length):
-            return
-        raise CapreseError("a Mamba layer's state cannot be cropped back; assisted decoding is not for hybrids")
 
 
 class Mixer(nn.Module):
@@ -147,19 +85,12 @@ class Mixer(nn.Module):
         self, x: torch.Tensor, valid: torch.Tensor | None = None, cache: MixerState | None = None
     ) -> torch.Tensor:
         """x [B, T, D]; tokens that are not `valid` [B, T] leave no trace, which is meant for pads before a text."""
-        dtype, length = x.dtype, x.shape[1]
-        z, v, dt, a, b, c, kept = self._project(x, valid, None if cache is None else cache.window)
-        state = None if cache is None else cache.state
-        if length == 1 and state is not None:
-            y, state = decode(v[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], state)
-            y = y.unsqueeze(1)
-        else:
-            y, state = scan(v, dt, a, b, c, state)
+        dtype = x.dtype
+        z, v, dt, a, b, c, mixed = self._project(x, valid, None if cache is None else cache.last_inputs)
+        y = scan(v, dt, a, b, c)[0] if cache is None else cache.read(Tokens(v, dt, b), a, c, mixed)
         y = y + self.D[:, None] * v
         y = y * F.silu(z).unflatten(-1, (self.heads, self.size))
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        if cache is not None:
-            cache.keep(kept, state, length)
         return _in_its_type(self.out_proj, (self.norm.weight * y.flatten(-2)).to(dtype))
 
     def settle(self, dtype: torch.dtype) -> None:
@@ -174,7 +105,8 @@ class Mixer(nn.Module):
         return mixing_matrix(dt, a, b, c) + self.D[:, None, None] * torch.eye(x.shape[1], device=x.device)
 
     def _project(self, x: torch.Tensor, valid: torch.Tensor | None, window: torch.Tensor | None) -> Any:
-        """z [B, T, H P], x, dt, A, B and C of the recurrence, and the next window [B, KERNEL - 1, channels]."""
+        """z [B, T, H P], x, dt, A, B and C of the recurrence, and what the convolution saw, `window` and these tokens,
+        [B, KERNEL - 1 + T, channels]."""
         projected = _in_its_type(self.in_proj, x).float()
         z, mixed, dt = projected.split([self.inner, self.channels, self.heads], dim=-1)
         dt = F.softplus(dt + self.dt_bias)
@@ -182,15 +114,14 @@ class Mixer(nn.Module):
             mixed, dt = (t * valid.unsqueeze(-1).to(t.dtype) for t in (mixed, dt))
         if window is None:
             window = mixed.new_zeros(len(mixed), KERNEL - 1, self.channels)
-        mixed = torch.cat([window, mixed], 1)
-        kept = mixed[:, 1 - KERNEL :].clone()  # and not a view on the whole text
-        mixed = convolve(mixed, self.conv1d.weight, self.conv1d.bias)
+        seen = torch.cat([window, mixed], 1)
+        mixed = convolve(seen, self.conv1d.weight, self.conv1d.bias)
         v, b, c = (
             t.unflatten(-1, (-1, self.size)) for t in mixed.split([self.shared, self.shared, self.inner], dim=-1)
         )
         if self.shared != self.inner:
             v, b = (t.repeat_interleave(self.inner // self.shared, -2) for t in (v, b))
-        return z, v, dt, -self.A_log.exp(), b, c, kept
+        return z, v, dt, -self.A_log.exp(), b, c, seen
 
     def unshared(self) -> dict[str, torch.Tensor]:
         """The parameters of the same mixer without shared heads, as GraniteMoeHybridMambaLayer has them."""

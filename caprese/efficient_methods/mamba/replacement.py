@@ -11,7 +11,9 @@ from torch import nn
 from transformers import Cache
 from transformers.cache_utils import StaticLayer
 
-from caprese.efficient_methods.mamba.mixer import KERNEL, Mixer, MixerState
+from caprese.efficient_methods.hooks import proposed
+from caprese.efficient_methods.mamba.mixer import Mixer
+from caprese.efficient_methods.mamba.state import KERNEL, MixerState
 from caprese.efficient_methods.stand_in import Acting, StandIn
 from caprese.errors import CapreseError
 from caprese.kernels.scan import CHUNK
@@ -129,6 +131,8 @@ class Replacement(StandIn):
             if found.get_seq_length():
                 raise CapreseError("this KV cache was filled by the dense model; a hybrid starts with an empty one")
             layers[self.layer] = found = MixerState()
+        if proposed(cache) is not None:
+            found.activate_past_recording()
         return found
 
     def __getattr__(self, name: str) -> Any:

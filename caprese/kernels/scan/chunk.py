@@ -28,7 +28,7 @@ def chunk_scan(
     x, B, C = (t.unflatten(1, (-1, chunk)).transpose(2, 3) for t in (x, B, C))
     dt = dt.unflatten(1, (-1, chunk)).transpose(2, 3)
     total = (dt * A[:, None]).cumsum(-1)
-    y = _mixing(total, dt, B, C) @ x
+    y = mixing(total, dt, B, C) @ x
     weight = (total[..., -1:] - total).exp() * dt
     gathered = (weight[..., None] * x).transpose(-1, -2) @ B  # what each chunk adds to the state, [B, chunks, H, P, N]
     decay = total[..., -1].exp()[..., None, None]
@@ -44,10 +44,10 @@ def chunk_scan(
 def mixing_matrix(dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
     """The recurrence as one matrix, y = M x from an empty state (equation 6): M [B, H, T, T], lower triangular."""
     dt, B, C = dt.transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2)
-    return _mixing((dt * A[:, None]).cumsum(-1), dt, B, C)
+    return mixing((dt * A[:, None]).cumsum(-1), dt, B, C)
 
 
-def _mixing(total: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
+def mixing(total: torch.Tensor, dt: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
     """M of a stretch of tokens; `total` [..., T] is dt A summed up to each."""
     gap = total[..., :, None] - total[..., None, :]
     causal = torch.ones(gap.shape[-2:], dtype=torch.bool, device=gap.device).tril()

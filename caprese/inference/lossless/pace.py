@@ -1,0 +1,139 @@
+"""How many tokens to draft: as many as pay, by what drafting and verifying cost here and how much is accepted.
+
+K drafts a round give (1 - a^(K+1)) / (1 - a) tokens where each is accepted with probability a (arXiv 2211.17192,
+equation 1), for K c + v(K + 1) of time. All three are measured while it runs.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+#: numbers of drafts to choose among: few, so that compiled steps are few
+CHOICES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
+# how many of the last times count, how fast acceptance forgets, and what it is thought to be before anything is known
+_LAST, _FORGET, _PRIOR = 9, 0.98, (3.0, 4.0)
+# rounds without drafts at the start, the second of which says what a dense step costs
+_ALONE = 2
+# the part of the time that may be lost in finding out whether drafting pays by now
+_SPENT = 0.02
+# by how much drafting has to be faster than none
+_WORTH = 1.03
+
+
+@dataclass
+class Tally:
+    """What a run came to."""
+
+    rounds: int = 0
+    """With drafts."""
+    drafted: int = 0
+    """Tokens that were judged: of each round those up to the first that did not stay."""
+    accepted: int = 0
+    tokens: int = 0
+    """That came out, those of rounds without drafts included."""
+    seconds: float = 0.0
+    by_count: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    """Rounds by the number of drafts."""
+
+
+@dataclass
+class Pace:
+    """Chooses the number of drafts for each round.
+
+    Attributes:
+        fixed: always so many; None adapts.
+        most: the highest number to choose.
+    """
+
+    fixed: int | None = None
+    most: int = CHOICES[-1]
+
+    def __post_init__(self) -> None:
+        self.tally = Tally()
+        self.good, self.judged = _PRIOR
+        self.draft_times: deque[float] = deque(maxlen=4 * _LAST)
+        self.verify_times: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_LAST))
+        self.wait = 0.0  # tokens until drafting is tried again
+
+    @property
+    def acceptance(self) -> float:
+        """a, between 0 and 1."""
+        return min(self.good / self.judged, 0.9999)
+
+    @property
+    def draft_seconds(self) -> float | None:
+        """Of one drafted token."""
+        return statistics.median(self.draft_times) if self.draft_times else None
+
+    def verify_seconds(self, tokens: int) -> float:
+        """Of a pass over `tokens` tokens and all that comes with it; between and beyond what was measured, a line."""
+        known = sorted((count, statistics.median(times)) for count, times in self.verify_times.items())
+        if len(known) == 1:  # nothing is known of wider ones: as one might hope, so that they are tried
+            count, time = known[0]
+            return time * (1 + 0.02 * (tokens - count)) if tokens > count else time
+        below = [pair for pair in known if pair[0] <= tokens] or known[:1]
+        above = [pair for pair in known if pair[0] > tokens]
+        if above:
+            (x, y), (x1, y1) = below[-1], above[0]
+        else:
+            (x, y), (x1, y1) = known[-2], known[-1]
+        slope = max(0.0, (y1 - y) / (x1 - x)) if x1 > x else 0.0
+        return y + slope * (tokens - x)
+
+    def expected(self, count: int) -> float:
+        """Tokens of a round with `count` drafts."""
+        a = self.acceptance
+        return (1 - a ** (count + 1)) / (1 - a)
+
+    def speed(self, count: int) -> float:
+        """Tokens a second with `count` drafts, as predicted."""
+        return self.expected(count) / (count * (self.draft_seconds or 0.0) + self.verify_seconds(count + 1))
+
+    def choose(self, limit: int) -> int:
+        """How many to draft now, at most `limit`."""
+        if self.fixed is not None:
+            return min(self.fixed, limit)
+        limit = min(limit, self.most)
+        if len(self.verify_times[1]) < _ALONE:
+            return 0
+        if self.draft_seconds is None:
+            return min(4, limit)
+        possible = [count for count in CHOICES if count <= limit]
+        best = max(possible, key=self.speed)
+        if best and self.speed(best) >= _WORTH * self.speed(0):
+            return best
+        trials = [count for count in possible if count]
+        if self.wait > 0 or not trials:
+            return 0
+        trial, dense = max(trials, key=self.speed), self.speed(0)
+        lost = self.expected(trial) * (1 / self.speed(trial) - 1 / dense)  # seconds
+        self.wait = max(16.0, lost * dense / _SPENT)
+        return trial
+
+    def note(self, counts: Sequence[int], new: Sequence[int], drafting: float, rest: float) -> None:
+        """After a round.
+
+        Args:
+            counts: drafts of each sequence.
+            new: tokens that each got.
+            drafting, rest: seconds.
+        """
+        count, sequences, tally = max(counts), len(new), self.tally
+        tally.tokens += sum(new)
+        tally.seconds += drafting + rest
+        tally.by_count[count] += 1
+        self.verify_times[count + 1].append(rest)
+        self.wait -= sum(new) / sequences
+        if not count:
+            return
+        self.draft_times.append(drafting / count)
+        accepted = sum(new) - sequences
+        judged = sum(min(got, there) for got, there in zip(new, counts, strict=True))
+        tally.rounds += 1
+        tally.drafted += judged
+        tally.accepted += accepted
+        self.good = _FORGET * self.good + accepted / sequences
+        self.judged = _FORGET * self.judged + judged / sequences

@@ -1,0 +1,410 @@
+"""Speculative decoding gives the target's own text: whoever drafts, however many, wherever a text ends."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from conftest import recovered, tiny_llama
+from families import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from transformers import StaticCache, StoppingCriteriaList, StopStringCriteria
+from transformers.generation.streamers import BaseStreamer
+
+import caprese
+from caprese.inference.lossless import Greedy, Pace, Sampling
+from caprese.inference.lossless.rules import Drawn
+
+PROMPTS = [[5, 9, 13, 40, 7, 7], [200, 3, 17], [31], [90, 91, 92, 93, 94, 95, 96, 97, 98]]
+PAD = 0
+
+
+def batch_of(prompts: list[list[int]]) -> dict[str, torch.Tensor]:
+    longest = max(map(len, prompts))
+    ids = [[PAD] * (longest - len(p)) + p for p in prompts]
+    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def alone(model: torch.nn.Module, prompt: list[int], **settings: object) -> list[int]:
+    """What a model writes after one prompt, greedily."""
+    how = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": PAD, **settings}
+    return model.generate(torch.tensor([prompt]), **how)[0, len(prompt) :].tolist()
+
+
+def written(out: torch.Tensor, width: int, lengths: list[int]) -> list[list[int]]:
+    return [row[width : width + n].tolist() for row, n in zip(out, lengths, strict=True)]
+
+
+def check(model, right, lossless, prompts=PROMPTS, **settings) -> None:
+    """In a batch and alone, the tokens are those of `right`, one list for each prompt."""
+    how = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": PAD, **settings}
+    for group in ([0], [2], list(range(len(prompts)))):
+        batch = batch_of([prompts[i] for i in group])
+        out = model.generate(**batch, custom_generate=lossless, **how)
+        wanted = [right[i] for i in group]
+        assert written(out, batch["input_ids"].shape[1], [len(w) for w in wanted]) == wanted
+        assert out.shape[1] == batch["input_ids"].shape[1] + max(map(len, wanted))
+        for row, tokens in zip(out, wanted, strict=True):
+            assert (row[batch["input_ids"].shape[1] + len(tokens) :] == PAD).all()
+
+
+METHODS = {
+    "griffin": [caprese.Griffin(sparsity=0.3)],
+    "cats": [caprese.Cats(sparsity=0.5)],
+    "q8": [caprese.Q8(head=True)],
+    "griffin + q8": [caprese.Griffin(sparsity=0.3), caprese.Q8()],
+    "hybrid": [caprese.Mamba(keep_attention=[1])],
+    "pure, sparse": [caprese.Mamba(keep_attention=0), caprese.Griffin(sparsity=0.5)],
+}
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 7])
+@pytest.mark.parametrize("name", METHODS)
+def test_it_writes_what_the_dense_model_writes(name, tokens):
+    model = tiny_llama(eos_token_id=None)
+    right = [alone(model, prompt) for prompt in PROMPTS]
+    model = recovered(caprese.apply(model, METHODS[name]), scale=0.02)
+    lossless = caprese.Lossless(tokens=tokens)
+    check(model, right, lossless)
+    assert lossless.tally.drafted > 0 and lossless.tally.accepted <= lossless.tally.drafted
+
+
+def test_static_width_and_4_bits_draft():
+    model = tiny_llama(eos_token_id=None)
+    right = [alone(model, prompt) for prompt in PROMPTS]
+    methods = [caprese.Static(sparsity=0.25), caprese.Q4()]
+    calibration = caprese.calibrate(model, methods, [caprese.Tokens(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]]), [2])])
+    check(caprese.apply(model, methods, calibration=calibration), right, caprese.Lossless(tokens=4))
+
+
+@pytest.mark.parametrize("keep", [[1], 0])
+def test_a_hybrid_is_the_target(keep):
+    """Its FFNs dense and its mixers on: what their states hold is replayed."""
+    methods = [caprese.Mamba(keep_attention=keep)]
+    right = [alone(caprese.apply(tiny_llama(eos_token_id=None), methods), prompt) for prompt in PROMPTS]
+    model = caprese.apply(tiny_llama(eos_token_id=None), [*methods, caprese.Griffin(sparsity=0.4)])
+    assert alone(model, PROMPTS[0]) != right[0]
+    for draft in ("own", "lookup", tiny_llama(eos_token_id=None), tiny_llama(seed=9, eos_token_id=None)):
+        check(model, right, caprese.Lossless(draft, target="hybrid", tokens=3))
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma2", "qwen3", "gpt2", "opt", "gpt_neox", "phi3", "smollm3"])
+def test_families(kind):
+    """Sliding windows too, whose layers in a batch keep in step."""
+    model = tiny(kind)
+    right = [alone(model, prompt) for prompt in PROMPTS]
+    caprese.apply(model, caprese.Griffin(sparsity=0.3))
+    check(model, right, caprese.Lossless(tokens=3))
+    check(model, right, caprese.Lossless())
+
+
+@pytest.mark.parametrize("draft", ["lookup", "same", "other", "applied", "hybrid"])
+def test_others_draft(draft):
+    """For a model without methods."""
+    model = tiny_llama(eos_token_id=None)
+    right = [alone(model, prompt) for prompt in PROMPTS]
+    given = {
+        "lookup": "lookup",
+        "same": tiny_llama(eos_token_id=None),
+        "other": tiny_llama(seed=9, eos_token_id=None, num_hidden_layers=1),
+        "applied": caprese.apply(tiny_llama(eos_token_id=None), caprese.Griffin(sparsity=0.4)),
+        "hybrid": caprese.apply(tiny_llama(eos_token_id=None), caprese.Mamba(keep_attention=[0])),
+    }[draft]
+    for tokens in (None, 0, 2, 5):
+        lossless = caprese.Lossless(given, tokens=tokens)
+        check(model, right, lossless)
+    if draft == "same":
+        assert lossless.tally.accepted == lossless.tally.drafted > 0
+
+
+@given(st.integers(1, 9), st.integers(1, 30), st.integers(0, 257), st.integers(0, 3))
+def test_ends_anywhere(tokens, limit, end, which):
+    """An end of text, a limit, wherever in a block; the KV cache is then that of the text."""
+    model = _model()
+    how = {"max_new_tokens": limit, "eos_token_id": end}
+    with caprese.dense(model):
+        right = [alone(model, prompt, **how) for prompt in PROMPTS]
+    check(model, right, caprese.Lossless(tokens=tokens), **how)
+    prompt = torch.tensor([PROMPTS[which]])
+    out = model.generate(
+        prompt, custom_generate=caprese.Lossless(tokens=tokens), return_dict_in_generate=True, do_sample=False, **how
+    )
+    assert out.sequences[0, prompt.shape[1] :].tolist() == right[which]
+    assert out.past_key_values.get_seq_length() == out.sequences.shape[1] - 1
+
+
+_KEPT: list[torch.nn.Module] = []
+
+
+def _model() -> torch.nn.Module:
+    """One for all examples: with a period short enough that ends are met."""
+    if not _KEPT:
+        _KEPT.append(caprese.apply(tiny_llama(eos_token_id=None), caprese.Griffin(sparsity=0.3)))
+    return _KEPT[0]
+
+
+def test_the_cache_goes_on():
+    """A second turn on what a lossless first one left, as on what the dense model left."""
+    dense, model = tiny_llama(eos_token_id=None), caprese.apply(tiny_llama(eos_token_id=None), caprese.Griffin())
+    how = {"do_sample": False, "max_new_tokens": 9, "return_dict_in_generate": True, "pad_token_id": PAD}
+    batch = batch_of(PROMPTS)
+    first = dense.generate(**batch, **how)
+    mine = model.generate(**batch, custom_generate=caprese.Lossless(tokens=4), **how)
+    assert torch.equal(first.sequences, mine.sequences)
+    more = torch.full((4, 3), 11)
+    mask = torch.cat([batch["attention_mask"], torch.ones(4, 12, dtype=torch.long)], 1)
+    turns = []
+    for made, out in ((dense, first), (model, mine)):
+        how["custom_generate"] = None if made is dense else caprese.Lossless(tokens=2)
+        ids = torch.cat([out.sequences, more], 1)
+        turns.append(made.generate(ids, attention_mask=mask, past_key_values=out.past_key_values, **how).sequences)
+    assert torch.equal(*turns)
+
+
+def test_logits_processors_and_stop_strings(tokenizer):
+    model = tiny_llama(eos_token_id=None)
+    more = {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "min_new_tokens": 3, "eos_token_id": 90}
+    more["suppress_tokens"] = [*range(36), *range(96, 258)]  # what is left is printed
+    right = [alone(model, prompt, **more) for prompt in PROMPTS[:1]]
+    assert right != [alone(model, prompt) for prompt in PROMPTS[:1]]
+    words = tokenizer.decode(right[0][5:7])
+    # `generate` keeps its `tokenizer` from custom loops: stop strings go as a criterion
+    stop = {"stopping_criteria": StoppingCriteriaList([StopStringCriteria(tokenizer, [words])])}
+    caprese.apply(model, caprese.Griffin(sparsity=0.3))
+    ids = torch.tensor(PROMPTS[:1])
+    for tokens in (1, 4, 9):
+        how = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": PAD, **more}
+        out = model.generate(ids, custom_generate=caprese.Lossless(tokens=tokens), **how)
+        assert out[0, ids.shape[1] :].tolist() == right[0]
+        with caprese.dense(model):
+            stopped = model.generate(ids, **how, **stop)
+        assert torch.equal(model.generate(ids, custom_generate=caprese.Lossless(tokens=tokens), **how, **stop), stopped)
+        assert stopped.shape[1] < out.shape[1]
+
+
+class Heard(BaseStreamer):
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_it_streams():
+    model = _model()
+    heard = Heard()
+    ids = torch.tensor([PROMPTS[0]])
+    out = model.generate(
+        ids, custom_generate=caprese.Lossless(tokens=3, streamer=heard), do_sample=False, max_new_tokens=10
+    )
+    assert heard.tokens == out[0, 6:].tolist() and heard.ended
+
+
+@pytest.mark.parametrize("method", [caprese.Griffin(sparsity=0.3), caprese.Q8()])
+def test_static_caches(method):
+    model = tiny_llama(eos_token_id=None)
+    right = [alone(model, prompt) for prompt in PROMPTS]
+    caprese.apply(model, method)
+    check(model, right, caprese.Lossless(tokens=4), cache_implementation="static")
+    batch = batch_of(PROMPTS)
+    longest = batch["input_ids"].shape[1] + 24
+    cache = StaticCache(model.config, max_cache_len=longest)  # no room for holes
+    out = model.generate(
+        **batch, past_key_values=cache, custom_generate=caprese.Lossless(tokens=6), do_sample=False, max_new_tokens=24
+    )
+    assert written(out, longest - 24, [24] * 4) == right
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused(dtype):
+    model = tiny_llama(eos_token_id=None).to(dtype)
+    right = [alone(model, prompt) for prompt in PROMPTS]
+    model = recovered(caprese.apply(model, [caprese.Griffin(sparsity=0.3), caprese.Q8()]), scale=0.02)
+    caprese.fuse(model)
+    if dtype == torch.float32:
+        check(model, right, caprese.Lossless(tokens=4))
+    else:  # in a batch, with pads, other sums are taken: a tie may fall otherwise
+        check(model, right[:1] * 3, caprese.Lossless(tokens=4), PROMPTS[:1] * 3)
+
+
+def test_what_was_verified_is_learned_from():
+    """The choice after `reselect_every` tokens is that of the prompt and of what was written, rejected drafts left
+    out."""
+    model = caprese.apply(tiny_llama(eos_token_id=None), caprese.Griffin(sparsity=0.5))
+    lossless = caprese.Lossless(tokens=5, reselect_every=8)
+    ids = torch.tensor([PROMPTS[3]])
+    how = {"do_sample": False, "max_new_tokens": 40}
+    out = model.generate(ids, custom_generate=lossless, return_dict_in_generate=True, **how)
+    assert 0 < lossless.tally.accepted < lossless.tally.drafted
+    memory = out.past_key_values.caprese_memory
+    for layer in memory.layers.values():
+        layer.choose_anew()
+    known = {index: layer.statistics["griffin"] for index, layer in memory.layers.items()}
+    again = model(out.sequences[:, :-1], use_cache=True).past_key_values.caprese_memory
+    for index, statistic in known.items():
+        assert torch.allclose(statistic, again.layers[index].statistics["griffin"], rtol=1e-4)
+    frozen = caprese.Lossless(tokens=5, reselect_every=None)
+    out = model.generate(ids, custom_generate=frozen, return_dict_in_generate=True, **how)
+    prompt = model(ids, use_cache=True).past_key_values.caprese_memory
+    for index, layer in out.past_key_values.caprese_memory.layers.items():
+        assert torch.allclose(layer.statistics["griffin"], prompt.layers[index].statistics["griffin"], rtol=1e-4)
+
+
+# --- Sampling --------------------------------------------------------------------------------------------------------
+
+
+def first_tokens(model, draft, count: int, bias: float = 0.0, **settings) -> Counter:
+    """How often each pair of second and third tokens comes, of many texts in one batch."""
+    torch.manual_seed(0)
+    lossless = caprese.Lossless(draft, tokens=2)
+    out = model.generate(
+        torch.tensor([[2, 5]] * count), custom_generate=lossless, max_new_tokens=3, do_sample=True, **settings
+    )
+    return Counter(map(tuple, out[:, 2:].tolist()))
+
+
+def expected(model, temperature: float, top_k: int | None) -> dict[tuple[int, ...], float]:
+    chances: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(3):
+        longer = {}
+        for text, chance in chances.items():
+            logits = model(torch.tensor([[2, 5, *text]])).logits[0, -1] / temperature
+            if top_k:
+                logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
+            for token, p in enumerate(logits.softmax(-1).tolist()):
+                if p > 0:
+                    longer[*text, token] = chance * p
+        chances = longer
+    return chances
+
+
+def p_value(found: Counter, chances: dict[tuple[int, ...], float]) -> float:
+    """Of a chi-square test; what is rare is counted together."""
+    total = found.total()
+    often = [text for text, p in chances.items() if p * total >= 8]
+    seen = [found[text] for text in often]
+    wanted = [chances[text] * total for text in often]
+    seen, wanted = [*seen, total - sum(seen)], [*wanted, total - sum(wanted)]
+    if wanted[-1] < 8:
+        seen[-2:], wanted[-2:] = [sum(seen[-2:])], [sum(wanted[-2:])]
+    return float(chisquare(seen, [w * sum(seen) / sum(wanted) for w in wanted]).pvalue)
+
+
+SMALL = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "eos_token_id": None}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.6}, {"top_k": 4}, {"temperature": 1.3, "top_k": 3}], ids=str
+)
+@pytest.mark.parametrize("draft", ["own", "lookup", "other"])
+def test_samples_have_the_dense_distribution(draft, settings):
+    model = tiny_llama(**SMALL, pad_token_id=0)
+    chances = expected(model, settings.get("temperature", 1.0), settings.get("top_k"))
+    how = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **settings}
+    given = tiny_llama(seed=4, **SMALL) if draft == "other" else draft
+    if draft == "own":
+        caprese.apply(model, caprese.Griffin(sparsity=0.5))
+    assert p_value(first_tokens(model, given, 4000, **how), chances) > 1e-3
+
+
+def test_a_biased_rule_is_found(monkeypatch):
+    """The same test, of a rule that keeps a few drafts too many."""
+    model = tiny_llama(**SMALL)
+    chances = expected(model, 1.0, None)
+    other = tiny_llama(seed=4, **SMALL)
+    how = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    right = Sampling._stays
+
+    def lenient(self, p, q, token):
+        return right(self, p, q, token) or float(torch.rand(())) < 0.25
+
+    monkeypatch.setattr(Sampling, "_stays", lenient)
+    assert p_value(first_tokens(model, other, 4000, **how), chances) < 1e-6
+
+
+def test_what_is_left_of_the_distribution():
+    """Where draft and target agree up to rounding, or the target can give nothing else."""
+    rule = Sampling(lambda b, text, logits: logits)
+    same = torch.tensor([[0.0, 0.0, -torch.inf]])
+    for _ in range(20):
+        (new,) = rule.judge([[1]], Drawn(torch.tensor([[2]]), [same.softmax(-1)]), same.repeat(2, 1)[None])
+        assert new[0] in (0, 1)
+    certain = torch.tensor([[[0.0, -torch.inf], [0.0, -torch.inf]]])
+    assert rule.judge([[1]], Drawn(torch.tensor([[0]])), certain) == [[0, 0]]
+    assert Greedy().judge([[1]], Drawn(torch.tensor([[1, 0]])), torch.tensor([[[0.0, 1], [0, 1], [1, 0]]])) == [[1, 1]]
+
+
+# --- How many to draft -----------------------------------------------------------------------------------------------
+
+
+def run(pace: Pace, a: float, c: float, v: float, tokens: int = 3000, dense: float = 1.0) -> tuple[float, int]:
+    """Play rounds of known cost: tokens a second against dense, and the number of drafts chosen most."""
+    draw = torch.Generator().manual_seed(0)
+    time, done = 0.0, 0
+    while done < tokens:
+        count = pace.choose(64)
+        new = 1
+        while new <= count and float(torch.rand((), generator=draw)) < a:
+            new += 1
+        rest = dense if not count else dense * v * (1 + 0.02 * count)
+        pace.note([count], [new], count * c * dense, rest)
+        time, done = time + count * c * dense + rest, done + new
+    most = max(pace.tally.by_count, key=lambda k: pace.tally.by_count[k])
+    return done * dense / time, most
+
+
+def test_it_drafts_as_many_as_pay():
+    speed, count = run(Pace(), 0.9, 0.2, 1.1)
+    best = max(range(1, 17), key=lambda k: (1 - 0.9 ** (k + 1)) / 0.1 / (0.2 * k + 1.1 * (1 + 0.02 * k)))
+    ideal = (1 - 0.9 ** (best + 1)) / 0.1 / (0.2 * best + 1.1 * (1 + 0.02 * best))
+    assert speed > 0.93 * ideal and abs(count - best) <= 2
+    assert run(Pace(), 0.98, 0.1, 1.2)[1] > count > run(Pace(), 0.6, 0.2, 1.1)[1]
+
+
+@pytest.mark.parametrize(("a", "c", "v"), [(0.3, 0.3, 1.3), (0.0, 0.5, 1.0), (0.6, 0.9, 1.2), (0.9, 0.2, 9.0)])
+def test_it_stops_where_drafting_does_not_pay(a, c, v):
+    """At most 5% slower than dense, over a few hundred tokens."""
+    pace = Pace()
+    speed, count = run(pace, a, c, v, tokens=400)
+    assert speed > 0.95 and count == 0
+
+
+def test_it_begins_again_where_drafting_pays_later():
+    pace = Pace()
+    assert run(pace, 0.1, 0.3, 1.2, tokens=200)[1] == 0
+    pace.tally = type(pace.tally)()
+    assert run(pace, 0.95, 0.2, 1.1, tokens=4000)[0] > 1.5
+
+
+# --- Refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_refusals():
+    model = tiny_llama()
+    ids = torch.tensor([PROMPTS[0]])
+
+    def refused(match: str, made=model, **how) -> None:
+        settings = {k: how.pop(k) for k in ("draft", "target", "tokens") if k in how}
+        with pytest.raises(caprese.CapreseError, match=match):
+            made.generate(ids, custom_generate=caprese.Lossless(**settings), max_new_tokens=4, **how)
+
+    refused("nothing to draft with")
+    refused("`draft` is 'x'", draft="x")
+    refused("`target` is 'x'", target="x")
+    refused("`tokens` is -1", tokens=-1)
+    refused("share a tokenizer", draft=tiny_llama(vocab_size=64))
+    refused("attention is replaced", draft="lookup", target="hybrid")
+    applied = caprese.apply(copy.deepcopy(model), caprese.Griffin())
+    refused("gives no output_scores", applied, output_scores=True, return_dict_in_generate=True)
+    refused("one beam", applied, num_beams=2)
+    lean = caprese.drop_dense(caprese.apply(tiny_llama(), caprese.Q8(), prefill="stored"))
+    refused("dense weights of this model were let go", lean)
