@@ -69,7 +69,7 @@ MIXERS = mixers()
 
 @given(st.sampled_from(range(len(MIXERS))), st.lists(st.integers(0, 5), min_size=1, max_size=4), st.data())
 def test_a_mixer_goes_on_as_if_it_had_never_read_what_was_let_go(which, rounds, data):
-    """Blocks of several tokens and of one, each sequence keeping its own number of them; some blocks forgotten whole."""
+    """Blocks of several tokens and of one, of which each sequence keeps its own number; some forgotten whole."""
     mixer, batch = MIXERS[which], 2
     draw = torch.Generator().manual_seed(7)
     hidden = mixer.in_proj.in_features

@@ -2,6 +2,6 @@
 
 from caprese.inference.lossless.entry import Lossless
 from caprese.inference.lossless.pace import Pace, Tally
-from caprese.inference.lossless.rules import Greedy, Sampling
+from caprese.inference.lossless.rules import Greedy, Rule, Sampling, rule_of
 
-__all__ = ["Greedy", "Lossless", "Pace", "Sampling", "Tally"]
+__all__ = ["Greedy", "Lossless", "Pace", "Rule", "Sampling", "Tally", "rule_of"]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import DynamicCache, LogitsProcessorList
+from transformers import DynamicCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from caprese.efficient_methods import applied_ffns, dense, phases_of
@@ -25,7 +25,7 @@ from caprese.inference.generate import NewTokens
 from caprese.inference.lossless.drafts import Draft, Lookup, Other, Own
 from caprese.inference.lossless.loop import IsOver, Pair
 from caprese.inference.lossless.pace import Pace, Tally
-from caprese.inference.lossless.rules import Greedy, Rule, Sampling
+from caprese.inference.lossless.rules import Greedy, Rule, Sampling, processed
 from caprese.inference.lossless.side import Side
 from caprese.models import unwrap
 
@@ -97,7 +97,7 @@ class Lossless:
             raise CapreseError("lossless generation is for one beam; leave out num_beams")
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         whole = bool(getattr(generation_config, "return_dict_in_generate", False))
-        scores = None if not logits_processor else partial(_processed, logits_processor, input_ids.device)
+        scores = processed(logits_processor) if logits_processor else None
         rule: Rule = Greedy(scores)
         if getattr(generation_config, "do_sample", False):
             rule = Sampling(scores or _as_they_are, self.generator)
@@ -147,10 +147,8 @@ class Lossless:
         base = unwrap(model)
         applied = bool(applied_ffns(base))
         target, draft = self._sides(base, applied, cache)
-        every = self.reselect_every
-        if every == "saved":
-            every = phases_of(base).reselect_every if applied else None
         self.last = target
+        every = self._every(base) if applied else None
         steps = Pair(target, draft, rule, self.pace, every, leave).decode(*prompts, max_new_tokens, is_over)
         while True:
             # what is around a step holds for it alone: others may run the model between two of them
@@ -159,6 +157,13 @@ class Lossless:
             if new is None:
                 return
             yield new
+
+    def _every(self, base: Any) -> int | None:
+        """Tokens after which an applied model's methods choose anew; None where they do not."""
+        phases = phases_of(base)
+        if not any("prompt" in method.learns for method in phases.methods):
+            return None
+        return phases.reselect_every if self.reselect_every == "saved" else self.reselect_every
 
     def _sides(self, base: Any, applied: bool, cache: Any) -> tuple[Side, Draft]:
         as_it_is, teacher = nullcontext, partial(dense, base) if applied else nullcontext
@@ -174,8 +179,7 @@ class Lossless:
                 )
             if mixed and self.target == "dense":  # the two have different caches
                 return Side(base, teacher, teacher, cache), Other(Side(base, as_it_is, own))
-            learns = any("prompt" in method.learns for method in phases_of(base).methods)
-            reads = partial(verifying, base) if mixed or learns else teacher
+            reads = partial(verifying, base) if mixed or self._every(base) else teacher
             target = Side(base, reads, own, cache)
             return target, Own(target, as_it_is)
         if self.target == "hybrid":
@@ -196,13 +200,6 @@ class Lossless:
 
 def _as_they_are(_: int, __: list[int], logits: torch.Tensor) -> torch.Tensor:
     return logits.float()
-
-
-def _processed(
-    processors: LogitsProcessorList, device: torch.device, _: int, text: list[int], logits: torch.Tensor
-) -> torch.Tensor:
-    scores: torch.Tensor = processors(torch.tensor([text], device=device), logits[None].float())  # type: ignore[arg-type]
-    return scores[0]
 
 
 def _stops(criteria: Any, device: torch.device, _: int, text: list[int]) -> bool:

@@ -29,6 +29,8 @@ class Tally:
 
     rounds: int = 0
     """With drafts."""
+    sequence_rounds: int = 0
+    """The same, those of each sequence counted."""
     drafted: int = 0
     """Tokens that were judged: of each round those up to the first that did not stay."""
     accepted: int = 0
@@ -37,6 +39,14 @@ class Tally:
     seconds: float = 0.0
     by_count: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     """Rounds by the number of drafts."""
+
+    def figures(self) -> dict[str, float | None]:
+        """{"acceptance": of judged drafts, None where there were none, "tokens_per_round": with drafts}."""
+        rounds = self.rounds
+        return {
+            "acceptance": self.accepted / self.drafted if self.drafted else None,
+            "tokens_per_round": 1 + self.accepted / self.sequence_rounds if rounds else None,
+        }
 
 
 @dataclass
@@ -133,6 +143,7 @@ class Pace:
         accepted = sum(new) - sequences
         judged = sum(min(got, there) for got, there in zip(new, counts, strict=True))
         tally.rounds += 1
+        tally.sequence_rounds += sequences
         tally.drafted += judged
         tally.accepted += accepted
         self.good = _FORGET * self.good + accepted / sequences

@@ -8,9 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from caprese.inference.sampling import greedy
 
@@ -142,3 +149,33 @@ def _rest(p: torch.Tensor, q: torch.Tensor | None, token: int) -> torch.Tensor:
         rest = (p - q).clamp(min=0)
     # both the same up to rounding: then there was nothing to reject for
     return rest if bool(rest.sum() > 0) else p
+
+
+def processed(processors: Any) -> Scores:
+    """Scores by transformers' logits processors, which see one sequence at a time."""
+
+    def scores(_: int, text: list[int], logits: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = processors(torch.tensor([text], device=logits.device), logits[None].float())
+        return made[0]
+
+    return scores
+
+
+def rule_of(
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Rule:
+    """Greedy at temperature 0, draws above it; 0 or 1 leaves the other settings out."""
+    made: list[Any] = []
+    if repetition_penalty != 1:
+        made.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
+    if not temperature:
+        return Greedy(processed(LogitsProcessorList(made)) if made else None)
+    made.append(TemperatureLogitsWarper(float(temperature)))
+    made += [TopKLogitsWarper(top_k)] if top_k else []
+    made += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
+    return Sampling(processed(LogitsProcessorList(made)), torch.Generator(device).manual_seed(seed))
