@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from caprese.commands.options import Device, Json, QuickDtype, parse_layers, parse_quick
+from caprese.commands.pair import EVERYDAY, make_draft, put_method, some_prompts
 from caprese.errors import CapreseError
 from caprese.progress import say, show
 
@@ -54,6 +55,27 @@ class Flags:
         list[str] | None,
         typer.Option(help="A checkpoint's directory that vLLM runs beside ours; several by repeating."),
     ] = None
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="Draft and verify instead: acceptance, costs, speed-up over dense.")
+    ] = False
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", "-a", help="With --lossless: an adapter that drafts, and not --method.")
+    ] = None
+    draft: Annotated[
+        str | None, typer.Option(help="With --lossless: own (the method or adapter), lookup, or a model.")
+    ] = None
+    draft_tokens: Annotated[
+        int | None, typer.Option(help="With --lossless: drafted each round; as many as pay without.", min=0, max=64)
+    ] = None
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="With --lossless: where prompts come from, as in a recipe; everyday language of kinds that no recipe "
+            "trains on without."
+        ),
+    ] = None
+    count: Annotated[int, typer.Option(help="With --lossless: how many prompts.", min=1)] = 12
+    temperature: Annotated[float, typer.Option(help="With --lossless; 0 is greedy.", min=0)] = 0.0
     output: Annotated[str | None, typer.Option("--output", "-o", help="Directory for bench.json and bench.png.")] = None
     revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None
     dtype: QuickDtype = "auto"
@@ -91,6 +113,9 @@ def bench(flags: Flags) -> None:
     except ValueError:
         raise CapreseError(f"--batch {flags.batch!r}: use a number, or several like 1,2,4") from None
     dtype = parse_quick(flags.dtype)
+    if flags.lossless:
+        _lossless(flags, name, batches)
+        return
     methods = resolve_recipe(method=flags.method, sparsity=flags.sparsity, layers=parse_layers(flags.layers)).methods
     if flags.dry_run:
         config = shape_config(flags.random_weights) if flags.random_weights else load_config(name, flags.revision)
@@ -143,6 +168,70 @@ def bench(flags: Flags) -> None:
         write_json(Path(flags.output) / "bench.json", result)
         plot_bench(result, Path(flags.output) / "bench.png")
     show(result, flags.as_json, describe_bench)
+
+
+def _lossless(flags: Flags, name: str, batches: list[int]) -> None:
+    """Dense and lossless decoding side by side.
+
+    Raises:
+        CapreseError: flags that do not go together, or prompts that cannot be read.
+    """
+    import shlex
+    import sys
+
+    import torch
+
+    from caprese.adapters import Adapter
+    from caprese.evaluation.evaluate import environment
+    from caprese.files import check_writable, write_json
+    from caprese.inference import load
+    from caprese.inference.lossless import Lossless, rule_of
+    from caprese.models import device_of, load_base, random_model, shape_config
+    from caprese.models.loading import pick_device, pick_dtype
+    from caprese.report.lossless import describe_lossless
+    from caprese.studies.lossless import bench_lossless
+
+    if len(batches) > 1 or flags.engine or flags.gguf or flags.checkpoint:
+        raise CapreseError("--lossless is measured at one --batch, and in no other engine (see docs/lossless.md)")
+    if flags.output is not None:
+        check_writable(Path(flags.output))
+    how: dict[str, Any] = {"dtype": parse_quick(flags.dtype), "device": flags.device}
+    draft = make_draft(flags.draft, has_own=True, **how)
+    opened = None if flags.adapter is None else Adapter.open(flags.adapter)
+    tokenizer: Any = None
+    model: Any
+    if flags.random_weights:
+        config, place = shape_config(name), pick_device(flags.device)
+        model = random_model(config, pick_dtype(how["dtype"], place, config) or torch.bfloat16, place)
+    elif opened is not None:
+        model, tokenizer = opened.load_base(name, **how)
+        model = load(model, opened, fused=True)
+    else:
+        model, tokenizer = load_base(name, revision=flags.revision, **how)
+    who = flags.adapter or flags.method
+    if draft != "own":
+        who = flags.draft or ""
+    elif opened is None:
+        put_method(model, flags.method, flags.sparsity)
+    if tokenizer is None:
+        length = flags.prompt_tokens
+        prompts = torch.randint(
+            config.vocab_size, (flags.count, length), generator=torch.Generator().manual_seed(0)
+        ).tolist()
+        source = "random tokens"
+    else:
+        prompts = some_prompts(flags.prompts, flags.count, model, tokenizer, flags.new_tokens)
+        source = flags.prompts or EVERYDAY
+    say(f"{who} drafts for {name}, {len(prompts)} prompts ({source})")
+    rule = rule_of(flags.temperature, device=device_of(model))
+    pair = Lossless(draft, tokens=flags.draft_tokens)
+    result = bench_lossless(model, pair, prompts, flags.new_tokens, rule, batches[0])
+    here = environment(model)
+    facts = {"draft": who, "source": source, "temperature": flags.temperature, "dtype": here["dtype"]}
+    result = {"command": shlex.join(["caprese", *sys.argv[1:]]), "shape": name, **facts, **result, "environment": here}
+    if flags.output is not None:
+        write_json(Path(flags.output) / "lossless.json", result)
+    show(result, flags.as_json, describe_lossless)
 
 
 def _given(flags: Flags) -> dict[str, Path]:

@@ -18,6 +18,7 @@ from caprese.commands.options import (
     parse_quick,
     parse_reselect,
 )
+from caprese.commands.pair import make_draft, put_method
 from caprese.errors import CapreseError
 from caprese.progress import say, show, write
 
@@ -95,7 +96,7 @@ def generate(flags: Flags) -> None:
         lm, tokenizer = load_base(flags.model, dtype=parse_quick(flags.dtype), device=flags.device)
         fingerprint(lm)  # refuses damaged weights, as `load` does
         if flags.method is not None:
-            _apply(lm, flags)
+            put_method(lm, flags.method, fused=flags.fused)
     result = stream(
         lm,
         tokenizer,
@@ -118,20 +119,6 @@ def generate(flags: Flags) -> None:
     say((f"{result['new_tokens']} tokens in {dtype}, first after {result['first_token_ms']:.0f} ms{ttnt}", "dim"))
 
 
-def _apply(lm: Any, flags: Flags) -> None:
-    """Put a method on a bare model."""
-    from caprese.efficient_methods import apply, needs_calibration
-    from caprese.inference import fuse
-    from caprese.recipes import resolve_recipe
-
-    methods = resolve_recipe(method=flags.method).methods
-    if needs_calibration(methods):
-        raise CapreseError(f"--method {flags.method} chooses from samples: caprese recover makes an adapter of it")
-    apply(lm, methods)
-    if flags.fused:
-        fuse(lm)
-
-
 def _lossless(flags: Flags) -> Any:
     """What drafts and verifies, if that is asked for.
 
@@ -139,7 +126,6 @@ def _lossless(flags: Flags) -> Any:
         CapreseError: flags that do not go together.
     """
     from caprese.inference.lossless import Lossless
-    from caprese.models import load_base
 
     if not flags.lossless:
         given = {
@@ -152,14 +138,8 @@ def _lossless(flags: Flags) -> Any:
         if alone := [name for name, said in given.items() if said]:
             raise CapreseError(f"{alone[0]} goes with --lossless")
         return None
-    who = flags.draft or "own"
-    if who == "own" and flags.adapter is None and flags.method is None:
-        raise CapreseError(
-            "--lossless needs a draft: give --adapter, --method such as q8, --draft lookup, or --draft MODEL"
-        )
-    draft: Any = who
-    if who not in ("own", "lookup"):
-        draft, _ = load_base(who, dtype=parse_quick(flags.dtype), device=flags.device)
+    has_own = flags.adapter is not None or flags.method is not None
+    draft = make_draft(flags.draft, has_own, dtype=parse_quick(flags.dtype), device=flags.device)
     return Lossless(draft, target=flags.target, tokens=flags.draft_tokens)
 
 

@@ -8,7 +8,7 @@ already (`assistant_model=`), it works on applied models too.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -145,14 +145,13 @@ class Lossless:
         """The tokens as they come; see `loop.Pair`."""
         self.pace.tally = Tally()
         base = unwrap(model)
-        applied = bool(applied_ffns(base))
-        target, draft = self._sides(base, applied, cache)
+        target, draft = self.sides(base, cache)
         self.last = target
-        every = self._every(base) if applied else None
+        every = self._every(base) if applied_ffns(base) else None
         steps = Pair(target, draft, rule, self.pace, every, leave).decode(*prompts, max_new_tokens, is_over)
         while True:
             # what is around a step holds for it alone: others may run the model between two of them
-            with drafting(base) if applied else nullcontext():
+            with self.around(base):
                 new = next(steps, None)
             if new is None:
                 return
@@ -165,7 +164,18 @@ class Lossless:
             return None
         return phases.reselect_every if self.reselect_every == "saved" else self.reselect_every
 
-    def _sides(self, base: Any, applied: bool, cache: Any) -> tuple[Side, Draft]:
+    def around(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside, the model is as its sides read it."""
+        return drafting(model) if applied_ffns(model) else nullcontext()
+
+    def sides(self, model: nn.Module, cache: Any = None) -> tuple[Side, Draft]:
+        """Who verifies and who drafts; nothing is read yet.
+
+        Raises:
+            CapreseError: see `Lossless`.
+        """
+        base: Any = unwrap(model)
+        applied = bool(applied_ffns(base))
         as_it_is, teacher = nullcontext, partial(dense, base) if applied else nullcontext
         own = partial(phases_of(base).prefilling) if applied else nullcontext
         mixed = applied and any(method.trains for method in phases_of(base).methods)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 #: numbers of drafts to choose among: few, so that compiled steps are few
 CHOICES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
@@ -21,6 +21,11 @@ _ALONE = 2
 _SPENT = 0.02
 # by how much drafting has to be faster than none
 _WORTH = 1.03
+
+
+def expected(acceptance: float, count: int) -> float:
+    """Tokens of a round with `count` drafts, each accepted with probability `acceptance` below 1."""
+    return (1 - acceptance ** (count + 1)) / (1 - acceptance)
 
 
 @dataclass
@@ -36,9 +41,16 @@ class Tally:
     accepted: int = 0
     tokens: int = 0
     """That came out, those of rounds without drafts included."""
+    sequence_tokens: float = 0.0
+    """The same, of a mean sequence."""
     seconds: float = 0.0
     by_count: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     """Rounds by the number of drafts."""
+
+    def __add__(self, other: Tally) -> Tally:
+        both = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "by_count"}
+        counts = {k: self.by_count.get(k, 0) + other.by_count.get(k, 0) for k in {*self.by_count, *other.by_count}}
+        return Tally(**both, by_count=defaultdict(int, counts))
 
     def figures(self) -> dict[str, float | None]:
         """{"acceptance": of judged drafts, None where there were none, "tokens_per_round": with drafts}."""
@@ -93,14 +105,9 @@ class Pace:
         slope = max(0.0, (y1 - y) / (x1 - x)) if x1 > x else 0.0
         return y + slope * (tokens - x)
 
-    def expected(self, count: int) -> float:
-        """Tokens of a round with `count` drafts."""
-        a = self.acceptance
-        return (1 - a ** (count + 1)) / (1 - a)
-
     def speed(self, count: int) -> float:
         """Tokens a second with `count` drafts, as predicted."""
-        return self.expected(count) / (count * (self.draft_seconds or 0.0) + self.verify_seconds(count + 1))
+        return expected(self.acceptance, count) / (count * (self.draft_seconds or 0.0) + self.verify_seconds(count + 1))
 
     def choose(self, limit: int) -> int:
         """How many to draft now, at most `limit`."""
@@ -119,7 +126,7 @@ class Pace:
         if self.wait > 0 or not trials:
             return 0
         trial, dense = max(trials, key=self.speed), self.speed(0)
-        lost = self.expected(trial) * (1 / self.speed(trial) - 1 / dense)  # seconds
+        lost = expected(self.acceptance, trial) * (1 / self.speed(trial) - 1 / dense)  # seconds
         self.wait = max(16.0, lost * dense / _SPENT)
         return trial
 
@@ -133,6 +140,7 @@ class Pace:
         """
         count, sequences, tally = max(counts), len(new), self.tally
         tally.tokens += sum(new)
+        tally.sequence_tokens += sum(new) / sequences
         tally.seconds += drafting + rest
         tally.by_count[count] += 1
         self.verify_times[count + 1].append(rest)

@@ -1,0 +1,65 @@
+"""What verbs do for lossless generation: a model with what drafts for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from caprese.errors import CapreseError
+
+#: what prompts are called that no recipe trains on
+EVERYDAY = "elsewhere"
+
+
+def make_draft(draft: str | None, has_own: bool, **how: Any) -> Any:
+    """Who drafts, as `Lossless` takes it.
+
+    Args:
+        has_own: whether an adapter or a method is on the model.
+        how: to load a draft model.
+
+    Raises:
+        CapreseError: nobody.
+    """
+    from caprese.models import load_base
+
+    if draft is None and not has_own:
+        raise CapreseError("--lossless needs a draft: --adapter, --method such as q8, --draft lookup, or --draft MODEL")
+    if draft in (None, "own"):
+        return "own"
+    return draft if draft == "lookup" else load_base(draft, **how)[0]
+
+
+def put_method(model: Any, method: str, sparsity: float | None = None, fused: bool = True) -> None:
+    """Put a method on a bare model.
+
+    Raises:
+        CapreseError: one that learns from samples.
+    """
+    from caprese.efficient_methods import apply, needs_calibration
+    from caprese.inference import fuse
+    from caprese.recipes import resolve_recipe
+
+    methods = resolve_recipe(method=method, sparsity=sparsity).methods
+    if needs_calibration(methods):
+        raise CapreseError(f"--method {method} chooses from samples: caprese recover makes an adapter of it")
+    apply(model, methods)
+    if fused:
+        fuse(model)
+
+
+def some_prompts(source: str | None, count: int, model: Any, tokenizer: Any, new_tokens: int) -> list[list[int]]:
+    """Token ids of prompts: of a source as a recipe names it, or everyday language.
+
+    Raises:
+        CapreseError: a source that cannot be read.
+    """
+    from caprese.data_gen import Samples, load_elsewhere, load_prompts
+    from caprese.models import check_context
+
+    if source is None:
+        config = Samples(elsewhere=count, max_new_tokens=new_tokens)
+        return [[*prompt.ids] for prompt in load_elsewhere(config, tokenizer, model)]
+    config = Samples(prompts=source, max_new_tokens=new_tokens)
+    found = load_prompts(source, count, 0, encode=config.encode(tokenizer))
+    check_context(model, [prompt.text for prompt in found], [prompt.ids for prompt in found], new_tokens)
+    return [[*prompt.ids] for prompt in found]

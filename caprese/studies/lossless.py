@@ -1,0 +1,187 @@
+"""`caprese bench --lossless`: what drafting and verifying cost, how much is accepted, and what that comes to."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from numpy import interp
+from torch import nn
+
+from caprese.efficient_methods import applied_ffns, dense
+from caprese.errors import CapreseError
+from caprese.inference.generate import NewTokens, clock, generate
+from caprese.inference.lossless import CHOICES, Greedy, Lossless, Pace, Tally
+from caprese.inference.lossless.pace import expected
+from caprese.inference.lossless.rules import Rule
+from caprese.models import device_of, unwrap
+from caprese.progress import bar
+
+# Each cost is the median of so many, taken in turn.
+_TIMES = 7
+# Groups of prompts, at most, on which the number of drafts settles before it is measured.
+_SETTLING = 2
+
+
+def bench_lossless(
+    model: nn.Module, lossless: Lossless, prompts: Sequence[Sequence[int]], new_tokens: int, rule: Rule, batch: int = 1
+) -> dict[str, Any]:
+    """Dense and lossless decoding of the same prompts, in turns.
+
+    Args:
+        lossless: who drafts for whom; its number of drafts, if it has none, settles on the first prompts.
+        prompts: token ids; they are decoded `batch` at a time.
+        rule: how tokens are taken.
+
+    Returns: "draft_cost" and "verify_cost" (by tokens in the pass), over a dense step; "tokens" drafted a round,
+        "acceptance", "tokens_per_round"; speed-ups over dense: "predicted" from acceptance and these costs, "measured";
+        "break_even", the acceptance below which drafting does not pay here;
+        "dense_ms" and "lossless_ms", of one token of each sequence; "identical", of the texts, None with draws.
+
+    Raises:
+        CapreseError: no prompts, or see `Lossless`.
+    """
+    if not prompts or new_tokens < 4:
+        raise CapreseError("lossless is measured on at least one prompt and 4 `new_tokens`")
+    groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
+    draft, verify = costs(model, lossless, groups[0], rule)
+    with bar("lossless", 2 * len(groups), "runs") as advance:
+        if lossless.tokens is None:
+            for group in groups[:_SETTLING]:
+                _run(lossless.decode(model, _padded(model, group), 2 * new_tokens, rule, _never))
+            settled = lossless.pace
+            counts = [count for count in CHOICES if count]
+            lossless.pace = Pace(max(counts, key=settled.speed))
+        total = {"dense": 0.0, "lossless": 0.0}
+        steps = {"dense": 0, "lossless": 0}
+        tally, same = Tally(), 0
+        for number, group in enumerate(groups):
+            texts = {}
+            for name in ("dense", "lossless") if number % 2 else ("lossless", "dense"):
+                if name == "dense":
+                    how = dense(model) if applied_ffns(model) else nullcontext()
+                    with how:
+                        tokens, seconds = _run(_plain(model, group, new_tokens, rule))
+                else:
+                    at = lossless.decode(model, _padded(model, group), new_tokens, rule, _never)
+                    tokens, seconds = _run(at)
+                    tally += lossless.tally
+                texts[name] = tokens
+                total[name] += seconds
+                steps[name] += sum(map(len, tokens.values())) - len(group)
+                advance(1)
+            same += sum(texts["dense"][row] == texts["lossless"][row] for row in texts["dense"])
+    return _figures(lossless, tally, total, steps, draft, verify) | {
+        "identical": f"{same} of {len(prompts)}" if isinstance(rule, Greedy) else None,
+        "prompts": len(prompts),
+        "new_tokens": new_tokens,
+        "batch": batch,
+    }
+
+
+def _figures(
+    lossless: Lossless,
+    tally: Tally,
+    total: dict[str, float],
+    steps: dict[str, int],
+    draft: float,
+    verify: dict[int, float],
+) -> dict[str, Any]:
+    per_token = {name: 1000 * total[name] / steps[name] for name in total}
+    count = max(tally.by_count, key=lambda k: tally.by_count[k], default=0)
+    acceptance = tally.accepted / tally.drafted if tally.drafted else None
+    # rounds near an end draft fewer: each as many as it did
+    a = min(acceptance or 0.0, 1 - 1e-9)
+    tokens = sum(n * expected(a, k) for k, n in tally.by_count.items())
+    time = sum(n * (k * draft + interp(k + 1, [*verify], [*verify.values()])) for k, n in tally.by_count.items())
+    return {
+        "tokens": count,
+        "acceptance": acceptance,
+        "tokens_per_round": tally.figures()["tokens_per_round"],
+        "draft_cost": draft,
+        "verify_cost": {str(width): cost for width, cost in verify.items()},
+        "break_even": _break_even(draft, verify),
+        "predicted": float(tokens / time),
+        "measured": per_token["dense"] / per_token["lossless"],
+        "dense_ms": per_token["dense"],
+        "lossless_ms": per_token["lossless"],
+    }
+
+
+@torch.no_grad()
+def costs(
+    model: nn.Module, lossless: Lossless, prompts: Sequence[Sequence[int]], rule: Rule
+) -> tuple[float, dict[int, float]]:
+    """One drafted token, and verifying passes by their tokens, over a dense step."""
+    ids, mask = _padded(model, prompts)
+    with lossless.around(model):
+        target, draft = lossless.sides(model)
+        target.begin(ids, mask)
+        draft.begin(ids, mask)
+        texts = [[*row, row[-1]] for row in ids.tolist()]
+        widths = [1, *(count + 1 for count in CHOICES if count)]
+        widths = [w for w in widths if target.narrowest is None or w <= target.narrowest]
+        times: dict[int, list[float]] = {width: [] for width in widths}
+        drafting: list[float] = []
+        for _ in range(_TIMES + 1):
+            begin = clock(target.device)
+            draft.propose(texts, 4, rule)
+            drafting.append((clock(target.device) - begin) / 4)
+            draft.keep(torch.ones(len(texts), dtype=torch.long))
+            for width in widths:
+                new = ids[:, -1:].repeat(1, width)
+                with target.ahead():
+                    begin = clock(target.device)
+                    target.read(new)
+                    times[width].append(clock(target.device) - begin)
+    step = statistics.median(times[1][1:])
+    return statistics.median(drafting[1:]) / step, {w: statistics.median(t[1:]) / step for w, t in times.items()}
+
+
+def _break_even(draft: float, verify: dict[int, float]) -> float | None:
+    """The least acceptance, in hundredths, with which some number of drafts is faster than none."""
+    for percent in range(1, 100):
+        a = percent / 100
+        if any(expected(a, w - 1) > (w - 1) * draft + cost for w, cost in verify.items() if w > 1):
+            return a
+    return None
+
+
+def _padded(model: nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    longest, device = max(map(len, prompts)), device_of(model)
+    ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return ids, mask
+
+
+def _plain(model: nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int, rule: Rule) -> Any:
+    """The dense model's own loop, with the same rule."""
+    texts = [list(prompt) for prompt in prompts]
+
+    def take(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        new, _ = rule.draft([texts[row] for row in rows.tolist()], logits)
+        for row, token in zip(rows.tolist(), new.tolist(), strict=True):
+            texts[row].append(token)
+        return new
+
+    return generate(unwrap(model), prompts, new_tokens, take)
+
+
+def _run(steps: Any) -> tuple[dict[int, list[int]], float]:
+    """The tokens of each sequence, and the seconds from the first to the last of them."""
+    tokens: dict[int, list[int]] = {}
+    moments: list[float] = []
+    new: NewTokens
+    for new in steps:
+        moments.append(new.moment)
+        for row, token in zip(new.rows.tolist(), new.ids.tolist(), strict=True):
+            tokens.setdefault(row, []).append(token)
+    return tokens, sum(b - a for a, b in itertools.pairwise(moments))
+
+
+def _never(_: int, __: list[int]) -> bool:
+    return False
