@@ -30,7 +30,7 @@ from caprese.distill.adam import fit_adam
 from caprese.distill.batches import completion_hidden, lm_logits, prefill
 from caprese.distill.end_to_end import train
 from caprese.distill.layerwise import Moments
-from caprese.distill.losses import hidden_kl, hidden_mse, kl_divergence
+from caprese.distill.losses import hidden_loss, hidden_mse, kl_divergence
 from caprese.distill.sequential import fit_sequential
 from caprese.efficient_methods import Cats, Griffin, applied_ffns
 from caprese.efficient_methods.memory import memory_of
@@ -179,12 +179,12 @@ def test_chunked_kl_is_kl_and_so_is_its_gradient():
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 50, bias=False).requires_grad_(False)
     teacher, student = torch.randn(13, 8), torch.randn(13, 8, requires_grad=True)
-    hidden_kl(student, teacher, head, chunk=4).backward()
+    hidden_loss(student, teacher, head, chunk=4).backward()
     grad, student.grad = student.grad.clone(), None
     p, q = (torch.log_softmax(head(h).double(), -1) for h in (teacher, student))
     reference = (p.exp() * (p - q)).sum()
     reference.backward()
-    assert float(hidden_kl(student.detach(), teacher, head, chunk=5)) == pytest.approx(
+    assert float(hidden_loss(student.detach(), teacher, head, chunk=5)) == pytest.approx(
         float(reference.detach()), rel=1e-5
     )
     assert torch.allclose(grad, student.grad, atol=1e-5)

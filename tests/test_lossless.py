@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 import caprese
 from caprese.inference.lossless import Greedy, Pace, Sampling
 from caprese.inference.lossless.rules import Drawn
+from caprese.inference.lossless.side import Side
 
 PROMPTS = [[5, 9, 13, 40, 7, 7], [200, 3, 17], [31], [90, 91, 92, 93, 94, 95, 96, 97, 98]]
 PAD = 0
@@ -72,6 +73,30 @@ def test_it_writes_what_the_dense_model_writes(name, tokens):
     lossless = caprese.Lossless(tokens=tokens)
     check(model, right, lossless)
     assert lossless.tally.drafted > 0 and lossless.tally.accepted <= lossless.tally.drafted
+
+
+@pytest.mark.parametrize("mixers", [False, True])
+def test_holes_are_closed(mixers):
+    """Sequences of a batch go on at their own pace for long; states beside keys and values too."""
+    methods = [caprese.Mamba(keep_attention=[1])] if mixers else []
+    plain = tiny_llama(eos_token_id=None)
+    if mixers:
+        caprese.apply(plain, methods)
+    right = [alone(plain, prompt, max_new_tokens=200) for prompt in PROMPTS]
+    model = caprese.apply(tiny_llama(eos_token_id=None), [*methods, caprese.Griffin(sparsity=0.3)])
+    moved: list[int] = []
+    wide = Side.move_together
+
+    def watched(self: Side, always: bool = False) -> None:
+        before = 0 if self.real is None else self.real.shape[1]
+        wide(self, always)
+        moved.append(before - (0 if self.real is None else self.real.shape[1]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Side, "move_together", watched)
+        lossless = caprese.Lossless(tokens=4, target="hybrid" if mixers else "dense")
+        check(model, right, lossless, max_new_tokens=200)
+    assert max(moved) >= 64
 
 
 def test_static_width_and_4_bits_draft():

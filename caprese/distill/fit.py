@@ -25,6 +25,7 @@ from caprese.distill.checkpoints import Checkpoints, Kept, shared
 from caprese.distill.descend import Course
 from caprese.distill.end_to_end import EndToEnd, train
 from caprese.distill.layerwise import Fit, Layerwise, Moments, adding_to, allocate_ranks, fit_layer, new_moments
+from caprese.distill.losses import kl_divergence
 from caprese.distill.sequential import fit_sequential
 from caprese.distill.teacher import HeldOut, Teacher
 from caprese.efficient_methods import applied_ffns, idle_branches, only, phases_of, settle, stand_ins
@@ -118,8 +119,14 @@ def fit(
             if config.end_to_end.micro_batch != size:  # else it remembers what the layers were fitted to
                 batches = make_batches(train, config.end_to_end.micro_batch, first, throughout)
                 teacher = Teacher(model, batches, room)
-            course = fit_end_to_end(adapted, teacher, held_out, config.end_to_end, start, run)
-            stage.update(kept=course.best < start, note=f"held-out KL {start:.4f} -> {course.best:.4f}")
+            last, by_kl = config.end_to_end, config.end_to_end.divergence is kl_divergence
+            before = start if by_kl else shared(held_out.mean(last.divergence))
+            course = fit_end_to_end(adapted, teacher, held_out, last, before, run)
+            kl["end_to_end"] = course.best if by_kl else shared(held_out.kl())
+            note = f"held-out KL {start:.4f} -> {kl['end_to_end']:.4f}"
+            if not by_kl:
+                note += f", {last.objective} at temperature {last.temperature:g} {before:.4f} -> {course.best:.4f}"
+            stage.update(kept=course.best < before, note=note)
         settle(adapted)  # what is evaluated is what is saved
     except BaseException:
         empty_slots(model)
@@ -130,11 +137,11 @@ def fit(
         "validation": [
             {"stage": "aligned" if aligned else "efficient", "step": 0, "kl": kl["efficient"]},
             {"stage": "layerwise", "step": 0, "kl": kl["layerwise"]},
-            *({"stage": "end_to_end", **point} for point in course.checks),
+            *({"stage": "end_to_end", **point} for point in course.checks if by_kl),
         ],
         "rank_error": facts["rank_error"],
     }
-    return Fitted(adapted, facts["ranks"], {**kl, "end_to_end": course.best}, curves)
+    return Fitted(adapted, facts["ranks"], kl, curves)
 
 
 def _align(
@@ -282,9 +289,9 @@ def fit_end_to_end(
     held-out KL.
 
     Args:
-        start: what `held_out.kl()` says now.
+        start: what `held_out` says now of `config.divergence`.
 
-    Returns: the best held-out KL, and the curves of the last round.
+    Returns: the best that it says, and the curves of the last round.
     """
     run = run or Checkpoints()
     if config.epochs == 0:
@@ -296,10 +303,13 @@ def fit_end_to_end(
     done = max((i for i, name in enumerate(names[1:], 1) if run.load(name) is not None), default=0)
     for number, name in enumerate(names[done:-1], done + 1):
         with only(adapted, every - set(joining) | joined(joining, number / config.rounds)):
-            now = shared(held_out.kl())
+            now = shared(held_out.mean(config.divergence))
             after = train(adapted, teacher, held_out, config, now, run, name).best
-        say(f"round {number} of {config.rounds}: held-out KL of the layers so far {now:.4f} -> {after:.4f}")
-    last = start if config.rounds == 1 else shared(held_out.kl())
+        say(
+            f"round {number} of {config.rounds}: held-out {config.objective} of the layers so far "
+            f"{now:.4f} -> {after:.4f}"
+        )
+    last = start if config.rounds == 1 else shared(held_out.mean(config.divergence))
     course = train(adapted, teacher, held_out, config, last, run, names[-1])
     if not course.best < start:
         set_branches(adapted, before)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from caprese.distill.batches import Batch, Context, completion_hidden, lm_logits, prefill
-from caprese.distill.losses import CHUNK, kl_divergence
+from caprese.distill.losses import CHUNK, Divergence, kl_divergence
 from caprese.distill.precision import exact_products
 from caprese.efficient_methods import Observer, dense, stand_ins
 from caprese.models import device_of
@@ -64,9 +64,13 @@ class HeldOut(Teacher):
         with exact_products(device_of(self.model)):
             super().observe(index, observer)
 
-    @torch.no_grad()
     def kl(self) -> float:
         """KL(dense || student) per completion token."""
+        return self.mean(kl_divergence)
+
+    @torch.no_grad()
+    def mean(self, divergence: Divergence) -> float:
+        """A divergence per completion token."""
         total, tokens = 0.0, 0
         with exact_products(device_of(self.model)):
             for index in range(len(self.batches)):
@@ -75,6 +79,6 @@ class HeldOut(Teacher):
                 for start in range(0, len(hidden), CHUNK):
                     part = slice(start, start + CHUNK)
                     student, teacher = lm_logits(self.model, hidden[part]), lm_logits(self.model, target[part])
-                    total += float(kl_divergence(student, teacher).sum(dtype=torch.float64))
+                    total += float(divergence(student, teacher).sum(dtype=torch.float64))
                 tokens += batch.tokens
         return total / max(1, tokens)

@@ -210,7 +210,8 @@ class Side:
         order = (~stays).byte().argsort(dim=1, stable=True)[:, :longest]
         layers: Any = self.cache.layers
         for layer in layers:
-            if only_goes_on(layer):
+            if hasattr(layer, "keep"):  # it has no places, and only counts them
+                layer.length -= holes
                 continue
             layer.keys, layer.values = _gathered(layer.keys, order), _gathered(layer.values, order)
         self.real = self.real.gather(1, order)

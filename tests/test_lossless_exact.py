@@ -1,0 +1,187 @@
+"""Lossless text on real models: 200 prompts of 128 tokens, for every kind of draft and target, alone and in batches.
+
+A text is greedy if one dense pass over it, in which each token sees those before it, finds each token the likeliest.
+Two passes of different widths take sums in other orders, so that logits differ in their last bits: where the token
+written is not the likeliest of that pass but misses it by less than such differences come to, it is a tie, counted
+apart from errors. In float32 that is 2e-5 of the largest logit; in bfloat16 one unit in the last place of a logit, 2^-7
+of it, on either side.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import caprese
+from caprese.commands.pair import some_prompts
+from caprese.efficient_methods import needs_calibration
+
+WITHIN = {torch.float32: 2e-5, torch.bfloat16: 2 * 2**-7}
+TOKENS = 128
+PROMPTS = int(os.environ.get("CAPRESE_TEST_PROMPTS", 200))
+# of ties, at most: more would be errors in disguise
+TIES = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
+def misses(model: Any, prompt: list[int], text: list[int]) -> torch.Tensor:
+    """By how much each token's logit is below the largest, over the largest absolute one, [n]."""
+    ids = torch.tensor([prompt + text])
+    logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    found = logits.gather(1, torch.tensor(text)[:, None])[:, 0]
+    return (logits.amax(-1) - found) / logits.abs().amax(-1)
+
+
+@torch.no_grad()
+def check(target: Any, model: Any, lossless: caprese.Lossless, prompts: list[list[int]], batch: int) -> tuple[int, int]:
+    """Lossless texts of `model` are greedy ones of `target`; the ties and the tokens."""
+    ties = tokens = ended = 0
+    ends = set(torch.as_tensor(target.generation_config.eos_token_id).flatten().tolist())
+    within = WITHIN[target.dtype]
+    for i in range(0, len(prompts), batch):
+        group = prompts[i : i + batch]
+        longest = max(map(len, group))
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in group])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in group])
+        out = model.generate(
+            ids, attention_mask=mask, custom_generate=lossless, do_sample=False, max_new_tokens=TOKENS, pad_token_id=0
+        )
+        for prompt, row in zip(group, out[:, longest:].tolist(), strict=True):
+            end = next((n + 1 for n, token in enumerate(row) if token in ends), len(row))
+            assert end == len(row) or not any(row[end:])  # nothing behind an end but pads
+            missed = misses(target, prompt, row[:end])
+            assert missed.max() <= within, (i, prompt, row, missed.max())
+            ties, tokens, ended = ties + int((missed > 0).sum()), tokens + end, ended + (end < TOKENS)
+    assert ended or len(prompts) < 100, "no text ended within a block"
+    assert ties <= max(1, TIES[target.dtype] * tokens)
+    return ties, tokens
+
+
+def smollm2_prompts(tokenizer: Any, model: Any) -> list[list[int]]:
+    found: list[list[int]] = []
+    for source in ("gym:gsm_symbolic", "gym:word_sorting", None, "gym:simple_equations", "gym:family_relationships"):
+        found += some_prompts(source, -(-PROMPTS // 4), model, tokenizer, TOKENS)
+    return found[:PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[Any, Any]:
+    return caprese.load_base("smollm2-135m", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def reasoner() -> tuple[Any, Any]:
+    return caprese.load_base("reasoner-tiny", dtype="float32")
+
+
+ROWS: dict[str, list[Any]] = {
+    "griffin": [caprese.Griffin(sparsity=0.3)],
+    "cats": [caprese.Cats(sparsity=0.5)],
+    "static": [caprese.Static(sparsity=0.2)],
+    "q8": [caprese.Q8(head=True)],
+    "griffin-q4": [caprese.Griffin(sparsity=0.3), caprese.Q4(head=True)],
+}
+
+
+def put(model: Any, methods: list[Any], prompts: list[list[int]]) -> None:
+    calibration = None
+    if needs_calibration(methods):
+        samples = [caprese.Tokens(torch.tensor([prompt]), [1]) for prompt in prompts[:16]]
+        calibration = caprese.calibrate(model, methods, samples)
+    caprese.apply(model, methods, calibration=calibration)
+    if not any(method.trains for method in methods):
+        caprese.fuse(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("name", ROWS)
+def test_smollm2(smollm2, name, batch):
+    model, tokenizer = smollm2
+    prompts = smollm2_prompts(tokenizer, model)
+    put(model, ROWS[name], prompts)
+    try:
+        dense = _Dense(model)
+        ties, tokens = check(dense, model, caprese.Lossless(tokens=None if batch == 1 else 3), prompts, batch)
+    finally:
+        caprese.remove(model)
+    print(f"{name}, batch {batch}: {ties} ties in {tokens} tokens")
+
+
+class _Dense:
+    """The teacher of an applied model, as a model."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.dtype, self.generation_config = model, model.dtype, model.generation_config
+
+    def __call__(self, ids: torch.Tensor, **how: Any) -> Any:
+        with caprese.dense(self.model):
+            return self.model(ids, **how)
+
+
+def reasoner_prompts(tokenizer: Any, model: Any, count: int) -> list[list[int]]:
+    return some_prompts("chains:test", count, model, tokenizer, TOKENS)
+
+
+HYBRIDS = {"hybrid": 0.5, "pure": 0.0}
+PAIRS: dict[str, Callable[[Any], tuple[list[Any], caprese.Lossless]]] = {
+    **{name: (lambda model, methods=methods: (methods, caprese.Lossless(tokens=4))) for name, methods in ROWS.items()},
+    **{
+        f"{name} drafts": lambda model, keep=keep: ([caprese.Mamba(keep_attention=keep)], caprese.Lossless(tokens=3))
+        for name, keep in HYBRIDS.items()
+    },
+    **{
+        f"{name} is the target": lambda model, keep=keep: (
+            [caprese.Mamba(keep_attention=keep), caprese.Griffin(sparsity=0.5)],
+            caprese.Lossless(target="hybrid", tokens=3),
+        )
+        for name, keep in HYBRIDS.items()
+    },
+    "lookup": lambda model: ([caprese.Griffin()], caprese.Lossless("lookup", tokens=4)),
+    "pure, drafted by the dense": lambda model: (
+        [caprese.Mamba(keep_attention=0)],
+        caprese.Lossless(caprese.load_base("reasoner-tiny", dtype="float32")[0], target="hybrid", tokens=3),
+    ),
+}
+
+
+def run(reasoner: Any, name: str, batch: int, count: int) -> None:
+    model, tokenizer = reasoner
+    prompts = reasoner_prompts(tokenizer, model, count)
+    methods, lossless = PAIRS[name](model)
+    put(model, methods, prompts)
+    target: Any = _Dense(model)
+    other = None
+    if lossless.target == "hybrid":  # by itself, FFNs dense
+        other, _ = caprese.load_base("reasoner-tiny", dtype="float32")
+        target = caprese.apply(other, [method for method in methods if method.trains])
+    try:
+        ties, tokens = check(target, model, lossless, prompts, batch)
+    finally:
+        caprese.remove(model)
+    print(f"{name}, batch {batch}: {ties} ties in {tokens} tokens")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("name", PAIRS)
+def test_reasoner(reasoner, name, batch):
+    run(reasoner, name, batch, PROMPTS)
+
+
+@pytest.mark.parametrize("name", ["griffin-q4", "hybrid drafts", "pure is the target"])
+def test_a_part_of_it(reasoner, name):
+    run(reasoner, name, 4, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 4])
+def test_bfloat16(batch):
+    model, tokenizer = caprese.load_base("smollm2-135m", dtype="bfloat16")
+    prompts = smollm2_prompts(tokenizer, model)[:: max(1, PROMPTS // 32)]
+    put(model, ROWS["q8"], prompts)
+    ties, tokens = check(_Dense(model), model, caprese.Lossless(), prompts, batch)
+    print(f"bfloat16, batch {batch}: {ties} ties in {tokens} tokens")
