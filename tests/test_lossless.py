@@ -249,6 +249,23 @@ def test_static_caches(method):
     assert written(out, longest - 24, [24] * 4) == right
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [None, caprese.Griffin(sparsity=0.3)])
+def test_compiled(method):
+    """Every width of a pass is compiled once, and the draft's step."""
+    model = tiny_llama(eos_token_id=None)
+    right = [alone(model, prompt, max_new_tokens=12) for prompt in PROMPTS]
+    if method is not None:
+        caprese.fuse(caprese.apply(model, method))
+    draft = tiny_llama(eos_token_id=None) if method is None else "own"
+    lossless = caprese.Lossless(draft, tokens=2, compiled=True)
+    for prompt, wanted in list(zip(PROMPTS, right, strict=True))[:2]:
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, custom_generate=lossless, do_sample=False, max_new_tokens=12, pad_token_id=0)
+        assert out[0, len(prompt) :].tolist() == wanted
+    assert lossless.last.fixed and lossless.tally.drafted
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused(dtype):
     model = tiny_llama(eos_token_id=None).to(dtype)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from caprese.efficient_methods import applied_ffns, dense, phases_of
@@ -24,12 +24,15 @@ from caprese.errors import CapreseError
 from caprese.inference.generate import NewTokens
 from caprese.inference.lossless.drafts import Draft, Lookup, Other, Own
 from caprese.inference.lossless.loop import IsOver, Pair
-from caprese.inference.lossless.pace import Pace, Tally
+from caprese.inference.lossless.pace import CHOICES, Pace, Tally
 from caprese.inference.lossless.rules import Greedy, Rule, Sampling, processed
 from caprese.inference.lossless.side import Side
 from caprese.models import unwrap
+from caprese.models.private import needed
 
 # What `generate` may be asked for and this does not give.
+# numbers of drafts where each is compiled: dynamo compiles no more than eight shapes
+_COMPILED = (0, 2, 4, 8)
 _NOT_GIVEN = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
@@ -50,7 +53,8 @@ class Lossless:
             never.
         streamer: is given each token, as `generate` would give it.
         generator: of draws; None is torch's own.
-        compiled: run the draft's and the target's passes compiled; with a static cache.
+        compiled: run the target's passes compiled, and those of its own draft, with a static cache and few numbers of
+            drafts to choose among; each is compiled once.
 
     Raises:
         CapreseError: a setting that does not fit; when it runs, a model that nothing is applied to, or caches and
@@ -73,7 +77,7 @@ class Lossless:
             raise CapreseError(f'`target` is {self.target!r}; use "dense" or "hybrid"')
         if self.tokens is not None and not 0 <= self.tokens <= 64:
             raise CapreseError(f"`tokens` is {self.tokens}; use a number from 0 to 64, or None to adapt")
-        self.pace = Pace(self.tokens)
+        self.pace = Pace(self.tokens, _COMPILED if self.compiled else CHOICES)
 
     @property
     def tally(self) -> Tally:
@@ -144,8 +148,12 @@ class Lossless:
     ) -> Iterator[NewTokens]:
         """The tokens as they come; see `loop.Pair`."""
         self.pace.tally = Tally()
-        base = unwrap(model)
+        base: Any = unwrap(model)
+        if self.compiled and cache is None:
+            cache = StaticCache(config=base.config, max_cache_len=prompts[0].shape[1] + max_new_tokens)
         target, draft = self.sides(base, cache)
+        if self.compiled:
+            target.step = needed(base, "get_compiled_call")(None)
         self.last = target
         every = self._every(base) if applied_ffns(base) else None
         steps = Pair(target, draft, rule, self.pace, every, leave).decode(*prompts, max_new_tokens, is_over)

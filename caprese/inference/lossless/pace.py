@@ -67,11 +67,11 @@ class Pace:
 
     Attributes:
         fixed: always so many; None adapts.
-        most: the highest number to choose.
+        choices: numbers to choose among, 0 first.
     """
 
     fixed: int | None = None
-    most: int = CHOICES[-1]
+    choices: tuple[int, ...] = CHOICES
 
     def __post_init__(self) -> None:
         self.tally = Tally()
@@ -113,12 +113,11 @@ class Pace:
         """How many to draft now, at most `limit`."""
         if self.fixed is not None:
             return min(self.fixed, limit)
-        limit = min(limit, self.most)
         if len(self.verify_times[1]) < _ALONE:
             return 0
+        possible = [count for count in self.choices if count <= limit]
         if self.draft_seconds is None:
-            return min(4, limit)
-        possible = [count for count in CHOICES if count <= limit]
+            return max(count for count in possible if count <= 4)
         best = max(possible, key=self.speed)
         if best and self.speed(best) >= _WORTH * self.speed(0):
             return best
