@@ -17,9 +17,11 @@ from torch import nn
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from caprese import kernels
 from caprese.efficient_methods import EfficientFFN
 from caprese.efficient_methods.hooks import mixed
 from caprese.efficient_methods.passes import Pass
+from caprese.inference.fused.dense import DenseLayers
 from caprese.inference.fused.layer import Plan, close, plan_of, rms_normed
 from caprese.inference.fused.watch import Watch
 from caprese.kernels import DecoderLayers
@@ -52,12 +54,12 @@ def _take_off(decoder: Any, before: type) -> None:
 
 
 class WholeDecoder(nn.Module):
-    """Mixed into the class of a decoder: one more token runs in one call."""
+    """Mixed into the class of a decoder: one more token runs in one call, and a few of the dense model."""
 
     whole: Whole
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        y = None if args or torch.compiler.is_compiling() else self.whole.one_token(**kwargs)
+        y = None if args or torch.compiler.is_compiling() else self.whole.run(**kwargs)
         return super().forward(*args, **kwargs) if y is None else y
 
 
@@ -70,6 +72,7 @@ class Whole:
         self.watch = Watch([decoder._modules[name] for name in _PARTS], decoder, plans)
         self.facts: Any = None  # with which C was given what it has
         self.made: DecoderLayers | None = None
+        self.dense = DenseLayers(plans)
         self.turns, self.alone = Turns(), threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Whole:
@@ -77,11 +80,11 @@ class Whole:
         memo[id(self)] = copied
         copied.made, copied.facts = None, None  # addresses, which are not its own
         copied.turns, copied.alone = Turns(), threading.Lock()
-        for name in ("decoder", "plans", "phases", "watch"):
+        for name in ("decoder", "plans", "phases", "watch", "dense"):
             setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
         return copied
 
-    def one_token(
+    def run(
         self,
         input_ids: Any = None,
         attention_mask: Any = None,
@@ -92,49 +95,65 @@ class Whole:
         **more: Any,
     ) -> BaseModelOutputWithPast | None:
         """What the decoder returns; None where it is to compute that itself."""
-        current = self.phases.current
-        if current is None or current.prompt is not None or current.shape[1] != 1 or input_ids is None:
-            return None
-        if past_key_values is None or use_cache is False or return_dict is False:
+        current, dense = self.phases.current, self.phases.dense
+        if input_ids is None or past_key_values is None or use_cache is False or return_dict is False:
             return None
         if any(value is not None and value is not False for value in more.values()):
             return None
-        batch, past = current.shape[0], current.offset
+        if dense:
+            if not len(past_key_values) or torch.is_grad_enabled():
+                return None
+            (batch, tokens), past = input_ids.shape, int(past_key_values.get_seq_length())
+            if not past or batch * tokens > kernels.MAX_BATCH:
+                return None
+        elif current is None or current.prompt is not None or current.shape[1] != 1:
+            return None
+        else:
+            (batch, tokens), past = current.shape, current.offset
         mask: torch.Tensor | None = None
         if attention_mask is not None:
-            if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != (batch, past + 1):
+            if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != (batch, past + tokens):
                 return None
             mask = attention_mask.bool().contiguous()
         with self.alone:
-            y = self._run(input_ids, mask, past if position_ids is None else position_ids, past_key_values, current)
+            layers = self.dense.layers(self.decoder.norm) if dense else self._layers(current)
+            y = None if layers is None else self._run(layers, input_ids, mask, position_ids, past_key_values, past)
         return None if y is None else BaseModelOutputWithPast(last_hidden_state=y, past_key_values=past_key_values)
 
-    def _run(self, ids: Any, mask: Any, positions: Any, cache: Any, current: Pass) -> torch.Tensor | None:
-        """The last hidden state [B, 1, D]; None where C is not for it."""
-        batch, past = current.shape[0], current.offset
-        layers = self._layers(current)
-        held = None if layers is None else self._held(cache, past)
-        if layers is None or held is None:
+    def _run(
+        self, layers: DecoderLayers, ids: Any, mask: Any, positions: Any, cache: Any, past: int
+    ) -> torch.Tensor | None:
+        """The last hidden states [B, T, D]; None where C is not for them."""
+        batch, tokens = ids.shape
+        held = self._held(cache, past)
+        if held is None:
             return None
-        first = self.plans[0].made()
+        first = layers.layers[0]
         fresh = [layer for i, layer in enumerate(held) if not layers.knows(i, *layer.rooms.values())]
         if not all(_fits(layer.rooms, (batch, first.kv_heads, first.size), first.dtype) for layer in fresh):
             return None
         x = self.decoder.embed_tokens(ids)
-        if x.shape != (batch, 1, first.columns) or x.dtype != first.dtype or x.device.type != "cpu":
+        if x.shape != (batch, tokens, first.columns) or x.dtype != first.dtype or x.device.type != "cpu":
             return None
-        cos, sin = self.turns.of(self.decoder.rotary_emb, x, positions)
-        if any(t.dtype != x.dtype or t.shape not in ((1, 1, first.size), (batch, 1, first.size)) for t in (cos, sin)):
+        if tokens > 1 and positions is None:
+            positions = past + torch.arange(tokens)[None]
+        cos, sin = self.turns.of(self.decoder.rotary_emb, x, past if positions is None else positions)
+        sizes = [(each, tokens, first.size) for each in (1, batch)]
+        if any(t.dtype != x.dtype or t.shape not in sizes for t in (cos, sin)):
             return None
+        if tokens > 1:  # all tokens one after the other
+            cos, sin = (t.expand(batch, -1, -1).reshape(batch * tokens, 1, -1) for t in (cos, sin))
         for i, layer in enumerate(held):
-            layer.extend(1)
+            layer.extend(tokens)
             if not layers.knows(i, *layer.rooms.values()):
                 layers.put_states(i, *layer.rooms.values())
         try:
-            return layers.run(x.contiguous(), cos, sin, past + 1, mask)
+            return layers.run(x.contiguous().view(batch * tokens, 1, -1), cos, sin, past + tokens, mask, tokens).view(
+                x.shape
+            )
         except MemoryError:
             for layer in held:
-                layer.extend(-1)
+                layer.extend(-tokens)
             raise
 
     def _layers(self, current: Pass) -> DecoderLayers | None:

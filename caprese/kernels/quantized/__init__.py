@@ -75,7 +75,7 @@ class WholeFFN:
     first: QuantizedRows | torch.Tensor
     """Gate over up, [2 F, D]; up alone where it is not `gated`; gate alone with up `beside` it, both tensors."""
     second: QuantizedRows | torch.Tensor
-    """Down, one neuron a row, [F, D]."""
+    """Down, one neuron a row, [F, D]; `across`, as a linear layer has it, [D, F]."""
     act: str
     """Of `activation_name`, where `runs_whole`."""
     gated: bool = True
@@ -92,6 +92,8 @@ class WholeFFN:
     """left and right, [r, D] each."""
     last: torch.Tensor | None = None
     """float32 [D]."""
+    across: bool = False
+    """With tensors, F in whole vectors of 16, and neither rows, branch nor threshold; for `DecoderLayers`."""
 
     def arguments(self) -> tuple[Any, ...]:
         """In C's order."""
@@ -103,7 +105,7 @@ class WholeFFN:
 
     def structure(self, dtype: torch.dtype) -> native.FFN:
         """What C reads, for inputs of a type; the tensors are to live as long."""
-        return native.FFN.of(self.arguments(), native.bits_of(dtype))
+        return native.FFN.of(self.arguments(), native.bits_of(dtype), self.across)
 
 
 def whole_ffn(x: torch.Tensor, ffn: WholeFFN) -> torch.Tensor:
@@ -116,6 +118,11 @@ def whole_ffn(x: torch.Tensor, ffn: WholeFFN) -> torch.Tensor:
     place: Any = torch.ops.caprese if torch.compiler.is_compiling() else native
     y: torch.Tensor = place.whole_ffn(x, *ffn.arguments())
     return y
+
+
+def few_tokens(x: torch.Tensor, ffn: WholeFFN) -> torch.Tensor:
+    """x [B, D] -> [B, D] by what `DecoderLayers` runs; not for `torch.compile`."""
+    return native.run_ffn(x, ffn.structure(x.dtype))
 
 
 def _native(x: torch.Tensor) -> bool:

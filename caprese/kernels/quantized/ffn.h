@@ -46,6 +46,8 @@ typedef struct {
   weight gate, up, down, left, right; /* up, down: a neuron a row; left, right: [rank, D]; one that is not there has no codes */
   long count, rank, apart;
   int gated, act, type;     /* without a gate, `gate` is up; the type of inputs and outputs */
+  int across;               /* down lies as a linear layer has it, [D, count]: then `count` is in whole vectors, the
+                               weights are floats, and there is no branch and no threshold */
   const float *bias;        /* of gate and then of up, of all neurons there are, or NULL */
   const uint8_t *keep;      /* a byte a neuron [B, count], or NULL */
   const float *threshold;   /* one an input, `apart` places apart: of what |act(gate)| is below it, up and down are not
@@ -58,14 +60,16 @@ typedef struct {
 static long padded(long count) { return ((count + LANES - 1) / LANES | 1) * LANES; }
 
 /* what a thread needs of memory, in floats, beside its sum: shared by all */
+static long ffn_step(const ffn *f) { return f->across ? f->count : padded(f->count); }
+
 static long ffn_room(const ffn *f, long B) {
-  long step = padded(f->count);
+  long step = ffn_step(f);
   return 2 * B * step + B * f->rank + (f->threshold ? step : 0);
 }
 
 /* this thread's part of the sum for inputs [B, D], added to own [B, D] */
 static void ffn_part(const ffn *f, const inputs *in, float *room, float *own, long B) {
-  long step = padded(f->count), from, to, D = f->gate.columns;
+  long step = ffn_step(f), from, to, D = f->gate.columns;
   float *a = room, *z = a + B * step, *inner = z + B * step;
   const int32_t *rows = f->gate.rows;
   own_part(f->count, LANES, &from, &to);
@@ -102,6 +106,14 @@ static void ffn_part(const ffn *f, const inputs *in, float *room, float *own, lo
     many_adds(&down, 0, many, f->type, own_z + from, step, own + b * D, 1);
   }
   MARK(ACT);
+  if (f->across) { /* each its outputs, of all neurons */
+#pragma omp barrier
+    inputs mid = {.x = z, .bits = f->down.bits, .columns = f->count};
+    own_part(D, AT_ONCE, &from, &to);
+    many_dots(&f->down, from, to, &mid, own + from, D, B);
+    MARK(DOWN);
+    return;
+  }
   if (!f->threshold) many_adds(&f->down, from, to, f->type, z + from, step, own, B);
   MARK(DOWN);
   own_part(f->rank, 1, &from, &to);

@@ -47,13 +47,13 @@ static void projected(const weight *w, long rows, long at, long from, long to, c
   if (low < high) many_dots(w, low, high, in, out + at + low, total, B);
 }
 
-/* One more token of B sequences, as a layer sees it. */
+/* One more token of B sequences, as a layer sees it; or `span` of each, one after the other. */
 typedef struct {
   const void *x;        /* [B, D] */
   const void *cos, *sin; /* [size], those of a sequence `turns` places from the next's */
-  long turns, B;
+  long turns, B, span;
   void *q, *y;          /* [B, heads, size], [B, D] */
-  long place, S;        /* of the token's keys and values, and how many tokens there are */
+  long place, S;        /* of the first token's keys and values, and how many tokens there are */
   const uint8_t *mask;  /* a byte a token [B, S], those of a sequence `apart` bytes from the next's, or NULL */
   long apart;
 } token;
@@ -88,7 +88,8 @@ static void begin(const layer *at, const token *now, const states *k, const stat
     const states *new = which == 1 ? k : v;
     void *out = which == 0 ? now->q : new->start;
     float *values = h + b * total + head * d;
-    long to_row = which == 0 ? (b * heads + own) * d : b * new->sequence + own * new->head + now->place * new->token;
+    long place = now->place + b % now->span;
+    long to_row = which == 0 ? (b * heads + own) * d : b / now->span * new->sequence + own * new->head + place * new->token;
     for (long j = 0; bias && j < d; j++) values[j] += bias[own * d + j];
     for (long j = 0; j < d; j++) {
       float value = values[j];
@@ -109,7 +110,7 @@ int caprese_layer_begin(const layer *at, const void *x, const void *cos, const v
   int threads = omp_get_max_threads();
   float *room = malloc(sizeof(float) * begin_room(at, B, threads));
   if (!room) return 1;
-  token now = {.x = x, .cos = cos, .sin = sin, .turns = apart, .q = q, .place = place, .B = B};
+  token now = {.x = x, .cos = cos, .sin = sin, .turns = apart, .q = q, .place = place, .B = B, .span = 1};
 #pragma omp parallel num_threads(threads)
   begin(at, &now, k, v, room);
   free(room);
@@ -190,9 +191,10 @@ static void end(const layer *at, const ffn *f, const token *now, const states *k
   for (long i = 0; i < B * heads; i++) {
     long b = i / heads, head = i % heads, kv = head / (heads / at->kv_heads);
     for (long j = 0; j < d; j++) query[j] = element(now->q, type, i * d + j);
-    attend_any(type, query, keys->start + (b * keys->sequence + kv * keys->head) * type / 8, keys->token,
-               values->start + (b * values->sequence + kv * values->head) * type / 8, values->token, S,
-               now->mask ? now->mask + b * now->apart : NULL, at->scaling, d, score, mixed + i * d);
+    long one = b / now->span, seen = S - now->span + 1 + b % now->span; /* a token sees those up to itself */
+    attend_any(type, query, keys->start + (one * keys->sequence + kv * keys->head) * type / 8, keys->token,
+               values->start + (one * values->sequence + kv * values->head) * type / 8, values->token, seen,
+               now->mask ? now->mask + one * now->apart : NULL, at->scaling, d, score, mixed + i * d);
   }
   MARK(ATTEND);
   own_part(D, AT_ONCE, &from, &to);
@@ -226,7 +228,7 @@ int caprese_layer_end(const layer *at, const ffn *f, const void *x, const void *
   int threads = omp_get_max_threads();
   float *room = malloc(sizeof(float) * end_room(at, f, S, B, threads));
   if (!room) return 1;
-  token now = {.x = x, .q = (void *)q, .y = y, .S = S, .mask = mask, .apart = apart, .B = B};
+  token now = {.x = x, .q = (void *)q, .y = y, .S = S, .mask = mask, .apart = apart, .B = B, .span = 1};
 #pragma omp parallel num_threads(threads)
   end(at, f, &now, keys, values, room);
   free(room);
@@ -239,11 +241,11 @@ typedef struct {
   states keys, values;
 } one;
 
-/* `count` layers of one shape, one after the other, with S tokens in each cache, of which the last is written, and the
-   norm behind them: x [B, D] -> y [B, D]. One parallel region: threads that meet again within microseconds wait awake.
+/* `count` layers of one shape, one after the other, with S tokens in each cache, of which the last `span` are written, and
+   the norm behind them: x [B, D] -> y [B, D], B counting the tokens of a sequence one after the other. One parallel region: threads that meet again within microseconds wait awake.
    Returns as above. */
 int caprese_layers(const one *each, long count, const float *norm, float eps, const void *x, const void *cos,
-                   const void *sin, long turns, long S, const uint8_t *mask, long apart, void *y, long B) {
+                   const void *sin, long turns, long S, const uint8_t *mask, long apart, void *y, long B, long span) {
   const layer *at = each->at;
   int threads = omp_get_max_threads();
   long D = at->q.columns, queries = B * at->heads * at->size, most = begin_room(at, B, threads);
@@ -253,7 +255,7 @@ int caprese_layers(const one *each, long count, const float *norm, float eps, co
   }
   float *room = malloc(sizeof(float) * (most + queries + B * D)), *last = room + most + queries;
   if (!room) return 1;
-  token now = {x, cos, sin, turns, B, room + most, y, S - 1, S, mask, apart};
+  token now = {x, cos, sin, turns, B, span, room + most, y, S - span, S, mask, apart};
   START;
 #pragma omp parallel num_threads(threads) firstprivate(now)
   {

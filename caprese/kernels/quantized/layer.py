@@ -190,13 +190,21 @@ class DecoderLayers:
         one.keys, one.values = _States.of(keys), _States.of(values)
 
     def run(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, tokens: int, mask: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        tokens: int,
+        mask: torch.Tensor | None = None,
+        span: int = 1,
     ) -> torch.Tensor:
         """x [B, 1, D], cos and sin [B or 1, 1, size] -> [B, 1, D].
 
         Args:
             tokens: S, how many keys and values there are of those put last, which live; the last of them are written.
             mask: bool [B or 1, S].
+            span: tokens of each sequence that are read at once: B is then `span` times the number of sequences, those
+                of one following one another, and keys, values and mask are of the sequences.
         """
         y, cos, sin = torch.empty_like(x), cos.contiguous(), sin.contiguous()
         native.call(
@@ -214,5 +222,6 @@ class DecoderLayers:
             0 if mask is None or len(mask) == 1 else mask.stride(0),
             y.data_ptr(),
             len(x),
+            span,
         )
         return y

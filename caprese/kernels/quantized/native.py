@@ -68,7 +68,7 @@ def library() -> Any:
     found.caprese_ffn.argtypes = [p, p, p, n]
     found.caprese_layer_begin.argtypes = [p, p, p, p, n, p, p, p, n, n]
     found.caprese_layer_end.argtypes = [p, p, p, p, p, p, n, p, n, p, n]
-    found.caprese_layers.argtypes = [p, n, p, ctypes.c_float, p, p, p, n, n, p, n, p, n]
+    found.caprese_layers.argtypes = [p, n, p, ctypes.c_float, p, p, p, n, n, p, n, p, n, n]
     return found
 
 
@@ -99,10 +99,15 @@ def whole_ffn(x: torch.Tensor, *ffn: Any) -> torch.Tensor:
     """x [B, D] -> [B, D]; ffn: `kernels.quantized.WholeFFN.arguments`."""
     dtype = x.dtype
     x, kind = _plain(x)
-    y = torch.empty_like(x)
-    whole = FFN.of(ffn, kind)
-    call("caprese_ffn", ctypes.addressof(whole), x.data_ptr(), y.data_ptr(), len(x))
+    y = run_ffn(x, FFN.of(ffn, kind))
     return y if y.dtype == dtype else y.to(dtype)
+
+
+def run_ffn(x: torch.Tensor, whole: FFN) -> torch.Tensor:
+    """x [B, D] of the type that C reads -> [B, D]."""
+    y = torch.empty_like(x)
+    call("caprese_ffn", ctypes.addressof(whole), x.data_ptr(), y.data_ptr(), len(x))
+    return y
 
 
 class Weight(ctypes.Structure):
@@ -132,17 +137,17 @@ class FFN(ctypes.Structure):
     _fields_ = (
         *((name, Weight) for name in ("gate", "up", "down", "left", "right")),
         *((name, ctypes.c_long) for name in ("count", "rank", "apart")),
-        *((name, ctypes.c_int) for name in ("gated", "act", "type")),
+        *((name, ctypes.c_int) for name in ("gated", "act", "type", "across")),
         *((name, ctypes.c_void_p) for name in ("bias", "keep", "threshold", "last")),
         ("width", ctypes.c_long),
     )
 
     @classmethod
-    def of(cls, arguments: Sequence[Any], kind: int) -> FFN:
+    def of(cls, arguments: Sequence[Any], kind: int, across: bool = False) -> FFN:
         """arguments: of `kernels.quantized.WholeFFN`, to live as long as this; kind: bits of the inputs' type."""
         codes, scales, beside, *second, rows, bias, keep, threshold, left, right, last, act, gated = arguments
         first: tuple[torch.Tensor, torch.Tensor | None] = codes, scales
-        width = len(second[0])
+        width = second[0].shape[1] if across else len(second[0])
         gate = Weight.of(*first, rows)
         up = Weight.of(*first, rows, width) if beside is None else Weight.of(beside, None, rows)
         branch = [Weight() if part is None else Weight.of(part, None) for part in (left, right)]
@@ -150,7 +155,7 @@ class FFN(ctypes.Structure):
         apart = 0 if threshold is None or threshold.numel() == 1 else 1
         more = _address(bias), _address(keep), _address(threshold), _address(last)
         down = Weight.of(second[0], second[1], rows)
-        return cls(gate, up, down, *branch, count, rank, apart, gated, act, kind, *more, width)
+        return cls(gate, up, down, *branch, count, rank, apart, gated, act, kind, across, *more, width)
 
 
 _BITS = {torch.uint8: 4, torch.int8: 8, torch.bfloat16: 16, torch.float32: 32}
