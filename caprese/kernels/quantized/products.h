@@ -3,15 +3,17 @@
 #include "whole.h"
 
 /* out[b * step + r] = x[b] row r, for `many` rows and n inputs; one at a time, rows are read one after the other, which
-   is what memory is fastest at */
-inline void dots(const weight *w, int bits, long place, int many, const char *ahead, const float *x, int n, float *out,
-                 long step) {
+   is what memory is fastest at; several, `next` is fetched meanwhile */
+inline void dots(const weight *w, int bits, long place, int many, const char *ahead, soon *next, const float *x, int n,
+                 float *out, long step) {
   long C = w->columns, c = 0;
   floats total[TILE][TILE] = {0};
   const char *row[TILE];
   const void *scale[TILE];
   for (int r = 0; r < many; r++) row[r] = row_at(w, place + r), scale[r] = scales_at(w, place + r);
+  long each = next ? next->many * next->bytes / (C / GROUP + 1) + LINE : 0;
   for (; c + GROUP <= C; c += GROUP) {
+    if (next) fetch(next, each);
     for (int r = 0; r < many; r++) {
       floats low, high, factor = {0};
       codes_at(bits, row[r], c, &low, &high);
@@ -116,9 +118,14 @@ APART void many_dots(const weight *w, long from, long to, const inputs *in, floa
   n = count;                                                                                                         \
   long p = start;                                                                                                    \
   if (n > 1)                                                                                                         \
-    for (; p + TILE <= last; p += TILE) dots(w, bits, p, TILE, NULL, own, count, out + p, step);                     \
+    for (; p + TILE <= last; p += TILE) {                                                                            \
+      long before = b * (last - start) + n * (p - start);                                                            \
+      long next = last + before / B, after = last + (before + n * TILE) / B;                                         \
+      soon rows = rows_soon(w, next, after - next, to);                                                              \
+      dots(w, bits, p, TILE, NULL, &rows, own, count, out + p, step);                                                \
+    }                                                                                                                \
   for (; p < last; p++)                                                                                              \
-    dots(w, bits, p, 1, w->rows && p + AHEAD < to ? row_at(w, p + AHEAD) : NULL, own, count, out + p, step);
+    dots(w, bits, p, 1, w->rows && p + AHEAD < to ? row_at(w, p + AHEAD) : NULL, NULL, own, count, out + p, step);
 #define BITS(bits) INPUTS(B - b, TILE, bits, CALL)
       FOR_BITS(w, BITS)
 #undef CALL
