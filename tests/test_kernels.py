@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from transformers.activations import ACT2FN
 
 from caprese import kernels
-from caprese.kernels import cats_select, input_sparse, quantized
+from caprese.kernels import cats_select, input_sparse, quantized, replay
 from caprese.kernels.activations import ACTIVATIONS
 from caprese.kernels.dispatch import INTERPRET, Rows, uses_triton
 
@@ -152,6 +152,27 @@ BATCHES = [(batch, own) for batch in (1, 2, 3, 16) for own in own_or_shared(batc
 
 class TestKernels:
     __test__ = KERNELS
+
+    @pytest.mark.parametrize("batch, heads, size, width", [(1, 2, 16, 16), (3, 1, 20, 33), (2, 3, 64, 64)])
+    @pytest.mark.parametrize("known, new", [(0, 1), (1, 4), (5, 3), (9, 1)])
+    def test_verify(self, batch: int, heads: int, size: int, width: int, known: int, new: int) -> None:
+        draw = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=draw).to(DEVICE)
+
+        def tokens(length: int) -> replay.Tokens:
+            dt = normal(batch, length, heads).exp()
+            return replay.Tokens(normal(batch, length, heads, size), dt, normal(batch, length, heads, width))
+
+        old, fresh, C = tokens(known), tokens(new), normal(batch, new, heads, width)
+        old = old._replace(dt=old.dt * (normal(batch, known, 1) > 0))  # some were not accepted
+        state, A = normal(batch, heads, size, width), -normal(heads).exp()
+        y, kept = replay.triton.verify(state, old, fresh, A, C)
+        wide = [replay.Tokens(*(t.double() for t in each)) for each in (old, fresh)]
+        wanted = replay.naive.replay(state.double(), *wide[0], A.double()) if known else state.double()
+        assert fits(kept, wanted)
+        assert fits(y, replay.naive.outputs(wanted, *wide[1], A.double(), C.double()))
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("batch, own", BATCHES)
@@ -581,7 +602,15 @@ def test_ahead_of_time(tmp_path: Path) -> None:
     done = _python(__file__, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     sizes = [line.split() for line in done.stdout.splitlines() if line.startswith("_")]
-    assert {name for name, *_ in sizes} == {"_gate_up", "_compact", "_down", "_sum_splits", "_products", "_sums"}
+    assert {name for name, *_ in sizes} == {
+        "_gate_up",
+        "_compact",
+        "_down",
+        "_sum_splits",
+        "_products",
+        "_sums",
+        "_verify",
+    }
     assert {target for _, target, *_ in sizes} == {"80", "90", "100", "gfx942"}
     assert all(int(size) > 1000 for *_, size, _ in sizes)
     # what every one of those devices has
@@ -600,6 +629,7 @@ def _compile_all() -> None:
     from caprese.kernels.gate_up.triton import _gate_up
     from caprese.kernels.quantized import GROUP
     from caprese.kernels.quantized.triton import _products, _sums
+    from caprese.kernels.replay.triton import _ROWS, _verify
     from caprese.kernels.tiles import config_of
 
     flags = dict.fromkeys(
@@ -624,6 +654,7 @@ def _compile_all() -> None:
         (_products, "products_q4", {"BATCH": 1, "BITS": 4}),
         (_sums, "sums_q4", {**matrix, "BITS": 4}),
         (_sums, "sums_q8", {"BATCH": 1, "BITS": 8}),
+        (_verify, "", {"ROWS": _ROWS, "COLS": 128}),
     ]
     more: list[tuple[Any, str, dict[str, Any]]] = [
         (_gate_up, "gate_up", {"BATCH": 1, "ACT": "silu", "ones": True}),
@@ -644,7 +675,7 @@ def _compile_all() -> None:
         for kernel, config, values in kinds + (more if most and dtype == "bf16" else []):
             if values.get("DOT") and dtype == "fp32" and not most:
                 continue  # slow to compile, and no different
-            settings = config_of(config, values.get("BATCH", 1))
+            settings = config_of(config, values.get("BATCH", 1)) if config else {}
             named = {**flags, **settings, **values}
             signature: dict[str, str] = {}
             constants: dict[str, Any] = {}

@@ -146,7 +146,7 @@ def _rest(p: torch.Tensor, q: torch.Tensor | None, token: int) -> torch.Tensor:
         rest = p.clone()
         rest[token] = 0
     else:
-        rest = (p - q).clamp(min=0)
+        rest = (p - q.to(p.device)).clamp(min=0)  # a draft may be elsewhere
     # both the same up to rounding: then there was nothing to reject for
     return rest if bool(rest.sum() > 0) else p
 
