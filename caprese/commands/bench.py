@@ -191,6 +191,8 @@ def _lossless(flags: Flags, name: str, batches: list[int]) -> None:
     from caprese.report.lossless import describe_lossless
     from caprese.studies.lossless import bench_lossless
 
+    if flags.dry_run or (flags.random_weights and flags.adapter):
+        raise CapreseError("--lossless times real tokens: leave out --dry-run, and --adapter with --random-weights")
     if len(batches) > 1 or flags.engine or flags.gguf or flags.checkpoint:
         raise CapreseError("--lossless is measured at one --batch, and in no other engine (see docs/lossless.md)")
     if flags.output is not None:
@@ -212,7 +214,7 @@ def _lossless(flags: Flags, name: str, batches: list[int]) -> None:
     if draft != "own":
         who = flags.draft or ""
     elif opened is None:
-        put_method(model, flags.method, flags.sparsity)
+        put_method(model, flags.method, flags.sparsity, parse_layers(flags.layers))
     if tokenizer is None:
         length = flags.prompt_tokens
         prompts = torch.randint(

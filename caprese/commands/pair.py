@@ -29,7 +29,7 @@ def make_draft(draft: str | None, has_own: bool, **how: Any) -> Any:
     return draft if draft == "lookup" else load_base(draft, **how)[0]
 
 
-def put_method(model: Any, method: str, sparsity: float | None = None, fused: bool = True) -> None:
+def put_method(model: Any, method: str, sparsity: float | None = None, layers: Any = None, fused: bool = True) -> None:
     """Put a method on a bare model.
 
     Raises:
@@ -39,7 +39,7 @@ def put_method(model: Any, method: str, sparsity: float | None = None, fused: bo
     from caprese.inference import fuse
     from caprese.recipes import resolve_recipe
 
-    methods = resolve_recipe(method=method, sparsity=sparsity).methods
+    methods = resolve_recipe(method=method, sparsity=sparsity, layers=layers).methods
     if needs_calibration(methods):
         raise CapreseError(f"--method {method} chooses from samples: caprese recover makes an adapter of it")
     apply(model, methods)

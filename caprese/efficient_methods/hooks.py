@@ -139,9 +139,14 @@ def proposed(cache: Any) -> int | None:
     return max(int(getattr(proposer, name, None) or 0) for name in _PROPOSED)
 
 
+def has_state(layer: Any) -> bool:
+    """Whether a cache layer holds a recurrent state, and no keys and values; it then marks, keeps and puts back."""
+    return hasattr(layer, "put_back")
+
+
 def only_goes_on(layer: Any) -> bool:
     """Whether a cache layer lets go of what it needed before: with a sliding window, or a recurrent state."""
-    return bool(layer.is_sliding) or hasattr(layer, "put_back")
+    return bool(layer.is_sliding) or has_state(layer)
 
 
 def copy_layer(layer: Any) -> Any:
@@ -155,7 +160,7 @@ def copy_layer(layer: Any) -> Any:
 
 def put_back(layer: Any, before: Any) -> None:
     """Make a cache layer what it was when `copy_layer` made `before` of it."""
-    if hasattr(layer, "put_back"):
+    if has_state(layer):
         layer.put_back(before)
     elif layer.is_compileable:
         layer.keys.copy_(before.keys)
@@ -169,7 +174,7 @@ def put_back(layer: Any, before: Any) -> None:
 
 def change_layer(layer: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Reorder, select or repeat the sequences of such a layer."""
-    if hasattr(layer, "each"):
+    if has_state(layer):
         layer.each(change)
     else:
         layer.keys, layer.values = change(layer.keys), change(layer.values)

@@ -66,6 +66,7 @@ class LayerMemory:
 
     def learn(self, methods: list[Method], seen: Seen, tail: int = TAIL) -> None:
         """Add a pass over prompt tokens, of which the last `tail` (over the batch) can be unlearned one by one."""
+        self.choose_anew()  # what was verified lies before it
         tokens = seen.x.shape[1]
         if not self.history:
             self.first_end = seen.offset + tokens
@@ -134,6 +135,9 @@ class LayerMemory:
 
     def crop(self, methods: list[Method], length: int) -> None:
         """Unlearn what lies behind token `length`."""
+        self.waiting = []
+        if self.span is not None and self.span[1] > length:
+            self.coming, self.span = {}, None
         following = len(self.history)
         while following and self.history[following - 1][0] >= length:
             following -= 1
@@ -227,15 +231,20 @@ class PromptMemory:
     def saw(self, real: torch.Tensor, offset: int) -> None:
         """Take down a dense pass behind `offset` tokens: which of its own are real, [B, T]."""
         self.changes += 1
+        self.since = 0
         self.pending.clear()  # reselection begins after it
         self.valid = torch.cat([self.mask(offset, real), real], 1)
+
+    def forget_waiting(self) -> None:
+        """None of the tokens of passes that verified stays."""
+        for layer in self.layers.values():
+            layer.waiting = []
 
     def confirm(self, taken: torch.Tensor, every: int | None) -> None:
         """Each sequence keeps the first `taken` [B] tokens of the passes that verified; the choice is made anew once
         `every` tokens stayed, None never."""
         if every is None or not self.learners:
-            for layer in self.layers.values():
-                layer.waiting = []
+            self.forget_waiting()
             return
         self.since += int(taken.max())
         for index, layer in self.layers.items():
@@ -248,6 +257,7 @@ class PromptMemory:
     def crop(self, length: int) -> None:
         """Follow a cache that became shorter."""
         self.changes += 1
+        self.since = 0
         for index, layer in self.layers.items():
             layer.crop(self.learners[index], length)
         self.pending.crop(length)
@@ -278,7 +288,8 @@ class PromptMemory:
     def fork(self) -> PromptMemory:
         """One that goes its own way; tensors are never changed in place, so they are shared."""
         layers = {index: layer.fork() for index, layer in self.layers.items()}
-        return PromptMemory(self.learners, layers, self.length, self.batch, self.valid, self.pending.fork())
+        pending = self.pending.fork()
+        return PromptMemory(self.learners, layers, self.length, self.batch, self.valid, pending, since=self.since)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PromptMemory:
         return self.fork()

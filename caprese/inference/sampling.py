@@ -15,7 +15,7 @@ Sampler = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # sorts of ever fewer rows. On a CPU a sort of all [n, V] takes longer than the model's own step.
 _HEAD, _WIDER = 256, 8
 # Below it a draw is the likeliest token, and logits would overflow.
-_COLDEST = 1e-6
+COLDEST = 1e-6
 
 
 def greedy(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -29,7 +29,7 @@ def greedy(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 def in_nucleus(logits: torch.Tensor, temperature: float, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [n, V] -> probabilities [n, k], not normalised, and token ids [n, k] of the smallest set that holds top_p
     of the mass; what is outside it has probability 0."""
-    scores = logits.float() / max(temperature, _COLDEST)
+    scores = logits.float() / max(temperature, COLDEST)
     total = scores.logsumexp(-1, keepdim=True)
     if top_p >= 1:  # nothing is outside it, and nothing need be sorted
         return (scores - total).exp(), torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)

@@ -15,8 +15,8 @@ from torch import nn
 from caprese.efficient_methods import applied_ffns, dense
 from caprese.errors import CapreseError
 from caprese.inference.generate import NewTokens, clock, generate
-from caprese.inference.lossless import CHOICES, Greedy, Lossless, Pace, Tally
-from caprese.inference.lossless.pace import expected
+from caprese.inference.lossless import Greedy, Lossless, Pace, Tally
+from caprese.inference.lossless.pace import CHOICES, expected
 from caprese.inference.lossless.rules import Rule
 from caprese.models import device_of, unwrap
 from caprese.progress import bar
@@ -49,13 +49,12 @@ def bench_lossless(
         raise CapreseError("lossless is measured on at least one prompt and 4 `new_tokens`")
     groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
     draft, verify = costs(model, lossless, groups[0], rule)
+    settled = lossless.pace
     with bar("lossless", 2 * len(groups), "runs") as advance:
         if lossless.tokens is None:
             for group in groups[:_SETTLING]:
                 _run(lossless.decode(model, _padded(model, group), 2 * new_tokens, rule, _never))
-            settled = lossless.pace
-            counts = [count for count in CHOICES if count]
-            lossless.pace = Pace(max(counts, key=settled.speed))
+            lossless.pace = Pace(max((count for count in settled.choices if count), key=settled.speed))
         total = {"dense": 0.0, "lossless": 0.0}
         steps = {"dense": 0, "lossless": 0}
         tally, same = Tally(), 0
@@ -75,6 +74,7 @@ def bench_lossless(
                 steps[name] += sum(map(len, tokens.values())) - len(group)
                 advance(1)
             same += sum(texts["dense"][row] == texts["lossless"][row] for row in texts["dense"])
+    lossless.pace = settled
     return _figures(lossless, tally, total, steps, draft, verify) | {
         "identical": f"{same} of {len(prompts)}" if isinstance(rule, Greedy) else None,
         "prompts": len(prompts),
@@ -93,15 +93,15 @@ def _figures(
 ) -> dict[str, Any]:
     per_token = {name: 1000 * total[name] / steps[name] for name in total}
     count = max(tally.by_count, key=lambda k: tally.by_count[k], default=0)
-    acceptance = tally.accepted / tally.drafted if tally.drafted else None
+    figures = tally.figures()
+    acceptance = figures["acceptance"]
     # rounds near an end draft fewer: each as many as it did
     a = min(acceptance or 0.0, 1 - 1e-9)
     tokens = sum(n * expected(a, k) for k, n in tally.by_count.items())
     time = sum(n * (k * draft + interp(k + 1, [*verify], [*verify.values()])) for k, n in tally.by_count.items())
     return {
         "tokens": count,
-        "acceptance": acceptance,
-        "tokens_per_round": tally.figures()["tokens_per_round"],
+        **figures,
         "draft_cost": draft,
         "verify_cost": {str(width): cost for width, cost in verify.items()},
         "break_even": _break_even(draft, verify),
@@ -118,8 +118,8 @@ def costs(
 ) -> tuple[float, dict[int, float]]:
     """One drafted token, and verifying passes by their tokens, over a dense step."""
     ids, mask = _padded(model, prompts)
+    target, draft = lossless.sides(model)
     with lossless.around(model):
-        target, draft = lossless.sides(model)
         target.begin(ids, mask)
         draft.begin(ids, mask)
         texts = [[*row, row[-1]] for row in ids.tolist()]

@@ -131,8 +131,7 @@ class Replacement(StandIn):
             if found.get_seq_length():
                 raise CapreseError("this KV cache was filled by the dense model; a hybrid starts with an empty one")
             layers[self.layer] = found = MixerState()
-        if proposed(cache) is not None:
-            found.activate_past_recording()
+        found.always = proposed(cache) is not None
         return found
 
     def __getattr__(self, name: str) -> Any:

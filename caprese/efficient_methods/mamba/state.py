@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from caprese.errors import CapreseError
 from caprese.kernels.replay import Tokens, replay, verify
-from caprese.kernels.scan import decode, scan
+from caprese.kernels.scan import CHUNK, decode, scan
 
 KERNEL = 4
 
@@ -24,9 +24,9 @@ class MixerState(DynamicLayer):
 
     Attributes:
         length: tokens read.
-        late: tokens that `state` has yet to replay; those that did not stay have dt 0.
+        accepted: tokens that `state` has yet to replay; those that did not stay have dt 0.
         marked: whether what is read now may be taken back.
-        always: whether it is marked again and again, for a caller that only crops.
+        always: whether it is marked whenever it is read, for a caller that only crops.
         block: the tokens since the mark.
         inputs: of the convolution, `window` and those of the block.
         running: the state behind the block; None where nobody asked for it yet.
@@ -36,7 +36,7 @@ class MixerState(DynamicLayer):
         super().__init__()
         self.window: torch.Tensor | None = None
         self.state: torch.Tensor | None = None
-        self.late: Tokens | None = None
+        self.accepted: Tokens | None = None
         self.rates: torch.Tensor | None = None
         self.length = 0
         self.marked = self.always = False
@@ -72,9 +72,9 @@ class MixerState(DynamicLayer):
     def _read_marked(self, new: Tokens, rates: torch.Tensor, C: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         self.marked = True
         several, first = new.x.shape[1] > 1, self.block is None
-        if several and first and self.state is not None:
-            y, self.state = verify(self.state, self.late, new, rates, C)
-            self.late = None
+        if several and first and self.state is not None and new.x.shape[1] <= CHUNK:
+            y, self.state = verify(self.state, self.accepted, new, rates, C)
+            self.accepted = None
         else:
             state = self._caught_up() if first else self._behind()
             if state is not None and first and not several:
@@ -89,9 +89,9 @@ class MixerState(DynamicLayer):
 
     def _caught_up(self) -> torch.Tensor | None:
         """The state at the mark."""
-        if self.late is not None:
+        if self.accepted is not None:
             assert self.state is not None and self.rates is not None
-            self.state, self.late = replay(self.state, self.late, self.rates), None
+            self.state, self.accepted = replay(self.state, self.accepted, self.rates), None
         return self.state
 
     def _behind(self) -> torch.Tensor:
@@ -104,12 +104,6 @@ class MixerState(DynamicLayer):
     def mark(self) -> None:
         """What is read from now on may be taken back."""
         self.marked = True
-
-    def take_back(self) -> None:
-        """Be as at the mark."""
-        self.length -= 0 if self.block is None else self.block.x.shape[1]
-        self.marked = False
-        self._no_block()
 
     def keep(self, taken: torch.Tensor) -> None:
         """Of the tokens since the mark, each sequence keeps its first `taken` [B]; they are replayed with the next.
@@ -124,14 +118,15 @@ class MixerState(DynamicLayer):
         if self.state is None:  # the first tokens of all
             self.state = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[-1])
         stays = torch.arange(tokens, device=x.device) < taken[:, None]
-        self.late = Tokens(x, dt * stays[..., None].to(dt.dtype), B)
+        self.accepted = Tokens(x, dt * stays[..., None].to(dt.dtype), B)
         places = taken[:, None] + torch.arange(KERNEL - 1, device=x.device)
         self.window = self.inputs.gather(1, places[..., None].expand(-1, -1, self.inputs.shape[-1]))
         self.length -= tokens - int(taken.max())
         self._no_block()
 
     def activate_past_recording(self) -> None:
-        """Every token read may be cropped away, until the next crop; transformers' assisted decoding says this."""
+        """Every token read may be cropped away, down to where it was last cropped; transformers' assisted decoding says
+        this."""
         self.always = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -170,14 +165,14 @@ class MixerState(DynamicLayer):
 
     def each(self, change: Any) -> None:
         """Reorder, select or repeat sequences."""
-        for name in ("window", "state", "late", "block", "inputs", "running"):
+        for name in ("window", "state", "accepted", "block", "inputs", "running"):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, Tokens(*map(change, value)) if isinstance(value, Tokens) else change(value))
 
     def reset(self) -> None:
-        self.window = self.state = self.late = None
-        self.length, self.marked = 0, False
+        self.window = self.state = self.accepted = None
+        self.length, self.marked, self.always = 0, False, False
         self._no_block()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

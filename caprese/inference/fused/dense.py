@@ -14,11 +14,13 @@ import torch
 from torch import nn
 
 from caprese import kernels
-from caprese.inference.fused.layer import Plan, close, global_hooks, look_on
+from caprese.efficient_methods.rounded import RoundedModule
+from caprese.inference.fused.layer import PROJECTIONS, Plan, close, global_hooks, look_on
 from caprese.kernels import DecoderLayer, DecoderLayers, LayerWeights, Projection, WholeFFN
 
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _LANES = 16
+# what layers and norms compute with beside their tensors
+_NUMBERS = ("variance_epsilon", "scaling", "head_dim")
 
 
 class DenseLayers:
@@ -26,49 +28,56 @@ class DenseLayers:
 
     Attributes:
         made: what C is given; None until it is needed, and again when what it was made of changed.
-        of: the tensors and modules that it was made of.
-        never: whether these layers are of another kind.
+        copies: biases that C reads under one another, and what they are copies of.
+        of: the modules, and the places and versions of the tensors, that it was made of.
     """
 
     def __init__(self, plans: Sequence[Plan]) -> None:
         self.plans = list(plans)
         self.made: DecoderLayers | None = None
         self.of: list[Any] = []
-        self.never = False
+        self.copies: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DenseLayers:
         return DenseLayers(copy.deepcopy(self.plans, memo))
 
-    def layers(self, norm: Any) -> DecoderLayers | None:
+    def layers(self, norm: Any, rotary: Any) -> DecoderLayers | None:
         """What C is given, up to date; None where it is not for these layers, or something looks on at them."""
-        if self.never or global_hooks():
+        if global_hooks():
             return None
         modules = [module for plan in self.plans for module in self._modules(plan)]
         if any(_changed(module) for module in modules):
             return None
         tensors = [t for module in [*modules, norm] for t in module._parameters.values() if t is not None]
-        of = [*modules, *(t.data_ptr() for t in tensors)]
-        if self.made is None or self.of != of:
+        tensors += [t for t in rotary._buffers.values() if t is not None]
+        numbers = [getattr(module, name, None) for module in [*modules, norm] for name in _NUMBERS]
+        versions = [0 if t.is_inference() else t._version for t in tensors]
+        of = [*modules, *map(type, modules), norm, rotary, *numbers, *map(torch.Tensor.data_ptr, tensors), *versions]
+        if self.of != of:
             self.made, self.of = self._make(norm), of
-            self.never = self.made is None
+        for copied, parts in self.copies:  # may have changed in place, which is not always counted
+            torch.cat([part.detach() for part in parts], out=copied)
         return self.made
 
     def _modules(self, plan: Plan) -> list[Any]:
         layer, ffn = plan.layer, plan.wrapper.view
         attention = layer.self_attn
-        own = [layer.input_layernorm, layer.post_attention_layernorm, *(getattr(attention, n) for n in _PROJECTIONS)]
-        return [*own, *ffn.linears().values(), attention, plan.wrapper]
+        own = [layer.input_layernorm, layer.post_attention_layernorm, *(getattr(attention, n) for n in PROJECTIONS)]
+        act = ffn.part("act")
+        return [*own, *ffn.linears().values(), *([act] if isinstance(act, nn.Module) else []), attention, plan.wrapper]
 
     @torch.no_grad()
     def _make(self, norm: Any) -> DecoderLayers | None:
+        self.copies = []
         made: list[DecoderLayer] = []
         ffns: list[WholeFFN] = []
         for plan in self.plans:
             layer, ffn = plan.layer, plan.wrapper.view
             attention, linears = layer.self_attn, ffn.linears()
-            q, k, v, o = (getattr(attention, name) for name in _PROJECTIONS)
+            q, k, v, o = (getattr(attention, name) for name in PROJECTIONS)
             several = [q, k, v, o, *linears.values()]
-            if any(not isinstance(at, nn.Linear) or at.weight.dtype != torch.float32 for at in several):
+            by_row = [at for at in several if at is not linears["down"]]
+            if not all(map(_plain, several)) or not all(at.weight.is_contiguous() for at in by_row):
                 return None
             act = kernels.activation_name(ffn.act)
             if ffn.fused or ffn.width % _LANES or act is None or not plan.layer.input_layernorm.weight.is_cpu:
@@ -76,6 +85,8 @@ class DenseLayers:
             if not kernels.runs_whole(torch.empty(1, ffn.hidden_size), act):
                 return None
             norms = layer.input_layernorm, layer.post_attention_layernorm
+            if any(getattr(each, "variance_epsilon", None) is None for each in (*norms, norm)):
+                return None
             weights = LayerWeights(
                 _projection(q),
                 _projection(k),
@@ -89,16 +100,21 @@ class DenseLayers:
             )
             made.append(DecoderLayer(weights, torch.float32))
             ffns.append(_whole(linears, act))
+            if "gate" in linears and ffns[-1].bias is not None:
+                self.copies.append((ffns[-1].bias, [linears["gate"].bias, linears["up"].bias]))
         layers = DecoderLayers(made, norm.weight, norm.variance_epsilon)
         for i, ffn in enumerate(ffns):
             layers.put_ffn(i, (ffn, ffn.structure(torch.float32)))
         return layers if self._is_right(ffns) else None
 
     def _is_right(self, ffns: list[WholeFFN]) -> bool:
-        """Whether a layer's FFN computes what its module does; the rest was compared when layers were planned."""
-        view = self.plans[0].wrapper.view
-        x = torch.randn(2, view.hidden_size, generator=torch.Generator().manual_seed(0))
-        return close(kernels.few_tokens(x, ffns[0]), view.down(view.neurons(x)[1]))
+        """Whether FFNs compute what their modules do; the rest was compared when layers were planned."""
+        for plan, ffn in zip(self.plans, ffns, strict=True):
+            view = plan.wrapper.view
+            x = torch.randn(2, view.hidden_size, generator=torch.Generator().manual_seed(0))
+            if not close(kernels.few_tokens(x, ffn), view.down(view.neurons(x)[1])):
+                return False
+        return True
 
 
 def _whole(linears: dict[str, Any], act: str) -> WholeFFN:
@@ -108,17 +124,27 @@ def _whole(linears: dict[str, Any], act: str) -> WholeFFN:
         bias = up.bias.float() if gate is None else torch.cat([gate.bias, up.bias]).float()
     last = None if down.bias is None else down.bias.float()
     first, beside = (up.weight, None) if gate is None else (gate.weight, up.weight)
-    # detached: a tensor with gradients would be copied elsewhere
+    second = down.weight.detach()  # with gradients it would be copied elsewhere
+    across = second.is_contiguous()  # else it lies by neuron, for steps that read it in place
     return WholeFFN(
         first.detach(),
-        down.weight.detach(),
+        second if across else second.T,
         act,
         gate is not None,
         None if beside is None else beside.detach(),
         bias=bias,
         last=last,
-        across=True,
+        across=across,
     )
+
+
+def _plain(linear: Any) -> bool:
+    """Whether a linear layer is nothing else, in float32, and lies by row, or the other way round."""
+    rounded = isinstance(linear, RoundedModule) and nn.Linear in type(linear).__bases__
+    if not rounded and type(linear) is not nn.Linear:
+        return False
+    weight = linear.weight
+    return weight.dtype == torch.float32 and (weight.is_contiguous() or weight.T.is_contiguous())
 
 
 def _projection(linear: nn.Linear) -> Projection:

@@ -26,7 +26,7 @@ from caprese.inference.fused.step import Step
 from caprese.kernels import DecoderLayer, LayerWeights, Projection
 
 _PARTS = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 # where transformers' own hooks are from
 _INERT = "transformers.utils.output_capturing"
 # how far from the layer's own arithmetic, over the largest value; sums are taken in another order
@@ -127,7 +127,7 @@ class Plan:
     def _parts(self) -> list[Any]:
         """The modules whose place it takes, the attention's linear layers first."""
         own, inside = self.layer._modules, self.layer.self_attn._modules
-        return [*(inside[name] for name in _PROJECTIONS), *(own[name] for name in _PARTS)]
+        return [*(inside[name] for name in PROJECTIONS), *(own[name] for name in _PARTS)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
         copied = copy.copy(self)
@@ -141,7 +141,7 @@ class Plan:
         if self.weights is None:
             attention, layer = self.layer.self_attn, self.layer
             norms = layer.input_layernorm, layer.post_attention_layernorm
-            q, k, v, o = (_projection(getattr(attention, name)) for name in _PROJECTIONS)
+            q, k, v, o = (_projection(getattr(attention, name)) for name in PROJECTIONS)
             weights = LayerWeights(
                 q,
                 k,
@@ -238,11 +238,11 @@ def _looks_alike(layer: Any, wrapper: EfficientFFN) -> bool:
     if {name for name, _ in layer.named_children()} != set(_PARTS) or layer.mlp is not wrapper:
         return False
     attention = layer.self_attn
-    if {name for name, _ in attention.named_children()} != set(_PROJECTIONS):
+    if {name for name, _ in attention.named_children()} != set(PROJECTIONS):
         return False
     if layer.input_layernorm.weight.dtype not in _WITHIN:
         return False
-    linears = [getattr(attention, name) for name in _PROJECTIONS]
+    linears = [getattr(attention, name) for name in PROJECTIONS]
     for linear in linears:
         rounded = isinstance(linear, RoundedModule) and nn.Linear in type(linear).__bases__
         if not rounded and (type(linear) is not nn.Linear or linear.weight.dtype != layer.input_layernorm.weight.dtype):

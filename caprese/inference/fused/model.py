@@ -116,9 +116,19 @@ class Whole:
                 return None
             mask = attention_mask.bool().contiguous()
         with self.alone:
-            layers = self.dense.layers(self.decoder.norm) if dense else self._layers(current)
+            layers = self._dense_layers() if dense else self._layers(current)
             y = None if layers is None else self._run(layers, input_ids, mask, position_ids, past_key_values, past)
         return None if y is None else BaseModelOutputWithPast(last_hidden_state=y, past_key_values=past_key_values)
+
+    def _dense_layers(self) -> DecoderLayers | None:
+        """The same of the dense model's."""
+        if not self.watch.is_as_it_was():
+            return None
+        before = self.dense.made
+        made = self.dense.layers(self.decoder.norm, self.decoder.rotary_emb)
+        if made is not before:
+            self.turns = Turns()
+        return made
 
     def _run(
         self, layers: DecoderLayers, ids: Any, mask: Any, positions: Any, cache: Any, past: int

@@ -36,6 +36,11 @@ class Draft(Protocol):
         """Whether all sequences have to keep the same number of tokens."""
         ...
 
+    @property
+    def narrowest(self) -> int | None:
+        """Tokens that it can read for a proposal; None: any number."""
+        ...
+
 
 class Own:
     """The target with its methods and branches, on the target's KV cache: what it writes there the target overwrites.
@@ -45,7 +50,7 @@ class Own:
         how: the context in which the methods act.
     """
 
-    in_step = False
+    in_step, narrowest = False, None
 
     def __init__(self, target: Side, how: How) -> None:
         self.target, self.how = target, how
@@ -74,25 +79,29 @@ class Other:
 
     Attributes:
         drawn: tokens read for the last proposal.
-        late: tokens that stayed and were not read yet, as many in each sequence.
+        unread: tokens that stayed and were not read yet, as many in each sequence.
     """
 
     def __init__(self, side: Side) -> None:
         self.side = side
-        self.drawn = self.late = 0
+        self.drawn = self.unread = 0
 
     @property
     def in_step(self) -> bool:
         return self.side.in_step
 
+    @property
+    def narrowest(self) -> int | None:
+        return self.side.narrowest
+
     def begin(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
         self.side.begin(ids, mask)
 
     def propose(self, texts: list[list[int]], count: int, rule: Rule) -> Drawn:
-        if self.late:  # a sequence that ended may be shorter; what it reads is read by nobody
-            unread = [([0] * self.late + text)[-1 - self.late : -1] for text in texts]
-            self.side.read(torch.tensor(unread, device=self.side.device))
-            self.late = 0
+        if self.unread:  # a sequence that ended may be shorter; what it reads is read by nobody
+            ids = [([0] * self.unread + text)[-1 - self.unread : -1] for text in texts]
+            self.side.read(torch.tensor(ids, device=self.side.device), logits_to_keep=1)
+            self.unread = 0
         self.side.mark()
         drawn = _one_by_one(self.side, texts, count, rule)
         self.drawn = count
@@ -103,7 +112,7 @@ class Other:
 
     def keep(self, taken: torch.Tensor) -> None:
         most = int(taken.max())
-        self.late += max(0, most - self.drawn)
+        self.unread += max(0, most - self.drawn)
         if self.drawn:
             self.side.keep(taken.clamp(max=self.drawn), self.drawn)
             self.side.move_together()
@@ -116,11 +125,15 @@ class Other:
 class Lookup:
     """What followed the last words where they stood before, by transformers' prompt look-up; it costs nothing."""
 
-    in_step = False
+    in_step, narrowest = False, None
 
-    def __init__(self, longest: int = 3) -> None:
-        """longest: the most words that are looked for."""
-        self.longest = longest
+    def __init__(self, longest: int = 3, whole: bool = False) -> None:
+        """
+        Args:
+            longest: the most words that are looked for.
+            whole: propose as many as are asked for, of which a sequence has some, for passes that are compiled.
+        """
+        self.longest, self.whole = longest, whole
 
     def begin(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
         """The texts hold it."""
@@ -134,7 +147,8 @@ class Lookup:
             given, _ = found.get_candidates(torch.tensor([text]))  # type: ignore[arg-type]
             new = given[0, len(text) :]
             ids[b, : len(new)], counts[b] = new, len(new)
-        return Drawn(ids[:, : int(counts.max())], counts=counts)
+        most = int(counts.max())
+        return Drawn(ids if self.whole and most else ids[:, :most], counts=counts)
 
     def keep(self, taken: torch.Tensor) -> None:
         """It has no cache."""

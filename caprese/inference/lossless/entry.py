@@ -8,7 +8,7 @@ already (`assistant_model=`), it works on applied models too.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -18,21 +18,22 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from caprese.efficient_methods import applied_ffns, dense, phases_of
+from caprese.efficient_methods import applied_ffns, check_reselect, dense, phases_of
 from caprese.efficient_methods.passes import drafting, verifying
 from caprese.errors import CapreseError
 from caprese.inference.generate import NewTokens
 from caprese.inference.lossless.drafts import Draft, Lookup, Other, Own
 from caprese.inference.lossless.loop import IsOver, Pair
-from caprese.inference.lossless.pace import CHOICES, Pace, Tally
+from caprese.inference.lossless.pace import Pace, Tally
 from caprese.inference.lossless.rules import Greedy, Rule, Sampling, processed
 from caprese.inference.lossless.side import Side
-from caprese.models import unwrap
+from caprese.models import context_of, unwrap
+from caprese.models.cache import RoomyCache
 from caprese.models.private import needed
 
 # What `generate` may be asked for and this does not give.
-# numbers of drafts where each is compiled: dynamo compiles no more than eight shapes
-_COMPILED = (0, 2, 4, 8)
+# what it may be given beside prompts, their mask and a cache; the rest a model would have to see
+_NOTHING_TO_SEE = ("use_cache", "logits_to_keep", "position_ids", "cache_position")
 _NOT_GIVEN = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
@@ -71,13 +72,16 @@ class Lossless:
     pace: Pace = field(init=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.draft, str) and self.draft not in ("own", "lookup"):
-            raise CapreseError(f'`draft` is {self.draft!r}; use "own", "lookup" or a model')
+        named = self.draft in ("own", "lookup") if isinstance(self.draft, str) else hasattr(self.draft, "config")
+        if not named:
+            raise CapreseError(f'`draft` is {str(self.draft)[:40]!r}; use "own", "lookup" or a model')
         if self.target not in ("dense", "hybrid"):
             raise CapreseError(f'`target` is {self.target!r}; use "dense" or "hybrid"')
-        if self.tokens is not None and not 0 <= self.tokens <= 64:
+        if self.tokens is not None and not (isinstance(self.tokens, int) and 0 <= self.tokens <= 64):
             raise CapreseError(f"`tokens` is {self.tokens}; use a number from 0 to 64, or None to adapt")
-        self.pace = Pace(self.tokens, _COMPILED if self.compiled else CHOICES)
+        if self.reselect_every != "saved":
+            check_reselect(self.reselect_every)
+        self.pace = Pace(self.tokens, self.compiled)
 
     @property
     def tally(self) -> Tally:
@@ -99,24 +103,24 @@ class Lossless:
                 raise CapreseError(f"lossless generation gives no {name}; leave it out")
         if getattr(generation_config, "num_beams", None) not in (None, 1):
             raise CapreseError("lossless generation is for one beam; leave out num_beams")
-        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-        whole = bool(getattr(generation_config, "return_dict_in_generate", False))
+        cache, mask = model_kwargs.pop("past_key_values", None), model_kwargs.pop("attention_mask", None)
+        if more := [k for k, v in model_kwargs.items() if k not in _NOTHING_TO_SEE and isinstance(v, torch.Tensor)]:
+            raise CapreseError(f"lossless generation reads token ids alone, and no {more[0]}")
+        _check_positions(model_kwargs.get("position_ids"), input_ids, mask)
         scores = processed(logits_processor) if logits_processor else None
         rule: Rule = Greedy(scores)
         if getattr(generation_config, "do_sample", False):
             rule = Sampling(scores or _as_they_are, self.generator)
+        if type(cache) is DynamicCache and not cache.get_seq_length():  # the caller's own, to be written in place
+            cache.layers = RoomyCache(model.config).layers
         limit = getattr(generation_config, "max_length", None) or 10**9
-        texts = input_ids.tolist()
-        at = self.decode(
-            model,
-            (input_ids, None if mask is None else mask[:, : input_ids.shape[1]]),
-            max(1, limit - input_ids.shape[1]),
-            rule,
-            partial(_stops, stopping_criteria, input_ids.device),
-            cache=None if type(cache) is DynamicCache and not cache.get_seq_length() else cache,
-            leave=not whole,
-        )
-        for new in at:
+        width, texts = input_ids.shape[1], input_ids.tolist()
+        if self.streamer is not None:
+            self.streamer.put(input_ids.cpu())
+        pair = self._pair(model, rule, limit, cache, leave=False)
+        stops = partial(_stops, stopping_criteria, input_ids.device)
+        mask = None if mask is None else mask[:, :width]
+        for new in self._steps(model, pair.decode(input_ids, mask, max(1, limit - width), stops)):
             for row, token in zip(new.rows.tolist(), new.ids.tolist(), strict=True):
                 texts[row].append(token)
             if self.streamer is not None:
@@ -126,14 +130,11 @@ class Lossless:
         pad = getattr(generation_config, "_pad_token_tensor", None)
         fill = 0 if pad is None else int(pad)
         longest = max(map(len, texts))
-        out = torch.tensor([text + [fill] * (longest - len(text)) for text in texts], device=input_ids.device)
-        if not whole:
+        out: Any = torch.tensor([text + [fill] * (longest - len(text)) for text in texts], device=input_ids.device)
+        pair.target.settle(longest - 1)  # as it lies after any other generation
+        if not getattr(generation_config, "return_dict_in_generate", False):
             return out
-        self.last.move_together(always=True)
-        return GenerateDecoderOnlyOutput(
-            sequences=out,  # type: ignore[arg-type]
-            past_key_values=self.last.cache,
-        )
+        return GenerateDecoderOnlyOutput(sequences=out, past_key_values=pair.target.cache)
 
     def decode(
         self,
@@ -142,24 +143,33 @@ class Lossless:
         max_new_tokens: int,
         rule: Rule,
         is_over: IsOver,
-        *,
-        cache: Any = None,
-        leave: bool = True,
     ) -> Iterator[NewTokens]:
         """The tokens as they come; see `loop.Pair`."""
+        pair = self._pair(model, rule, prompts[0].shape[1] + max_new_tokens)
+        yield from self._steps(model, pair.decode(*prompts, max_new_tokens, is_over))
+
+    def _pair(self, model: nn.Module, rule: Rule, room: int, cache: Any = None, leave: bool = True) -> Pair:
+        """Who is at work now.
+
+        Args:
+            room: tokens that a static cache is made for.
+        """
         self.pace.tally = Tally()
         base: Any = unwrap(model)
         if self.compiled and cache is None:
-            cache = StaticCache(config=base.config, max_cache_len=prompts[0].shape[1] + max_new_tokens)
+            cache = StaticCache(config=base.config, max_cache_len=room)
         target, draft = self.sides(base, cache)
         if self.compiled:
             target.step = needed(base, "get_compiled_call")(None)
-        self.last = target
+        if isinstance(draft, Other) and room > (most := context_of(draft.side.model) or room):
+            raise CapreseError(f"the draft's context is {most} tokens, and {room} are asked for")
         every = self._every(base) if applied_ffns(base) else None
-        steps = Pair(target, draft, rule, self.pace, every, leave).decode(*prompts, max_new_tokens, is_over)
+        return Pair(target, draft, rule, self.pace, every, leave)
+
+    def _steps(self, model: nn.Module, steps: Iterator[NewTokens]) -> Iterator[NewTokens]:
+        """What is around a step holds for it alone: others may run the model between two of them."""
         while True:
-            # what is around a step holds for it alone: others may run the model between two of them
-            with self.around(base):
+            with self.around(model):
                 new = next(steps, None)
             if new is None:
                 return
@@ -174,7 +184,7 @@ class Lossless:
 
     def around(self, model: nn.Module) -> AbstractContextManager[None]:
         """Inside, the model is as its sides read it."""
-        return drafting(model) if applied_ffns(model) else nullcontext()
+        return drafting(model) if applied_ffns(unwrap(model)) else nullcontext()
 
     def sides(self, model: nn.Module, cache: Any = None) -> tuple[Side, Draft]:
         """Who verifies and who drafts; nothing is read yet.
@@ -204,7 +214,9 @@ class Lossless:
             target = Side(base, partial(verifying, base), own, cache)
         else:
             target = Side(base, teacher, teacher, cache)
-        return target, Lookup() if isinstance(self.draft, str) else Other(self._other(base, self.draft))
+        if isinstance(self.draft, str):
+            return target, Lookup(whole=self.compiled)
+        return target, Other(self._other(base, self.draft))
 
     def _other(self, base: Any, model: nn.Module) -> Side:
         other: Any = unwrap(model)
@@ -213,10 +225,29 @@ class Lossless:
                 f"the draft has {other.config.get_text_config().vocab_size} tokens and the target "
                 f"{base.config.get_text_config().vocab_size}: they have to share a tokenizer"
             )
-        return Side(other, nullcontext, phases_of(other).prefilling if applied_ffns(other) else nullcontext)
+        if not applied_ffns(other):
+            return Side(other)
+        return Side(other, partial(drafting, other), partial(_prompted, other))
 
 
-def _as_they_are(_: int, __: list[int], logits: torch.Tensor) -> torch.Tensor:
+@contextmanager
+def _prompted(model: nn.Module) -> Iterator[None]:
+    """Around the prompts of an applied model that drafts for another."""
+    with drafting(model), phases_of(model).prefilling():
+        yield
+
+
+def _check_positions(given: Any, ids: torch.Tensor, mask: Any) -> None:
+    """Refuse positions that are not those of the tokens, pads left out."""
+    if given is None:
+        return
+    real = torch.ones_like(ids) if mask is None else mask[:, : ids.shape[1]].long()
+    usual = (real.cumsum(1) - 1)[:, -given.shape[-1] :]
+    if given.dim() != 2 or bool(((given != usual) & real[:, -given.shape[-1] :].bool()).any()):
+        raise CapreseError("lossless generation counts positions itself; leave out position_ids")
+
+
+def _as_they_are(_: list[int], logits: torch.Tensor) -> torch.Tensor:
     return logits.float()
 
 

@@ -29,6 +29,7 @@ class Pair:
         rows: of the sequences in the batch, which they are, counted as they were given.
         texts: their tokens, pads in front included; the last is in no cache yet.
         left: of those that go on, how many more tokens they may have, by `rows`.
+        read: those that ended, once their last token was read.
     """
 
     target: Side
@@ -37,9 +38,10 @@ class Pair:
     pace: Pace
     reselect_every: int | None = None
     leave: bool = True
-    rows: list[int] = field(default_factory=list)
-    texts: list[list[int]] = field(default_factory=list)
-    left: dict[int, int] = field(default_factory=dict)
+    rows: list[int] = field(init=False, default_factory=list)
+    texts: list[list[int]] = field(init=False, default_factory=list)
+    left: dict[int, int] = field(init=False, default_factory=dict)
+    read: set[int] = field(init=False, default_factory=set)
 
     @torch.no_grad()
     def decode(
@@ -51,6 +53,8 @@ class Pair:
             ids: prompts [B, T], padded on the left.
             mask: which of them are no pads, [B, T]; None is all.
         """
+        if max_new_tokens < 1:
+            return
         logits = self.target.begin(ids, mask)
         self.draft.begin(ids, mask)
         self.rows, self.texts = list(range(len(ids))), ids.tolist()
@@ -61,6 +65,8 @@ class Pair:
         while self.left:
             self._let_go()
             yield from self._given(self._round(is_over))
+        if not self.leave:
+            self._read_last()
 
     def _round(self, is_over: IsOver) -> list[list[int]]:
         """Draft, verify and keep; the new tokens of each sequence."""
@@ -76,18 +82,36 @@ class Pair:
         logits = target.read(torch.cat([last, drawn.ids.cpu()], 1).to(device))
         new = self.rule.judge(self.texts, drawn, logits)
         alive = [b for b, row in enumerate(self.rows) if row in self.left]
+        judged = [len(new[b]) for b in alive]
         in_step = target.in_step or draft.in_step
         if in_step:
-            fewest = min(len(new[b]) for b in alive)
+            fewest = min(judged)
             new = [tokens[:fewest] for tokens in new]
-        judged = [len(new[b]) for b in alive]
+        last_of = self._outlived(drawn.ids.shape[1] + 1)
+        self.read |= last_of
         new = self._grow(new, is_over)
-        taken = torch.tensor([fewest if in_step else len(tokens) for tokens in new])
+        kept = [len(tokens) + (row in last_of) for row, tokens in zip(self.rows, new, strict=True)]
+        taken = torch.tensor([fewest if in_step else count for count in kept])
         target.keep(taken, drawn.ids.shape[1] + 1, self.reselect_every)
         draft.keep(taken)
         target.move_together()
         self.pace.note(drawn.count(alive), judged, middle - begin, clock(device) - middle)
         return new
+
+    def _outlived(self, tokens: int) -> set[int]:
+        """Sequences that ended whose last token is to be read now: others may become longer by these `tokens`."""
+        lengths = dict(zip(self.rows, map(len, self.texts), strict=True))
+        longest = max(lengths[row] for row in self.left or self.rows) + tokens
+        return {row for row in self.rows if row not in self.left and row not in self.read and lengths[row] < longest}
+
+    def _read_last(self) -> None:
+        """The last tokens that are not read yet, of sequences shorter than the longest."""
+        if not (last_of := self._outlived(0)):
+            return
+        self.target.mark()
+        self.target.read(torch.tensor([text[-1:] for text in self.texts], device=self.target.device))
+        taken = torch.tensor([int(row in last_of) for row in self.rows])
+        self.target.keep(taken.clamp(min=int(self.target.in_step)), 1)
 
     def _grow(self, new: list[list[int]], is_over: IsOver) -> list[list[int]]:
         """Add tokens to the texts that go on, up to their ends; those that were added."""
@@ -122,5 +146,5 @@ class Pair:
 
     def _limit(self) -> int:
         """Drafts that can be verified now and may all be wanted."""
-        limits = (max(self.left.values()), self.target.narrowest, self.target.room)
+        limits = (max(self.left.values()), self.target.narrowest, self.target.room, self.draft.narrowest)
         return max(0, min(limit - 1 for limit in limits if limit is not None))

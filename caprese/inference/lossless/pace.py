@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, fields
 
 #: numbers of drafts to choose among: few, so that compiled steps are few
 CHOICES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
+# the same where each is compiled: dynamo compiles no more than eight shapes
+_COMPILED = (0, 2, 4, 8)
 # how many of the last times count, how fast acceptance forgets, and what it is thought to be before anything is known
 _LAST, _FORGET, _PRIOR = 9, 0.98, (3.0, 4.0)
 # rounds without drafts at the start, the second of which says what a dense step costs
@@ -39,11 +41,6 @@ class Tally:
     drafted: int = 0
     """Tokens that were judged: of each round those up to the first that did not stay."""
     accepted: int = 0
-    tokens: int = 0
-    """That came out, those of rounds without drafts included."""
-    sequence_tokens: float = 0.0
-    """The same, of a mean sequence."""
-    seconds: float = 0.0
     by_count: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     """Rounds by the number of drafts."""
 
@@ -67,11 +64,11 @@ class Pace:
 
     Attributes:
         fixed: always so many; None adapts.
-        choices: numbers to choose among, 0 first.
+        compiled: whether each number is compiled once, when it is first chosen: there are then few of them.
     """
 
     fixed: int | None = None
-    choices: tuple[int, ...] = CHOICES
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         self.tally = Tally()
@@ -79,6 +76,12 @@ class Pace:
         self.draft_times: deque[float] = deque(maxlen=4 * _LAST)
         self.verify_times: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_LAST))
         self.wait = 0.0  # tokens until drafting is tried again
+        self.choices: tuple[int, ...] = CHOICES
+        if self.compiled:
+            self.choices = _COMPILED if self.fixed is None else (0, self.fixed)
+        # whose first time is not theirs alone: compiled, or a draft that is first packed
+        self.seen: set[int] = set()
+        self.drafted = False
 
     @property
     def acceptance(self) -> float:
@@ -112,7 +115,7 @@ class Pace:
     def choose(self, limit: int) -> int:
         """How many to draft now, at most `limit`."""
         if self.fixed is not None:
-            return min(self.fixed, limit)
+            return min(self.fixed, limit) if not self.compiled or self.fixed <= limit else 0
         if len(self.verify_times[1]) < _ALONE:
             return 0
         possible = [count for count in self.choices if count <= limit]
@@ -134,19 +137,20 @@ class Pace:
 
         Args:
             counts: drafts of each sequence.
-            new: tokens that each got.
+            new: tokens that each was judged to have.
             drafting, rest: seconds.
         """
         count, sequences, tally = max(counts), len(new), self.tally
-        tally.tokens += sum(new)
-        tally.sequence_tokens += sum(new) / sequences
-        tally.seconds += drafting + rest
         tally.by_count[count] += 1
-        self.verify_times[count + 1].append(rest)
+        if not self.compiled or count in self.seen:
+            self.verify_times[count + 1].append(rest)
+        self.seen.add(count)
         self.wait -= sum(new) / sequences
         if not count:
             return
-        self.draft_times.append(drafting / count)
+        if self.drafted:
+            self.draft_times.append(drafting / count)
+        self.drafted = True
         accepted = sum(new) - sequences
         judged = sum(min(got, there) for got, there in zip(new, counts, strict=True))
         tally.rounds += 1

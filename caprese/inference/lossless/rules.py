@@ -19,10 +19,22 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from caprese.inference.sampling import greedy
+from caprese.errors import CapreseError
+from caprese.inference.sampling import COLDEST, greedy
 
-Scores = Callable[[int, list[int], torch.Tensor], torch.Tensor]
-"""(sequence, its tokens so far, logits [V]) -> scores [V], as logits processors make them."""
+Scores = Callable[[list[int], torch.Tensor], torch.Tensor]
+"""(a sequence's tokens so far, logits [V]) -> scores [V], as logits processors make them."""
+
+
+# by the number of the sequence in a batch, or by what they saw at the steps before
+_NOT_ALONE = (
+    "PrefixConstrainedLogitsProcessor",
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+    "ClassifierFreeGuidanceLogitsProcessor",
+    "SynthIDTextWatermarkLogitsProcessor",
+    "EncoderRepetitionPenaltyLogitsProcessor",
+    "EncoderNoRepeatNGramLogitsProcessor",
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,7 @@ class Greedy:
 
     def draft(self, texts: list[list[int]], logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.scores is not None:
-            logits = torch.stack([self.scores(b, text, logits[b]) for b, text in enumerate(texts)])
+            logits = torch.stack([self.scores(text, logits[b]) for b, text in enumerate(texts)])
         return greedy(logits, torch.arange(len(logits))), None
 
     def judge(self, texts: list[list[int]], drawn: Drawn, logits: torch.Tensor) -> list[list[int]]:
@@ -82,16 +94,16 @@ class Greedy:
             new: list[int] = []
             while True:
                 at = len(new)
-                own = best[b][at] if best is not None else self._one(b, text + new, logits[b, at])
+                own = best[b][at] if best is not None else self._one(text + new, logits[b, at])
                 new.append(own)
                 if at == count or own != drafts[b][at]:
                     break
             found.append(new)
         return found
 
-    def _one(self, b: int, text: list[int], logits: torch.Tensor) -> int:
+    def _one(self, text: list[int], logits: torch.Tensor) -> int:
         assert self.scores is not None
-        return int(greedy(self.scores(b, text, logits)[None], torch.zeros(1))[0])
+        return int(greedy(self.scores(text, logits)[None], torch.zeros(1))[0])
 
 
 @dataclass
@@ -107,7 +119,7 @@ class Sampling:
     generator: torch.Generator | None = None
 
     def draft(self, texts: list[list[int]], logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        p = torch.stack([self._probabilities(b, text, logits[b]) for b, text in enumerate(texts)])
+        p = torch.stack([self._probabilities(text, logits[b]) for b, text in enumerate(texts)])
         return self._draw(p), p
 
     def judge(self, texts: list[list[int]], drawn: Drawn, logits: torch.Tensor) -> list[list[int]]:
@@ -117,14 +129,14 @@ class Sampling:
             new: list[int] = []
             for at in range(count):
                 token = drafts[b][at]
-                p = self._probabilities(b, text + new, logits[b, at])
+                p = self._probabilities(text + new, logits[b, at])
                 q = None if drawn.probabilities is None else drawn.probabilities[at][b]
                 if not self._stays(p, q, token):
                     new.append(int(self._draw(_rest(p, q, token)[None])))
                     break
                 new.append(token)
             else:
-                new.append(int(self._draw(self._probabilities(b, text + new, logits[b, count])[None])))
+                new.append(int(self._draw(self._probabilities(text + new, logits[b, count])[None])))
             found.append(new)
         return found
 
@@ -133,8 +145,11 @@ class Sampling:
         u = float(torch.rand((), generator=self.generator, device=p.device, dtype=torch.float64))
         return u * (1.0 if q is None else float(q[token])) < float(p[token])
 
-    def _probabilities(self, b: int, text: list[int], logits: torch.Tensor) -> torch.Tensor:
-        return self.scores(b, text, logits).float().softmax(-1)
+    def _probabilities(self, text: list[int], logits: torch.Tensor) -> torch.Tensor:
+        p = self.scores(text, logits).float().softmax(-1)
+        if not bool(p.sum().isfinite()):
+            raise CapreseError("the model's logits are not finite; load it with `dtype` bfloat16 or float32")
+        return p
 
     def _draw(self, p: torch.Tensor) -> torch.Tensor:
         return torch.multinomial(p, 1, generator=self.generator).squeeze(-1)
@@ -152,9 +167,15 @@ def _rest(p: torch.Tensor, q: torch.Tensor | None, token: int) -> torch.Tensor:
 
 
 def processed(processors: Any) -> Scores:
-    """Scores by transformers' logits processors, which see one sequence at a time."""
+    """Scores by transformers' logits processors, which see one sequence at a time.
 
-    def scores(_: int, text: list[int], logits: torch.Tensor) -> torch.Tensor:
+    Raises:
+        CapreseError: one that looks at more than a sequence's own tokens, or remembers the steps before.
+    """
+    if bad := [type(each).__name__ for each in processors if type(each).__name__ in _NOT_ALONE]:
+        raise CapreseError(f"lossless generation takes no {bad[0]}: it does not go by a sequence's own tokens alone")
+
+    def scores(text: list[int], logits: torch.Tensor) -> torch.Tensor:
         made: torch.Tensor = processors(torch.tensor([text], device=logits.device), logits[None].float())
         return made[0]
 
@@ -175,7 +196,7 @@ def rule_of(
         made.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
     if not temperature:
         return Greedy(processed(LogitsProcessorList(made)) if made else None)
-    made.append(TemperatureLogitsWarper(float(temperature)))
+    made.append(TemperatureLogitsWarper(max(float(temperature), COLDEST)))
     made += [TopKLogitsWarper(top_k)] if top_k else []
     made += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
     return Sampling(processed(LogitsProcessorList(made)), torch.Generator(device).manual_seed(seed))

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from caprese.efficient_methods.hooks import copy_layer, only_goes_on, put_back, shorten
+from caprese.efficient_methods.hooks import copy_layer, has_state, only_goes_on, put_back, shorten
 from caprese.efficient_methods.memory import memory_of
 from caprese.errors import CapreseError
 from caprese.models import device_of, unwrap
@@ -64,6 +64,9 @@ class Side:
         Raises:
             CapreseError: a kind of cache that cannot be taken back, or one that holds all of the prompts.
         """
+        self._check()
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise CapreseError("a prompt ends with a pad; pads go in front of prompts: padding_side left")
         past = 0 if self.cache is None else int(self.cache.get_seq_length())
         if past >= ids.shape[1]:
             raise CapreseError(
@@ -83,8 +86,8 @@ class Side:
         return logits
 
     def _check(self) -> None:
-        for layer in getattr(self.cache, "layers", [self.cache]):
-            if not (type(layer) in _TAKEN_BACK or hasattr(layer, "keep")):
+        for layer in () if self.cache is None else getattr(self.cache, "layers", [self.cache]):
+            if not (type(layer) in _TAKEN_BACK or has_state(layer)):
                 raise CapreseError(
                     f"speculative decoding cannot take tokens back from a {type(layer).__name__}; use a dynamic cache, "
                     "or a static one without sliding windows"
@@ -112,9 +115,9 @@ class Side:
         windows = [layer.sliding_window for layer in self.cache.layers if layer.is_sliding]
         return min(windows) - 1 if windows else None
 
-    def read(self, ids: torch.Tensor) -> torch.Tensor:
-        """T more tokens of each sequence, ids [B, T] -> logits [B, T, V]."""
-        inputs: dict[str, Any] = {"input_ids": ids}
+    def read(self, ids: torch.Tensor, logits_to_keep: int = 0) -> torch.Tensor:
+        """T more tokens of each sequence, ids [B, T] -> logits [B, T, V], or of the last tokens alone."""
+        inputs: dict[str, Any] = {"input_ids": ids} | ({"logits_to_keep": logits_to_keep} if logits_to_keep else {})
         if self.real is not None:
             self.real = torch.cat([self.real, self.real.new_ones(ids.shape)], 1)
             positions = self.lengths[:, None] + torch.arange(ids.shape[1])
@@ -130,7 +133,7 @@ class Side:
         """What is read from now on may be taken back."""
         self.marks = []
         for layer in self.cache.layers:
-            if hasattr(layer, "mark"):
+            if has_state(layer):
                 layer.mark()
             self.marks.append(copy_layer(layer) if layer.is_sliding else None)
 
@@ -151,9 +154,11 @@ class Side:
                     shorten(self.cache, layer, tokens)
             self.real, self.lengths = real, lengths
             self._remember(tokens)
+            if (memory := memory_of(self.cache)) is not None:
+                memory.forget_waiting()
 
     def keep(self, taken: torch.Tensor, tokens: int, every: int | None = None) -> None:
-        """Of the `tokens` tokens since the mark, each sequence keeps its first `taken` [B], at least one.
+        """Of the `tokens` tokens since the mark, each sequence keeps its first `taken` [B]; those that ended none.
 
         Args:
             every: tokens that stay after which methods choose anew; None never.
@@ -164,17 +169,17 @@ class Side:
             memory.confirm(taken.to(self.device), every)
         assert self.marks is not None
         for layer, known in zip(self.cache.layers, self.marks, strict=True):
-            if hasattr(layer, "keep"):
+            if has_state(layer):
                 layer.keep(taken)
             elif known is not None:
                 _keep_in_window(layer, known, most, tokens)
             elif most < tokens:
                 shorten(self.cache, layer, tokens - most)
         self.marks = None
-        self._remember(tokens - most)
         self.lengths = self.lengths - tokens + taken
         if self.real is None and bool((taken < most).any()):
-            self.real = torch.ones(len(taken), self._places() + tokens - most, dtype=torch.bool, device=self.device)
+            places = int(self.cache.get_seq_length()) + tokens - most
+            self.real = torch.ones(len(taken), places, dtype=torch.bool, device=self.device)
         if self.real is not None:
             begin = self.real.shape[1] - tokens
             self.real = self.real[:, : begin + most]
@@ -182,15 +187,15 @@ class Side:
             if bool(holes.any()):
                 self.real = self.real.clone()
                 self.real[:, begin:] &= ~holes.to(self.device)
-
-    def _places(self) -> int:
-        return int(self.cache.get_seq_length())
+        self._remember(tokens - most)
 
     def _remember(self, fewer: int) -> None:
         """Tell what methods know that the cache is shorter, by tokens that taught nothing."""
         memory = memory_of(self.cache)
         if memory is not None:
             memory.length -= fewer
+            if self.real is not None:
+                memory.valid = self.real
 
     def move_together(self, always: bool = False) -> None:
         """Close the holes between tokens, where there are many; pads in front of a sequence stay.
@@ -210,12 +215,26 @@ class Side:
         order = (~stays).byte().argsort(dim=1, stable=True)[:, :longest]
         layers: Any = self.cache.layers
         for layer in layers:
-            if hasattr(layer, "keep"):  # it has no places, and only counts them
+            if has_state(layer):  # it has no places, and only counts them
                 layer.length -= holes
                 continue
             layer.keys, layer.values = _gathered(layer.keys, order), _gathered(layer.values, order)
         self.real = self.real.gather(1, order)
         self._remember(holes)
+
+    def settle(self, length: int) -> None:
+        """Close all holes, and be `length` tokens long at most: that of the longest sequence but its last."""
+        self.move_together(always=True)
+        surplus = int(self.cache.get_seq_length()) - length
+        if surplus < 1 or self.in_step:
+            return
+        for layer in self.cache.layers:
+            if has_state(layer):
+                layer.length -= surplus
+            else:
+                shorten(self.cache, layer, surplus)
+        self.real = None if self.real is None else self.real[:, :length]
+        self._remember(surplus)
 
     def select(self, rows: torch.Tensor) -> None:
         """Go on with these sequences alone, places in the batch."""

@@ -59,9 +59,10 @@ typedef struct {
 /* whole vectors, an odd number: what lies a power of two apart shares a place in the cache */
 static long padded(long count) { return ((count + LANES - 1) / LANES | 1) * LANES; }
 
-/* what a thread needs of memory, in floats, beside its sum: shared by all */
+/* floats from what one input has of neurons to the next */
 static long ffn_step(const ffn *f) { return f->across ? f->count : padded(f->count); }
 
+/* what a thread needs of memory, in floats, beside its sum: shared by all */
 static long ffn_room(const ffn *f, long B) {
   long step = ffn_step(f);
   return 2 * B * step + B * f->rank + (f->threshold ? step : 0);

@@ -89,7 +89,8 @@ static void begin(const layer *at, const token *now, const states *k, const stat
     void *out = which == 0 ? now->q : new->start;
     float *values = h + b * total + head * d;
     long place = now->place + b % now->span;
-    long to_row = which == 0 ? (b * heads + own) * d : b / now->span * new->sequence + own * new->head + place * new->token;
+    long to_row = which == 0 ? (b * heads + own) * d
+                             : b / now->span * new->sequence + own * new->head + place * new->token;
     for (long j = 0; bias && j < d; j++) values[j] += bias[own * d + j];
     for (long j = 0; j < d; j++) {
       float value = values[j];
