@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import recovered, tiny_llama
 from families import tiny
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers import DynamicCache, StaticCache, StoppingCriteriaList, StopStringCriteria
@@ -64,7 +64,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 7])
+@pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("name", METHODS)
 def test_it_writes_what_the_dense_model_writes(name, tokens):
     model = tiny_llama(eos_token_id=None)
@@ -82,7 +82,7 @@ def test_holes_are_closed(mixers):
     plain = tiny_llama(eos_token_id=None)
     if mixers:
         caprese.apply(plain, methods)
-    right = [alone(plain, prompt, max_new_tokens=200) for prompt in PROMPTS]
+    right = [alone(plain, prompt, max_new_tokens=150) for prompt in PROMPTS]
     model = caprese.apply(tiny_llama(eos_token_id=None), [*methods, caprese.Griffin(sparsity=0.3)])
     moved: list[int] = []
     wide = Side.move_together
@@ -95,7 +95,7 @@ def test_holes_are_closed(mixers):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Side, "move_together", watched)
         lossless = caprese.Lossless(tokens=4, target="hybrid" if mixers else "dense")
-        check(model, right, lossless, max_new_tokens=200)
+        check(model, right, lossless, max_new_tokens=150)
     assert max(moved) >= 64
 
 
@@ -140,13 +140,14 @@ def test_others_draft(draft):
         "applied": caprese.apply(tiny_llama(eos_token_id=None), caprese.Griffin(sparsity=0.4)),
         "hybrid": caprese.apply(tiny_llama(eos_token_id=None), caprese.Mamba(keep_attention=[0])),
     }[draft]
-    for tokens in (None, 0, 2, 5):
+    for tokens in (None, 3):
         lossless = caprese.Lossless(given, tokens=tokens)
         check(model, right, lossless)
     if draft == "same":
         assert lossless.tally.accepted == lossless.tally.drafted > 0
 
 
+@settings(max_examples=25)
 @given(st.integers(1, 9), st.integers(1, 30), st.integers(0, 257), st.integers(0, 3))
 def test_ends_anywhere(tokens, limit, end, which):
     """An end of text, a limit, wherever in a block; the KV cache is then that of the text."""
@@ -383,9 +384,7 @@ def p_value(found: Counter, chances: dict[tuple[int, ...], float]) -> float:
 SMALL = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "eos_token_id": None}
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"temperature": 0.6}, {"top_k": 4}, {"temperature": 1.3, "top_k": 3}], ids=str
-)
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.3, "top_k": 3}], ids=str)
 @pytest.mark.parametrize("draft", ["own", "lookup", "other"])
 def test_samples_have_the_dense_distribution(draft, settings):
     model = tiny_llama(**SMALL, pad_token_id=0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 from families import tiny
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_lossless import PROMPTS, alone, batch_of
 from transformers import DynamicCache
@@ -67,6 +67,7 @@ def mixers() -> list[Mixer]:
 MIXERS = mixers()
 
 
+@settings(max_examples=40)
 @given(st.sampled_from(range(len(MIXERS))), st.lists(st.integers(0, 5), min_size=1, max_size=4), st.data())
 def test_a_mixer_goes_on_as_if_it_had_never_read_what_was_let_go(which, rounds, data):
     """Blocks of several tokens and of one, of which each sequence keeps its own number; some forgotten whole."""

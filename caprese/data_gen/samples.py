@@ -41,8 +41,7 @@ class Samples(BaseModel):
     """Held-out samples that only the report sees."""
     max_new_tokens: Annotated[int, Field(ge=2)] = 512
     """Length limit of a completion, in tokens."""
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.7
-    """0 is greedy: always the likeliest token."""
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     elsewhere: Annotated[int, Field(ge=0)] = 60
     """Held-out prompts of other kinds, which come with caprese (60 of them); only the report sees them."""
