@@ -114,9 +114,9 @@ class Flags:
     layerwise: Annotated[
         str | None, typer.Option(help="closed, sequential, adam or none.", rich_help_panel=TRAINING)
     ] = None
-    objective: Annotated[
-        str | None, typer.Option(help="End to end: kl, hidden or tv.", rich_help_panel=TRAINING)
-    ] = None
+    objective: Annotated[str | None, typer.Option(help="End to end: kl, hidden or tv.", rich_help_panel=TRAINING)] = (
+        None
+    )
     epochs: Annotated[
         int | None, typer.Option(help="End-to-end epochs; 0 skips the stage.", rich_help_panel=TRAINING)
     ] = None
