@@ -312,6 +312,14 @@ def phases(
         yield
 
 
+def _with_dense(model: nn.Module) -> Phases:
+    """The phases of an applied model that has its dense weights."""
+    shared = phases_of(model)
+    if shared.lean:
+        raise CapreseError(NO_DENSE)
+    return shared
+
+
 @contextmanager
 def dense(model: nn.Module) -> Iterator[None]:
     """The teacher: inside, the applied model computes exactly what the base model does.
@@ -319,10 +327,7 @@ def dense(model: nn.Module) -> Iterator[None]:
     Raises:
         CapreseError: no method applied, or its dense weights were let go.
     """
-    shared = phases_of(model)
-    if shared.lean:
-        raise CapreseError(NO_DENSE)
-    with shared._set(dense=True):
+    with _with_dense(model)._set(dense=True):
         yield
 
 
@@ -342,10 +347,7 @@ def verifying(model: nn.Module) -> Iterator[None]:
     Raises:
         CapreseError: no method applied, or its dense weights were let go.
     """
-    shared = phases_of(model)
-    if shared.lean:
-        raise CapreseError(NO_DENSE)
-    with shared._set(verifying=True):
+    with _with_dense(model)._set(verifying=True):
         yield
 
 
@@ -356,10 +358,7 @@ def only(model: nn.Module, layers: Collection[int]) -> Iterator[None]:
     Raises:
         CapreseError: no method applied, or its dense weights were let go.
     """
-    shared = phases_of(model)
-    if shared.lean:
-        raise CapreseError(NO_DENSE)
-    with shared._set(only=frozenset(layers)):
+    with _with_dense(model)._set(only=frozenset(layers)):
         yield
 
 

@@ -31,9 +31,9 @@ from caprese.models import context_of, unwrap
 from caprese.models.cache import RoomyCache
 from caprese.models.private import needed
 
-# What `generate` may be asked for and this does not give.
-# what it may be given beside prompts, their mask and a cache; the rest a model would have to see
+# what `generate` may give beside prompts, their mask and a cache; the rest a model would have to see
 _NOTHING_TO_SEE = ("use_cache", "logits_to_keep", "position_ids", "cache_position")
+# what it may be asked for and this does not give
 _NOT_GIVEN = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
@@ -195,7 +195,7 @@ class Lossless:
         base: Any = unwrap(model)
         applied = bool(applied_ffns(base))
         as_it_is, teacher = nullcontext, partial(dense, base) if applied else nullcontext
-        own = partial(phases_of(base).prefilling) if applied else nullcontext
+        own = phases_of(base).prefilling if applied else nullcontext
         mixed = applied and any(method.trains for method in phases_of(base).methods)
         if self.target == "hybrid" and not mixed:
             raise CapreseError('`target="hybrid"` is for models whose attention is replaced; leave it out')
