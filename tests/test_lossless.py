@@ -147,6 +147,27 @@ def test_others_draft(draft):
         assert lossless.tally.accepted == lossless.tally.drafted > 0
 
 
+@pytest.mark.parametrize("wanted, drafts", [(220, 258), (258, 220)])
+def test_vocabularies_padded_to_other_sizes(wanted, drafts):
+    """Of one tokenizer: what the draft has beyond the target is never proposed, what it lacks never asked of it."""
+    model = tiny_llama(vocab_size=wanted, eos_token_id=None)
+    prompts = [*PROMPTS, [3, wanted - 1, 5]]
+    right = [alone(model, prompt) for prompt in prompts]
+    draft = tiny_llama(vocab_size=drafts, eos_token_id=None)
+    for prompt, text in zip(prompts, right, strict=True):
+        out = model.generate(
+            torch.tensor([prompt]),
+            custom_generate=caprese.Lossless(draft, tokens=3),
+            do_sample=False,
+            max_new_tokens=len(text),
+        )
+        assert out[0, len(prompt) :].tolist() == text
+    sampled = model.generate(
+        torch.tensor([PROMPTS[0]]), custom_generate=caprese.Lossless(draft, tokens=3), do_sample=True, max_new_tokens=40
+    )
+    assert int(sampled.max()) < wanted
+
+
 @settings(max_examples=25)
 @given(st.integers(1, 9), st.integers(1, 30), st.integers(0, 257), st.integers(0, 3))
 def test_ends_anywhere(tokens, limit, end, which):

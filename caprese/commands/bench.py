@@ -198,7 +198,6 @@ def _lossless(flags: Flags, name: str, batches: list[int]) -> None:
     if flags.output is not None:
         check_writable(Path(flags.output))
     how: dict[str, Any] = {"dtype": parse_quick(flags.dtype), "device": flags.device}
-    draft = make_draft(flags.draft, has_own=True, **how)
     opened = None if flags.adapter is None else Adapter.open(flags.adapter)
     tokenizer: Any = None
     model: Any
@@ -210,6 +209,7 @@ def _lossless(flags: Flags, name: str, batches: list[int]) -> None:
         model = load(model, opened, fused=True)
     else:
         model, tokenizer = load_base(name, revision=flags.revision, **how)
+    draft = make_draft(flags.draft, tokenizer, **how)
     who = flags.adapter or flags.method
     if draft != "own":
         who = flags.draft or ""

@@ -18,7 +18,7 @@ from caprese.commands.options import (
     parse_quick,
     parse_reselect,
 )
-from caprese.commands.pair import make_draft, put_method
+from caprese.commands.pair import check_draft, make_draft, put_method
 from caprese.errors import CapreseError
 from caprese.progress import say, show, write
 
@@ -84,7 +84,7 @@ def generate(flags: Flags) -> None:
         raise CapreseError("--prefill goes with --adapter: without one the model runs dense")
     if flags.method is not None and flags.adapter is not None:
         raise CapreseError("--method goes without --adapter, which has a method of its own")
-    pair = _lossless(flags)
+    _check_lossless(flags)
     lm: Any
     if flags.adapter is not None:
         opened = Adapter.open(flags.adapter)
@@ -97,6 +97,7 @@ def generate(flags: Flags) -> None:
         fingerprint(lm)  # refuses damaged weights, as `load` does
         if flags.method is not None:
             put_method(lm, flags.method, fused=flags.fused)
+    pair = _lossless(flags, tokenizer)
     result = stream(
         lm,
         tokenizer,
@@ -119,27 +120,28 @@ def generate(flags: Flags) -> None:
     say((f"{result['new_tokens']} tokens in {dtype}, first after {result['first_token_ms']:.0f} ms{ttnt}", "dim"))
 
 
-def _lossless(flags: Flags) -> Any:
-    """What drafts and verifies, if that is asked for.
+def _check_lossless(flags: Flags) -> None:
+    """Raise CapreseError for flags that do not go together."""
+    if flags.lossless:
+        return check_draft(flags.draft, flags.adapter is not None or flags.method is not None)
+    given = {
+        "--draft": flags.draft is not None,
+        "--draft-tokens": flags.draft_tokens is not None,
+        "--top-k": flags.top_k > 0,
+        "--repetition-penalty": flags.repetition_penalty != 1,
+        "--target": flags.target != "dense",
+    }
+    if alone := [name for name, said in given.items() if said]:
+        raise CapreseError(f"{alone[0]} goes with --lossless")
 
-    Raises:
-        CapreseError: flags that do not go together.
-    """
+
+def _lossless(flags: Flags, tokenizer: Any) -> Any:
+    """What drafts and verifies, if that is asked for."""
     from caprese.inference.lossless import Lossless
 
     if not flags.lossless:
-        given = {
-            "--draft": flags.draft is not None,
-            "--draft-tokens": flags.draft_tokens is not None,
-            "--top-k": flags.top_k > 0,
-            "--repetition-penalty": flags.repetition_penalty != 1,
-            "--target": flags.target != "dense",
-        }
-        if alone := [name for name, said in given.items() if said]:
-            raise CapreseError(f"{alone[0]} goes with --lossless")
         return None
-    has_own = flags.adapter is not None or flags.method is not None
-    draft = make_draft(flags.draft, has_own, dtype=parse_quick(flags.dtype), device=flags.device)
+    draft = make_draft(flags.draft, tokenizer, dtype=parse_quick(flags.dtype), device=flags.device)
     return Lossless(draft, target=flags.target, tokens=flags.draft_tokens)
 
 

@@ -10,23 +10,34 @@ from caprese.errors import CapreseError
 EVERYDAY = "elsewhere"
 
 
-def make_draft(draft: str | None, has_own: bool, **how: Any) -> Any:
-    """Who drafts, as `Lossless` takes it.
+def check_draft(draft: str | None, has_own: bool) -> None:
+    """Raise CapreseError if nobody drafts.
 
     Args:
         has_own: whether an adapter or a method is on the model.
+    """
+    if draft in (None, "own") and not has_own:
+        raise CapreseError("--lossless needs a draft: --adapter, --method such as q8, --draft lookup, or --draft MODEL")
+
+
+def make_draft(draft: str | None, tokenizer: Any, **how: Any) -> Any:
+    """Who drafts, as `Lossless` takes it.
+
+    Args:
+        tokenizer: the target's; None is not compared.
         how: to load a draft model.
 
     Raises:
-        CapreseError: nobody.
+        CapreseError: a model that speaks other tokens, or none.
     """
     from caprese.models import load_base
 
-    if draft is None and not has_own:
-        raise CapreseError("--lossless needs a draft: --adapter, --method such as q8, --draft lookup, or --draft MODEL")
-    if draft in (None, "own"):
-        return "own"
-    return draft if draft == "lookup" else load_base(draft, **how)[0]
+    if draft in (None, "own", "lookup"):
+        return draft or "own"
+    model, other = load_base(draft, **how)
+    if tokenizer is not None and tokenizer.get_vocab() != other.get_vocab():
+        raise CapreseError(f"--draft {draft}: its tokenizer is not the model's; a draft has to share it")
+    return model
 
 
 def put_method(model: Any, method: str, sparsity: float | None = None, layers: Any = None, fused: bool = True) -> None:

@@ -26,7 +26,7 @@ from caprese.inference.lossless.drafts import Draft, Lookup, Other, Own
 from caprese.inference.lossless.loop import IsOver, Pair
 from caprese.inference.lossless.pace import Pace, Tally
 from caprese.inference.lossless.rules import Greedy, Rule, Sampling, processed
-from caprese.inference.lossless.side import Side
+from caprese.inference.lossless.side import Side, vocabulary
 from caprese.models import context_of, unwrap
 from caprese.models.cache import RoomyCache
 from caprese.models.private import needed
@@ -35,6 +35,8 @@ from caprese.models.private import needed
 _NOTHING_TO_SEE = ("use_cache", "logits_to_keep", "position_ids", "cache_position")
 # what it may be asked for and this does not give
 _NOT_GIVEN = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+# models of one tokenizer pad their vocabularies to different sizes (Qwen2.5: 151,936 and 152,064), by as much at most
+_PADDING = 128
 
 
 @dataclass
@@ -220,14 +222,14 @@ class Lossless:
 
     def _other(self, base: Any, model: nn.Module) -> Side:
         other: Any = unwrap(model)
-        if other.config.get_text_config().vocab_size != base.config.get_text_config().vocab_size:
-            raise CapreseError(
-                f"the draft has {other.config.get_text_config().vocab_size} tokens and the target "
-                f"{base.config.get_text_config().vocab_size}: they have to share a tokenizer"
-            )
-        if not applied_ffns(other):
-            return Side(other)
-        return Side(other, partial(drafting, other), partial(_prompted, other))
+        drafts, wanted = vocabulary(other), vocabulary(base)
+        if abs(drafts - wanted) > _PADDING:
+            raise CapreseError(f"the draft has {drafts} tokens and the target {wanted}: they have to share a tokenizer")
+        side = Side(other)
+        if applied_ffns(other):
+            side = Side(other, partial(drafting, other), partial(_prompted, other))
+        side.tokens = wanted if drafts != wanted else None
+        return side
 
 
 @contextmanager

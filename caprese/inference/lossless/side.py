@@ -36,6 +36,7 @@ class Side:
         real: which places of the cache hold tokens of their sequence, bool [B, S]; None where all do.
         lengths: how many do, [B].
         step: what runs the model in its place, such as its compiled form.
+        tokens: of the vocabulary that others speak, where the model's own is padded to another size; None is its own.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Side:
         self.lengths = torch.zeros(0, dtype=torch.long)
         self.marks: list[Any] | None = None
         self.step: Callable[..., Any] | None = None
+        self.tokens: int | None = None
 
     def begin(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Read the prompts, as far as they are not in the cache: ids [B, T] -> the logits [B, V] behind them.
@@ -74,7 +76,7 @@ class Side:
             )
         self.real = None if mask is None or bool(mask.all()) else mask.bool()
         self.lengths = torch.full((len(ids),), ids.shape[1]) if self.real is None else self.real.sum(1).cpu()
-        inputs: dict[str, Any] = {"input_ids": ids[:, past:]}
+        inputs: dict[str, Any] = {"input_ids": self._known(ids[:, past:])}
         if self.real is not None:
             positions = (self.real.long().cumsum(1) - 1).clamp(min=0)
             inputs |= {"attention_mask": self.real.long(), "position_ids": positions[:, past:]}
@@ -82,8 +84,18 @@ class Side:
             out = self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.cache = out.past_key_values
         self._check()
-        logits: torch.Tensor = out.logits[:, -1]
-        return logits
+        return self._fitted(out.logits[:, -1])
+
+    def _known(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids without those that only the others know, which no text holds."""
+        return ids if self.tokens is None else ids.where(ids < vocabulary(self.model), 0)
+
+    def _fitted(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] for the vocabulary that others speak; a token that the model does not know is never drawn."""
+        if self.tokens is None:
+            return logits
+        more = max(0, self.tokens - logits.shape[-1])
+        return nn.functional.pad(logits[..., : self.tokens], (0, more), value=-torch.inf)
 
     def _check(self) -> None:
         for layer in () if self.cache is None else getattr(self.cache, "layers", [self.cache]):
@@ -117,7 +129,8 @@ class Side:
 
     def read(self, ids: torch.Tensor, logits_to_keep: int = 0) -> torch.Tensor:
         """T more tokens of each sequence, ids [B, T] -> logits [B, T, V], or of the last tokens alone."""
-        inputs: dict[str, Any] = {"input_ids": ids} | ({"logits_to_keep": logits_to_keep} if logits_to_keep else {})
+        inputs: dict[str, Any] = {"input_ids": self._known(ids)}
+        inputs |= {"logits_to_keep": logits_to_keep} if logits_to_keep else {}
         if self.real is not None:
             self.real = torch.cat([self.real, self.real.new_ones(ids.shape)], 1)
             positions = self.lengths[:, None] + torch.arange(ids.shape[1])
@@ -127,7 +140,7 @@ class Side:
                 **inputs, past_key_values=self.cache, use_cache=True
             ).logits
         self.lengths = self.lengths + ids.shape[1]
-        return logits
+        return self._fitted(logits)
 
     def mark(self) -> None:
         """What is read from now on may be taken back."""
@@ -241,6 +254,12 @@ class Side:
         self.cache.batch_select_indices(rows.to(self.device))
         self.lengths = self.lengths[rows]
         self.real = None if self.real is None else self.real[rows.to(self.device)]
+
+
+def vocabulary(model: nn.Module) -> int:
+    """Tokens of a model, those that only pad its head included."""
+    config: Any = model.config
+    return int(config.get_text_config().vocab_size)
 
 
 def _gathered(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
