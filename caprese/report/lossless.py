@@ -24,6 +24,7 @@ def describe_lossless(result: dict[str, Any]) -> list[Any]:
         "pays from acceptance": "never" if even is None else f"{even:.2f}",
         "speed-up, predicted": f"{result['predicted']:.2f}x",
         "speed-up, measured": f"{result['measured']:.2f}x",
+        "adapting, down to none": "" if result["adapting"] is None else f"{result['adapting']:.2f}x",
         "dense, ms a token": f"{result['dense_ms']:.1f}",
         "lossless, ms a token": f"{result['lossless_ms']:.1f}",
         "the dense text": "" if result["identical"] is None else result["identical"],

@@ -38,7 +38,8 @@ def bench_lossless(
         rule: how tokens are taken.
 
     Returns: "draft_cost" and "verify_cost" (by tokens in the pass), over a dense step; "tokens" drafted a round,
-        "acceptance", "tokens_per_round"; speed-ups over dense: "predicted" from acceptance and these costs, "measured";
+        "acceptance", "tokens_per_round"; speed-ups over dense: "predicted" from acceptance and these costs, "measured",
+        and "adapting", where the number of drafts goes on to adapt, down to none (None if it was given);
         "break_even", the acceptance below which drafting does not pay here;
         "dense_ms" and "lossless_ms", of one token of each sequence; "identical", of the texts, None with draws.
 
@@ -49,33 +50,37 @@ def bench_lossless(
         raise CapreseError("lossless is measured on at least one prompt and 4 `new_tokens`")
     groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
     draft, verify = costs(model, lossless, groups[0], rule)
-    settled = lossless.pace
-    with bar("lossless", 2 * len(groups), "runs") as advance:
-        if lossless.tokens is None:
-            for group in groups[:_SETTLING]:
-                _run(lossless.decode(model, _padded(model, group), 2 * new_tokens, rule, _never))
-            lossless.pace = Pace(max((count for count in settled.choices if count), key=settled.speed))
-        total = {"dense": 0.0, "lossless": 0.0}
-        steps = {"dense": 0, "lossless": 0}
-        tally, same = Tally(), 0
-        for number, group in enumerate(groups):
-            texts = {}
-            for name in ("dense", "lossless") if number % 2 else ("lossless", "dense"):
-                if name == "dense":
-                    how = dense(model) if applied_ffns(model) else nullcontext()
-                    with how:
-                        tokens, seconds = _run(_plain(model, group, new_tokens, rule))
-                else:
-                    at = lossless.decode(model, _padded(model, group), new_tokens, rule, _never)
-                    tokens, seconds = _run(at)
-                    tally += lossless.tally
-                texts[name] = tokens
-                total[name] += seconds
-                steps[name] += sum(map(len, tokens.values())) - len(group)
-                advance(1)
-            same += sum(texts["dense"][row] == texts["lossless"][row] for row in texts["dense"])
-    lossless.pace = settled
-    return _figures(lossless, tally, total, steps, draft, verify) | {
+    adapting = lossless.pace
+    paces = {"lossless": adapting}
+    names = ["dense", "lossless"] + (["adapting"] if lossless.tokens is None else [])
+    tallies, same = {name: Tally() for name in names}, 0
+    total, steps = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
+    try:
+        with bar("lossless", len(names) * len(groups), "runs") as advance:
+            if lossless.tokens is None:
+                for group in groups[:_SETTLING]:
+                    _run(lossless.decode(model, _padded(model, group), 2 * new_tokens, rule, _never))
+                best = max((count for count in adapting.choices if count), key=adapting.speed)
+                paces = {"lossless": Pace(best), "adapting": adapting}
+            for number, group in enumerate(groups):
+                texts = {}
+                for name in names if number % 2 else reversed(names):
+                    if name == "dense":
+                        with dense(model) if applied_ffns(model) else nullcontext():
+                            tokens, seconds = _run(_plain(model, group, new_tokens, rule))
+                    else:
+                        lossless.pace = paces[name]
+                        tokens, seconds = _run(lossless.decode(model, _padded(model, group), new_tokens, rule, _never))
+                        tallies[name] += lossless.tally
+                    texts[name] = tokens
+                    total[name] += seconds
+                    steps[name] += sum(map(len, tokens.values())) - len(group)
+                    advance(1)
+                same += sum(all(text[row] == texts["dense"][row] for text in texts.values()) for row in texts["dense"])
+    finally:
+        lossless.pace = adapting
+    ms = {name: 1000 * total[name] / steps[name] for name in names}
+    return _figures(tallies["lossless"], ms, draft, verify) | {
         "identical": f"{same} of {len(prompts)}" if isinstance(rule, Greedy) else None,
         "prompts": len(prompts),
         "new_tokens": new_tokens,
@@ -83,20 +88,11 @@ def bench_lossless(
     }
 
 
-def _figures(
-    lossless: Lossless,
-    tally: Tally,
-    total: dict[str, float],
-    steps: dict[str, int],
-    draft: float,
-    verify: dict[int, float],
-) -> dict[str, Any]:
-    per_token = {name: 1000 * total[name] / steps[name] for name in total}
+def _figures(tally: Tally, ms: dict[str, float], draft: float, verify: dict[int, float]) -> dict[str, Any]:
     count = max(tally.by_count, key=lambda k: tally.by_count[k], default=0)
     figures = tally.figures()
-    acceptance = figures["acceptance"]
     # rounds near an end draft fewer: each as many as it did
-    a = min(acceptance or 0.0, 1 - 1e-9)
+    a = min(figures["acceptance"] or 0.0, 1 - 1e-9)
     tokens = sum(n * expected(a, k) for k, n in tally.by_count.items())
     time = sum(n * (k * draft + interp(k + 1, [*verify], [*verify.values()])) for k, n in tally.by_count.items())
     return {
@@ -106,9 +102,10 @@ def _figures(
         "verify_cost": {str(width): cost for width, cost in verify.items()},
         "break_even": _break_even(draft, verify),
         "predicted": float(tokens / time),
-        "measured": per_token["dense"] / per_token["lossless"],
-        "dense_ms": per_token["dense"],
-        "lossless_ms": per_token["lossless"],
+        "measured": ms["dense"] / ms["lossless"],
+        "adapting": ms["dense"] / ms["adapting"] if "adapting" in ms else None,
+        "dense_ms": ms["dense"],
+        "lossless_ms": ms["lossless"],
     }
 
 
