@@ -53,10 +53,10 @@ def test_bench(tiny_dir: Path, tmp_path: Path) -> None:
     found = made("bench", "--lossless", *flags, "--method", "q8", *more)
     assert found["identical"] == "2 of 2" and found["tokens"] >= 1 and found["adapting"] > 0
     assert found == json.loads((tmp_path / "out" / "lossless.json").read_text())
-    set_ = made(
+    fixed = made(
         "bench", "--lossless", *flags, "--draft", "lookup", "--draft-tokens", "2", "--new-tokens", "8", "--json"
     )
-    assert set_["adapting"] is None and set_["identical"] == "2 of 2"
+    assert fixed["adapting"] is None and fixed["identical"] == "2 of 2"
     code, out, said = run("bench", "--lossless", *flags, "--method", "q8", "--new-tokens", "8")
     assert code == 0 and "speed-up, measured" in said + out and "adapting, down to none" in said + out
 

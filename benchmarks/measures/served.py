@@ -23,7 +23,6 @@ from typing import Any
 from caprese.errors import CapreseError
 from caprese.studies.engines import find_vllm
 
-ENGINES = ("llama.cpp", "vllm")
 # seconds until a server answers, and until it has written a text
 _START, _TEXT = 600, 300
 _VLLM_COUNTS = {"drafted": "num_draft_tokens", "accepted": "num_accepted_tokens"}
