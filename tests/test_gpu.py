@@ -1,4 +1,5 @@
-"""On a GPU: every form of a fused step gives what unfused gives, compiled with CUDA graphs too; hybrids as on a CPU."""
+"""On a GPU: every form of a fused step gives what unfused gives, compiled with CUDA graphs too; hybrids as on a CPU;
+lossless generation the dense model's text."""
 
 from __future__ import annotations
 
@@ -105,3 +106,64 @@ def test_a_hybrid_is_as_on_a_cpu(keep: float) -> None:
         caprese.apply(model, caprese.Mamba(keep_attention=keep))
         answers.append(answer(model.to(device), prompts(2).to(device))[1].cpu())
     assert (answers[0] - answers[1]).abs().max() <= 1e-3 * answers[0].abs().max()
+
+
+DRAFTS = {
+    "griffin": [caprese.Griffin(sparsity=0.3)],
+    "cats": [caprese.Cats(sparsity=0.5)],
+    "q8": [caprese.Q8(head=True)],
+    "griffin + q4": [caprese.Griffin(sparsity=0.3), caprese.Q4()],
+    "hybrid": [caprese.Mamba(keep_attention=[1])],
+    "pure, sparse": [caprese.Mamba(keep_attention=0), caprese.Griffin(sparsity=0.5)],
+}
+
+
+def lossless_case(name: str) -> tuple[Any, Any]:
+    """The dense model, and the same with what drafts on it."""
+    shape = {"hidden_size": 64, "intermediate_size": 128, "eos_token_id": None}
+    model = tiny_llama(**shape).cuda()
+    model = caprese.apply(model, DRAFTS[name])
+    if name not in ("hybrid", "pure, sparse"):
+        caprese.fuse(recovered(model, 4, 0.02))
+    return tiny_llama(**shape).cuda(), model
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("name", DRAFTS)
+def test_lossless_is_dense(name: str, batch: int) -> None:
+    plain, model = lossless_case(name)
+    lossless = caprese.Lossless(tokens=4)
+    for seed in (1, 2):
+        ids = prompts(batch).roll(seed, 1)
+        tokens = answer(plain, ids)[0]
+        got = model.generate(ids, custom_generate=lossless, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        assert torch.equal(got, tokens)
+    assert lossless.tally.drafted
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.0])
+def test_the_text_of_a_hybrid_is_its_own(keep: float) -> None:
+    """Verified on its recurrent states, by replay: batches accept their own numbers of tokens."""
+    shape = {"num_hidden_layers": 2, "eos_token_id": None}
+    plain = caprese.apply(tiny_llama(**shape).cuda(), caprese.Mamba(keep_attention=keep))
+    model = tiny_llama(**shape).cuda()
+    caprese.apply(model, [caprese.Mamba(keep_attention=keep), caprese.Griffin(sparsity=0.4)])
+    lossless = caprese.Lossless(target="hybrid", tokens=4)
+    ids = prompts(4)
+    tokens = answer(plain, ids)[0]
+    got = model.generate(ids, custom_generate=lossless, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert torch.equal(got, tokens) and lossless.tally.drafted
+
+
+@pytest.mark.parametrize("name", ["griffin", "cats", "q8", "griffin + q4"])
+def test_compiled_lossless_is_dense(name: str) -> None:
+    """In CUDA graphs, one for each width of a pass: the KV cache of the first prompt serves the second."""
+    torch.compiler.reset()
+    plain, model = lossless_case(name)
+    lossless = caprese.Lossless(tokens=3, compiled=True)
+    for seed in (1, 2):
+        ids = prompts(1).roll(seed, 1)
+        tokens = answer(plain, ids)[0]
+        got = model.generate(ids, custom_generate=lossless, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        assert torch.equal(got, tokens)
+    assert lossless.tally.drafted

@@ -121,7 +121,8 @@ def generate(
         elif len(rows) < len(logits):  # what those that ended are fed is read by nobody
             new = new.new_zeros(len(logits)).index_put((places,), new)
         batch.length += 1
-        logits = (step or base)(**batch.inputs(new[:, None]), past_key_values=cache, use_cache=True).logits[:, -1]
+        inputs = batch.inputs(new[:, None], whole=step is not None)
+        logits = (step or base)(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
 
 
 class _Batch:
@@ -142,13 +143,18 @@ class _Batch:
         """Follow sequences that are repeated or leave."""
         self.padding = None if self.padding is None else change(self.padding)
 
-    def inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Of a pass over the last `ids` [B, T] of `length` tokens."""
+    def inputs(self, ids: torch.Tensor, whole: bool = False) -> dict[str, torch.Tensor]:
+        """Of a pass over the last `ids` [B, T] of `length` tokens.
+
+        Args:
+            whole: the mask is of all tokens there may be, so that every pass of a compiled step is of one shape.
+        """
         if self.padding is None:
             return {"input_ids": ids}
         places = self.places[: self.length]
         positions = (places[-ids.shape[1] :] - self.padding).clamp(min=0)
-        return {"input_ids": ids, "attention_mask": (places >= self.padding).long(), "position_ids": positions}
+        real = ((self.places if whole else places) >= self.padding).long()
+        return {"input_ids": ids, "attention_mask": real, "position_ids": positions}
 
 
 def completions(steps: Iterable[NewTokens], count: int) -> list[list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -49,7 +49,9 @@ def bench_lossless(
     if not prompts or new_tokens < 4:
         raise CapreseError("lossless is measured on at least one prompt and 4 `new_tokens`")
     groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
-    draft, verify = costs(model, lossless, groups[0], rule)
+    # what is compiled is compiled for one static cache, so the first run makes it as long as any wants it
+    room = max(map(len, prompts)) + 2 * new_tokens + max(CHOICES) + 1
+    draft, verify = costs(model, lossless, groups[0], rule, room)
     adapting = lossless.pace
     paces = {"lossless": adapting}
     names = ["dense", "lossless"] + (["adapting"] if lossless.tokens is None else [])
@@ -57,6 +59,8 @@ def bench_lossless(
     total, steps = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
     try:
         with bar("lossless", len(names) * len(groups), "runs") as advance:
+            if lossless.compiled:
+                _run(_plain(model, lossless, groups[0], new_tokens, rule))
             if lossless.tokens is None:
                 for group in groups[:_SETTLING]:
                     _run(lossless.decode(model, _padded(model, group), 2 * new_tokens, rule, _never))
@@ -66,8 +70,7 @@ def bench_lossless(
                 texts = {}
                 for name in names if number % 2 else reversed(names):
                     if name == "dense":
-                        with dense(model) if applied_ffns(model) else nullcontext():
-                            tokens, seconds = _run(_plain(model, group, new_tokens, rule))
+                        tokens, seconds = _run(_plain(model, lossless, group, new_tokens, rule))
                     else:
                         lossless.pace = paces[name]
                         tokens, seconds = _run(lossless.decode(model, _padded(model, group), new_tokens, rule, _never))
@@ -111,16 +114,21 @@ def _figures(tally: Tally, ms: dict[str, float], draft: float, verify: dict[int,
 
 @torch.no_grad()
 def costs(
-    model: nn.Module, lossless: Lossless, prompts: Sequence[Sequence[int]], rule: Rule
+    model: nn.Module, lossless: Lossless, prompts: Sequence[Sequence[int]], rule: Rule, room: int
 ) -> tuple[float, dict[int, float]]:
-    """One drafted token, and verifying passes by their tokens, over a dense step."""
+    """One drafted token, and verifying passes by their tokens, over a dense step.
+
+    Args:
+        room: tokens that a static cache is made for.
+    """
     ids, mask = _padded(model, prompts)
-    target, draft = lossless.sides(model)
+    pair = lossless.pair(model, rule, (len(ids), room))
+    target, draft = pair.target, pair.draft
     with lossless.around(model):
         target.begin(ids, mask)
         draft.begin(ids, mask)
         texts = [[*row, row[-1]] for row in ids.tolist()]
-        widths = [1, *(count + 1 for count in CHOICES if count)]
+        widths = [count + 1 for count in lossless.pace.choices]
         widths = [w for w in widths if target.narrowest is None or w <= target.narrowest]
         times: dict[int, list[float]] = {width: [] for width in widths}
         drafting: list[float] = []
@@ -155,8 +163,10 @@ def _padded(model: nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[torch.T
     return ids, mask
 
 
-def _plain(model: nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int, rule: Rule) -> Any:
-    """The dense model's own loop, with the same rule."""
+def _plain(
+    model: nn.Module, lossless: Lossless, prompts: Sequence[Sequence[int]], new_tokens: int, rule: Rule
+) -> Iterator[NewTokens]:
+    """The dense model's own loop, with the same rule; compiled where lossless is."""
     texts = [list(prompt) for prompt in prompts]
 
     def take(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -165,14 +175,17 @@ def _plain(model: nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int, 
             texts[row].append(token)
         return new
 
-    return generate(unwrap(model), prompts, new_tokens, take)
+    cache = step = None
+    if lossless.compiled:
+        cache, step = lossless.compiled_step(model, (len(prompts), max(map(len, prompts)) + new_tokens))
+    with dense(model) if applied_ffns(model) else nullcontext():
+        yield from generate(unwrap(model), prompts, new_tokens, take, cache=cache, step=step)
 
 
-def _run(steps: Any) -> tuple[dict[int, list[int]], float]:
+def _run(steps: Iterator[NewTokens]) -> tuple[dict[int, list[int]], float]:
     """The tokens of each sequence, and the seconds from the first to the last of them."""
     tokens: dict[int, list[int]] = {}
     moments: list[float] = []
-    new: NewTokens
     for new in steps:
         moments.append(new.moment)
         for row, token in zip(new.rows.tolist(), new.ids.tolist(), strict=True):

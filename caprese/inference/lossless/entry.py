@@ -7,7 +7,7 @@ already (`assistant_model=`), it works on applied models too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,6 +37,8 @@ _NOTHING_TO_SEE = ("use_cache", "logits_to_keep", "position_ids", "cache_positio
 _NOT_GIVEN = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 # models of one tokenizer pad their vocabularies to different sizes (Qwen2.5: 151,936 and 152,064), by as much at most
 _PADDING = 128
+# static caches are made for a multiple of so many tokens
+_LENGTHS = 128
 
 
 @dataclass
@@ -56,8 +58,8 @@ class Lossless:
             never.
         streamer: is given each token, as `generate` would give it.
         generator: of draws; None is torch's own.
-        compiled: run the target's passes compiled, and those of its own draft, with a static cache and few numbers of
-            drafts to choose among; each is compiled once.
+        compiled: run the target's passes compiled, and those of its own draft, with few numbers of drafts to choose
+            among and one static cache for all generations it is long enough for; each number is compiled once.
 
     Raises:
         CapreseError: a setting that does not fit; when it runs, a model that nothing is applied to, or caches and
@@ -72,6 +74,7 @@ class Lossless:
     generator: torch.Generator | None = None
     compiled: bool = False
     pace: Pace = field(init=False)
+    _static: tuple[Any, StaticCache] | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
         named = self.draft in ("own", "lookup") if isinstance(self.draft, str) else hasattr(self.draft, "config")
@@ -119,7 +122,7 @@ class Lossless:
         width, texts = input_ids.shape[1], input_ids.tolist()
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
-        pair = self._pair(model, rule, limit, cache, leave=False)
+        pair = self.pair(model, rule, (len(input_ids), limit), cache, leave=False)
         stops = partial(_stops, stopping_criteria, input_ids.device)
         mask = None if mask is None else mask[:, :width]
         for new in self._steps(model, pair.decode(input_ids, mask, max(1, limit - width), stops)):
@@ -147,26 +150,49 @@ class Lossless:
         is_over: IsOver,
     ) -> Iterator[NewTokens]:
         """The tokens as they come; see `loop.Pair`."""
-        pair = self._pair(model, rule, prompts[0].shape[1] + max_new_tokens)
+        ids = prompts[0]
+        pair = self.pair(model, rule, (len(ids), ids.shape[1] + max_new_tokens))
         yield from self._steps(model, pair.decode(*prompts, max_new_tokens, is_over))
 
-    def _pair(self, model: nn.Module, rule: Rule, room: int, cache: Any = None, leave: bool = True) -> Pair:
-        """Who is at work now.
+    def pair(self, model: nn.Module, rule: Rule, size: tuple[int, int], cache: Any = None, leave: bool = True) -> Pair:
+        """Who is at work on a batch; nothing is read yet.
 
         Args:
-            room: tokens that a static cache is made for.
+            size: sequences, and the most tokens that one may come to.
+
+        Raises:
+            CapreseError: see `Lossless`.
         """
         self.pace.tally = Tally()
         base: Any = unwrap(model)
-        if self.compiled and cache is None:
-            cache = StaticCache(config=base.config, max_cache_len=room)
-        target, draft = self.sides(base, cache)
+        room, step = size[1], None
         if self.compiled:
-            target.step = needed(base, "get_compiled_call")(None)
+            own, step = self.compiled_step(base, size)
+            cache = own if cache is None else cache
+        target, draft = self.sides(base, cache)
+        target.step = step
         if isinstance(draft, Other) and room > (most := context_of(draft.side.model) or room):
             raise CapreseError(f"the draft's context is {most} tokens, and {room} are asked for")
         every = self._every(base) if applied_ffns(base) else None
         return Pair(target, draft, rule, self.pace, every, leave)
+
+    def compiled_step(self, model: nn.Module, size: tuple[int, int]) -> tuple[StaticCache, Callable[..., Any]]:
+        """An empty static cache for so many sequences and tokens, and what runs the model compiled on it.
+
+        The cache of the last generation comes back empty, if it is long enough: another one is compiled for anew.
+        """
+        base: Any = unwrap(model)
+        step = needed(base, "get_compiled_call")(None)
+        batch, tokens = size
+        of = (batch, base.config, base.dtype, base.device)
+        if self._static is not None and self._static[0] == of:
+            cache = self._static[1]
+            if all(layer.get_max_length() >= tokens for layer in cache.layers):
+                cache.reset()
+                return cache, step
+        cache = StaticCache(config=base.config, max_cache_len=-(-tokens // _LENGTHS) * _LENGTHS)
+        self._static = of, cache
+        return cache, step
 
     def _steps(self, model: nn.Module, steps: Iterator[NewTokens]) -> Iterator[NewTokens]:
         """What is around a step holds for it alone: others may run the model between two of them."""

@@ -134,13 +134,19 @@ class Side:
         if self.real is not None:
             self.real = torch.cat([self.real, self.real.new_ones(ids.shape)], 1)
             positions = self.lengths[:, None] + torch.arange(ids.shape[1])
-            inputs |= {"attention_mask": self.real.long(), "position_ids": positions.to(self.device)}
+            inputs |= {"attention_mask": self._mask(ids.shape[1]), "position_ids": positions.to(self.device)}
         with self.how():
             logits: torch.Tensor = (self.step or self.model)(
                 **inputs, past_key_values=self.cache, use_cache=True
             ).logits
         self.lengths = self.lengths + ids.shape[1]
         return self._fitted(logits)
+
+    def _mask(self, new: int) -> torch.Tensor:
+        """Which places hold tokens, `new` ones included, [B, S]; of a static cache all: one shape compiles once."""
+        assert self.real is not None
+        room = self.room
+        return nn.functional.pad(self.real.long(), (0, 0 if room is None else room - new))
 
     def mark(self) -> None:
         """What is read from now on may be taken back."""
