@@ -119,6 +119,22 @@ def test_flags_override_the_recipe(tiny_dir):
     assert plan["estimated_total_seconds"] > 0
 
 
+@pytest.mark.parametrize(
+    ("flags", "prefill", "objective"),
+    [
+        ([], "dense", "kl"),
+        (["--for", "export", "--method", "static:0.3"], "efficient", "kl"),
+        (["--for", "lossless"], "dense", "tv"),
+        (["--for", "lossless", "--objective", "kl"], "dense", "kl"),
+    ],
+)
+def test_what_an_adapter_is_for_says_how_it_is_made(tiny_dir, monkeypatch, flags, prefill, objective):
+    made = []
+    monkeypatch.setattr("caprese.plan.plan", lambda config, recipe: made.append(recipe) or {})
+    call("recover", "--model", str(tiny_dir), *flags, "--dry-run", "--json")
+    assert (made[0].prefill, made[0].end_to_end.objective) == (prefill, objective)
+
+
 def test_dry_run_counts_what_the_run_counts(tiny_dir, adapter):
     plan = json.loads(call("recover", "--model", str(tiny_dir), "--rank", "4", "--dry-run", "--json"))
     report = json.loads((adapter / "report.json").read_text())

@@ -310,6 +310,32 @@ def test_static_caches(method):
     assert written(out, longest - 24, [24] * 4) == right
 
 
+def test_what_is_compiled_sees_few_shapes(monkeypatch):
+    """One static cache for all generations that it is long enough for, and masks over all of it: nothing is compiled for
+    a prompt, or for a token."""
+    model = tiny_llama(eos_token_id=None)
+    right = [alone(model, prompt, max_new_tokens=12) for prompt in PROMPTS]
+    caprese.apply(model, caprese.Griffin(sparsity=0.3))
+    seen = set()
+
+    def step(**inputs):
+        seen.add((*inputs["input_ids"].shape, inputs["attention_mask"].shape[1], id(inputs["past_key_values"])))
+        return model(**inputs)
+
+    monkeypatch.setattr(model, "get_compiled_call", lambda _: step)
+    lossless = caprese.Lossless(tokens=2, compiled=True)
+    how = {"custom_generate": lossless, "do_sample": False, "max_new_tokens": 12}
+    for group in ([0, 1], [1, 2], [2, 3]):
+        batch = batch_of([PROMPTS[i] for i in group])
+        out = model.generate(**batch, **how)
+        assert written(out, batch["input_ids"].shape[1], [12] * 2) == [right[i] for i in group]
+    assert {(batch, tokens) for batch, tokens, *_ in seen} == {(2, 1), (2, 3)} and len(seen) == 2
+    given_away = model.generate(**batch, **how, return_dict_in_generate=True).past_key_values
+    assert lossless.compiled_step(model, (2, 20))[0] is not given_away
+    assert lossless.compiled_step(model, (2, 20))[0] is lossless.compiled_step(model, (2, 100))[0]
+    assert lossless.compiled_step(model, (2, 200))[0] is not lossless.compiled_step(model, (1, 200))[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [None, caprese.Griffin(sparsity=0.3)])
 def test_compiled(method):

@@ -16,7 +16,6 @@ import torch
 import caprese
 from caprese.commands.pair import some_prompts
 
-pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 # what the engine's own sums may miss the largest logit by, of the largest
 WITHIN = {"llama.cpp": 1e-4, "vllm": 2 * 2**-7}
@@ -60,6 +59,7 @@ def _is_likeliest(model: Any, prompt: list[int], text: list[int], within: float)
     assert float(((logits.amax(-1) - found) / found.abs()).max()) < within
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", WITHIN)
 def test_an_exported_draft(engine, smollm2, measures, monkeypatch, tmp_path):
     speculation, served = measures

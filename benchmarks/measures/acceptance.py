@@ -19,23 +19,12 @@ from caprese.distill import Branches, EndToEnd, HeldOut, Layerwise, Teacher, mak
 from caprese.distill.fit import fit_end_to_end, fit_layers
 from caprese.distill.losses import total_variation
 from caprese.efficient_methods import calibrate, needs_calibration
-from caprese.evaluation import environment, fidelity
+from caprese.evaluation import fidelity
+from measures import Once
 
 
-class Measure:
+class Measure(Once):
     """Holds one model and its texts, and takes cells one by one."""
-
-    def __init__(self) -> None:
-        self.known: dict[str, Any] = {}
-
-    def _once(self, name: str, make: Any) -> Any:
-        if name not in self.known:
-            self.known[name] = make()
-        return self.known[name]
-
-    def environment(self) -> dict[str, Any]:
-        """What the figures are measured on."""
-        return environment(self.known["model"][0])
 
     def _texts(self, cell: dict[str, Any], split: str, text: str) -> list[Sample]:
         model, tokenizer = self.known["model"]
@@ -51,9 +40,9 @@ class Measure:
         return [Sample([*p.ids, *new], len(p.ids), p.text, "", p.answer) for p, new in pairs if len(new) > 2]
 
     def __call__(self, cell: dict[str, Any]) -> dict[str, Any]:
-        model, _ = self._once("model", lambda: caprese.load_base(cell["model"]))
+        model, _ = self.once("model", lambda: caprese.load_base(cell["model"]))
         texts = {
-            (split, text): self._once(f"{split} {text}", lambda s=split, t=text: self._texts(cell, s, t))
+            (split, text): self.once(f"{split} {text}", lambda s=split, t=text: self._texts(cell, s, t))
             for split in ("train", "test", "elsewhere")
             for text in ("sampled", "greedy")
         }

@@ -22,10 +22,11 @@ from caprese.data_gen import Sample, Samples, complete, load_prompts, read_shard
 from caprese.distill import Branches, Checkpoints, EndToEnd, HeldOut, Layerwise, Teacher, make_batches
 from caprese.distill.fit import fit_end_to_end, fit_layers
 from caprese.efficient_methods import applied_ffns, calibrate, needs_calibration, reselection
-from caprese.evaluation import environment, fidelity
+from caprese.evaluation import fidelity
 from caprese.evaluation.accuracy import Marker
 from caprese.evaluation.estimators import interval
 from caprese.models import count_parameters, encode_prompt
+from measures import Once
 from measures.lora import PARTS, LoraFFN, lora_size
 
 
@@ -63,28 +64,16 @@ class Answers:
         }
 
 
-class Measure:
+class Measure(Once):
     """Holds one model, its samples and its problems, and takes cells one by one."""
 
-    def __init__(self) -> None:
-        self.known: dict[str, Any] = {}
-
-    def _once(self, name: str, make: Any) -> Any:
-        if name not in self.known:
-            self.known[name] = make()
-        return self.known[name]
-
-    def environment(self) -> dict[str, Any]:
-        """What the figures are measured on."""
-        return environment(self.known["model"][0])
-
     def __call__(self, cell: dict[str, Any]) -> dict[str, Any]:
-        model, tokenizer = self._once("model", lambda: caprese.load_base(cell["model"]))
+        model, tokenizer = self.once("model", lambda: caprese.load_base(cell["model"]))
         train, validation, test = (
-            self._once(split, lambda split=split: read_samples(cell["samples"], split))
+            self.once(split, lambda split=split: read_samples(cell["samples"], split))
             for split in ("train", "validation", "test")
         )
-        answers = self._once("answers", lambda: Answers(tokenizer, cell["problems"])) if cell["problems"] else None
+        answers = self.once("answers", lambda: Answers(tokenizer, cell["problems"])) if cell["problems"] else None
         methods = caprese.resolve_recipe(method=cell["method"]).methods
         train = train[: cell["count"]]
         calibration = None
@@ -109,7 +98,7 @@ class Measure:
                         row["reselection"] = figures(applied)
             if answers:
                 with caprese.dense(applied):
-                    row["dense"] = self._once("dense", lambda: answers.of(applied))
+                    row["dense"] = self.once("dense", lambda: answers.of(applied))
         finally:
             caprese.remove(applied)
         return row

@@ -15,7 +15,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ def serve(
     """A server that is up.
 
     Args:
+        engine: llama.cpp or vllm.
         target: a GGUF, or a checkpoint with its tokenizer.
         draft: the same, "lookup" for the engine's own look-up in the text, or None.
         tokens: drafted a round.
@@ -53,13 +54,14 @@ def serve(
     Raises:
         CapreseError: the engine is not here, or its server ends, with what it said last.
     """
+    command_of, server = _ENGINES[engine]
     port = _free_port()
-    command = (_llama if engine == "llama.cpp" else _vllm)(target, draft, tokens, port, quick)
+    command = command_of(target, draft, tokens, port, quick)
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             _wait(process, port, said)
-            yield (_LlamaServer if engine == "llama.cpp" else _VllmServer)(port)
+            yield server(port)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, 9)
@@ -148,6 +150,12 @@ class _VllmServer(Server):
             numbers = re.findall(rf"^vllm:spec_decode_{counted}_total\{{[^}}]*\}} (\S+)$", page, re.MULTILINE)
             found[name] = sum(map(float, numbers))
         return found
+
+
+_ENGINES: dict[str, tuple[Callable[..., list[str]], type[Server]]] = {
+    "llama.cpp": (_llama, _LlamaServer),
+    "vllm": (_vllm, _VllmServer),
+}
 
 
 def _free_port() -> int:

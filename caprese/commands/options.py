@@ -37,6 +37,7 @@ MADE_FOR: dict[str, dict[str, Any]] = {
     "caprese": {"prefill": "dense", "alternatives": ()},
     "export": {"prefill": "efficient", "alternatives": ()},
     "speed": {"prefill": "dense", "alternatives": "default"},
+    "lossless": {"prefill": "dense", "alternatives": (), "end_to_end.objective": "tv"},
 }
 
 

@@ -82,11 +82,11 @@ class Flags:
         int | None, typer.Option(help="Generated tokens after which the choice is made anew.", rich_help_panel=METHOD)
     ] = None
     made_for: Annotated[
-        Literal["caprese", "export", "speed"] | None,
+        Literal["caprese", "export", "speed", "lossless"] | None,
         typer.Option(
             "--for",
             help="caprese (prompts dense); export: any engine, prompts through what is left; speed: the methods that "
-            "are fastest here within --target-kl, measured.",
+            "are fastest here within --target-kl, measured; lossless: drafts, trained on how often they are accepted.",
             rich_help_panel=METHOD,
         ),
     ] = None
@@ -160,7 +160,8 @@ def recover(flags: Flags) -> None:
     from caprese.report.tables import describe_recovery, figures_table
 
     overrides: dict[str, Any] = {}
-    for path, value in {
+    made_for = {} if flags.made_for is None else MADE_FOR[flags.made_for]
+    given = {
         "method": flags.method,
         "sparsity": parse_sparsity(flags.sparsity),
         "target_kl": flags.target_kl,
@@ -169,7 +170,6 @@ def recover(flags: Flags) -> None:
         "shared_choice": flags.shared_choice,
         "keep_attention": parse_keep_attention(flags.keep_attention),
         "reselect_every": flags.reselect_every,
-        **({} if flags.made_for is None else MADE_FOR[flags.made_for]),
         "layers": parse_layers(flags.layers),
         "rank": parse_rank(flags.rank),
         "bias": flags.bias,
@@ -186,7 +186,8 @@ def recover(flags: Flags) -> None:
         "revision": flags.revision,
         "dtype": flags.dtype,
         "device": flags.device,
-    }.items():
+    }
+    for path, value in (*made_for.items(), *given.items()):
         _set(overrides, path, value)
     resolved = resolve_recipe(flags.recipe, flags.model, **overrides)
     if resolved.model is None:

@@ -21,8 +21,8 @@ from caprese.inference.lossless.rules import Rule
 from caprese.models import device_of, unwrap
 from caprese.progress import bar
 
-# Each cost is the median of so many, taken in turn.
-_TIMES = 7
+# Each cost is the median of so many, taken in turn: before the first prompts (which compile and pack), before others.
+_FIRST, _LATER = 7, 2
 # Groups of prompts, at most, on which the number of drafts settles before it is measured.
 _SETTLING = 2
 
@@ -51,7 +51,7 @@ def bench_lossless(
     groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
     # what is compiled is compiled for one static cache, so the first run makes it as long as any wants it
     room = max(map(len, prompts)) + 2 * new_tokens + max(CHOICES) + 1
-    draft, verify = costs(model, lossless, groups[0], rule, room)
+    known = [costs(model, lossless, groups[0], rule, room, _FIRST)]
     adapting = lossless.pace
     paces = {"lossless": adapting}
     names = ["dense", "lossless"] + (["adapting"] if lossless.tokens is None else [])
@@ -65,8 +65,11 @@ def bench_lossless(
                 for group in groups[:_SETTLING]:
                     _run(lossless.decode(model, _padded(model, group), 2 * new_tokens, rule, _never))
                 best = max((count for count in adapting.choices if count), key=adapting.speed)
-                paces = {"lossless": Pace(best), "adapting": adapting}
+                paces = {"lossless": Pace(best, lossless.compiled), "adapting": adapting}
             for number, group in enumerate(groups):
+                if number:  # a machine's speed drifts, and these are compared with what is measured below
+                    lossless.pace = adapting
+                    known.append(costs(model, lossless, group, rule, room, _LATER))
                 texts = {}
                 for name in names if number % 2 else reversed(names):
                     if name == "dense":
@@ -82,6 +85,8 @@ def bench_lossless(
                 same += sum(all(text[row] == texts["dense"][row] for text in texts.values()) for row in texts["dense"])
     finally:
         lossless.pace = adapting
+    draft = statistics.median(cost for cost, _ in known)
+    verify = {width: statistics.median(costs[width] for _, costs in known) for width in known[0][1]}
     ms = {name: 1000 * total[name] / steps[name] for name in names}
     return _figures(tallies["lossless"], ms, draft, verify) | {
         "identical": f"{same} of {len(prompts)}" if isinstance(rule, Greedy) else None,
@@ -114,12 +119,13 @@ def _figures(tally: Tally, ms: dict[str, float], draft: float, verify: dict[int,
 
 @torch.no_grad()
 def costs(
-    model: nn.Module, lossless: Lossless, prompts: Sequence[Sequence[int]], rule: Rule, room: int
+    model: nn.Module, lossless: Lossless, prompts: Sequence[Sequence[int]], rule: Rule, room: int, times: int
 ) -> tuple[float, dict[int, float]]:
     """One drafted token, and verifying passes by their tokens, over a dense step.
 
     Args:
         room: tokens that a static cache is made for.
+        times: of which each is the median, behind a first that is not counted.
     """
     ids, mask = _padded(model, prompts)
     pair = lossless.pair(model, rule, (len(ids), room))
@@ -130,9 +136,9 @@ def costs(
         texts = [[*row, row[-1]] for row in ids.tolist()]
         widths = [count + 1 for count in lossless.pace.choices]
         widths = [w for w in widths if target.narrowest is None or w <= target.narrowest]
-        times: dict[int, list[float]] = {width: [] for width in widths}
+        reading: dict[int, list[float]] = {width: [] for width in widths}
         drafting: list[float] = []
-        for _ in range(_TIMES + 1):
+        for _ in range(times + 1):
             begin = clock(target.device)
             draft.propose(texts, 4, rule)
             drafting.append((clock(target.device) - begin) / 4)
@@ -142,9 +148,9 @@ def costs(
                 with target.ahead():
                     begin = clock(target.device)
                     target.read(new)
-                    times[width].append(clock(target.device) - begin)
-    step = statistics.median(times[1][1:])
-    return statistics.median(drafting[1:]) / step, {w: statistics.median(t[1:]) / step for w, t in times.items()}
+                    reading[width].append(clock(target.device) - begin)
+    step = statistics.median(reading[1][1:])
+    return statistics.median(drafting[1:]) / step, {w: statistics.median(t[1:]) / step for w, t in reading.items()}
 
 
 def _break_even(draft: float, verify: dict[int, float]) -> float | None:

@@ -59,7 +59,8 @@ class Lossless:
         streamer: is given each token, as `generate` would give it.
         generator: of draws; None is torch's own.
         compiled: run the target's passes compiled, and those of its own draft, with few numbers of drafts to choose
-            among and one static cache for all generations it is long enough for; each number is compiled once.
+            among, each of which is compiled once, and in place of an empty dynamic cache a static one, for all
+            generations that it is long enough for.
 
     Raises:
         CapreseError: a setting that does not fit; when it runs, a model that nothing is applied to, or caches and
@@ -116,8 +117,11 @@ class Lossless:
         rule: Rule = Greedy(scores)
         if getattr(generation_config, "do_sample", False):
             rule = Sampling(scores or _as_they_are, self.generator)
-        if type(cache) is DynamicCache and not cache.get_seq_length():  # the caller's own, to be written in place
-            cache.layers = RoomyCache(model.config).layers
+        if type(cache) is DynamicCache and not cache.get_seq_length():  # made by `generate`, or the caller's own
+            if self.compiled:
+                cache = None
+            else:
+                cache.layers = RoomyCache(model.config).layers
         limit = getattr(generation_config, "max_length", None) or 10**9
         width, texts = input_ids.shape[1], input_ids.tolist()
         if self.streamer is not None:
@@ -139,6 +143,7 @@ class Lossless:
         pair.target.settle(longest - 1)  # as it lies after any other generation
         if not getattr(generation_config, "return_dict_in_generate", False):
             return out
+        self._static = None  # who has it may go on with it
         return GenerateDecoderOnlyOutput(sequences=out, past_key_values=pair.target.cache)
 
     def decode(
