@@ -311,8 +311,8 @@ def test_static_caches(method):
 
 
 def test_what_is_compiled_sees_few_shapes(monkeypatch):
-    """One static cache for all generations that it is long enough for, and masks over all of it: nothing is compiled for
-    a prompt, or for a token."""
+    """One static cache for all generations that it is long enough for, and masks over all of it: nothing is compiled
+    for a prompt, or for a token."""
     model = tiny_llama(eos_token_id=None)
     right = [alone(model, prompt, max_new_tokens=12) for prompt in PROMPTS]
     caprese.apply(model, caprese.Griffin(sparsity=0.3))
@@ -499,17 +499,17 @@ def test_it_drafts_as_many_as_pay():
 
 @pytest.mark.parametrize(("a", "c", "v"), [(0.3, 0.3, 1.3), (0.0, 0.5, 1.0), (0.6, 0.9, 1.2), (0.5, 0.3, 4.0)])
 def test_it_stops_where_drafting_does_not_pay(a, c, v):
-    """At most 5% slower than dense, over a few hundred tokens."""
-    pace = Pace()
-    speed, count = run(pace, a, c, v, tokens=400)
+    """At most 5% slower than dense over 200 tokens, finding it out included, and 3% over twice as many."""
+    speed, count = run(Pace(), a, c, v, tokens=200)
     assert speed > 0.95 and count == 0
+    assert run(Pace(), a, c, v, tokens=400)[0] > 0.97
 
 
 def test_it_begins_again_where_drafting_pays_later():
     pace = Pace()
     assert run(pace, 0.1, 0.3, 1.2, tokens=200)[1] == 0
     pace.tally = type(pace.tally)()
-    assert run(pace, 0.95, 0.2, 1.1, tokens=4000)[0] > 1.5
+    assert run(pace, 0.95, 0.2, 1.1, tokens=4000)[0] > 2
 
 
 # --- Refusals --------------------------------------------------------------------------------------------------------

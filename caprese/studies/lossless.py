@@ -130,7 +130,7 @@ def costs(
     ids, mask = _padded(model, prompts)
     pair = lossless.pair(model, rule, (len(ids), room))
     target, draft = pair.target, pair.draft
-    with lossless.around(model):
+    with lossless.around(model)():
         target.begin(ids, mask)
         draft.begin(ids, mask)
         texts = [[*row, row[-1]] for row in ids.tolist()]

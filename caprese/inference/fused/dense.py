@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from caprese import kernels
 from caprese.efficient_methods.rounded import RoundedModule
@@ -19,8 +21,9 @@ from caprese.inference.fused.layer import PROJECTIONS, Plan, close, global_hooks
 from caprese.kernels import DecoderLayer, DecoderLayers, LayerWeights, Projection, WholeFFN
 
 _LANES = 16
-# what layers and norms compute with beside their tensors
-_NUMBERS = ("variance_epsilon", "scaling", "head_dim")
+# what attention and norms compute with beside their tensors
+_SCALING, _EPSILON = attrgetter("scaling", "head_dim"), attrgetter("variance_epsilon")
+_TRAINING = attrgetter("training")
 
 
 class DenseLayers:
@@ -30,6 +33,8 @@ class DenseLayers:
         made: what C is given; None until it is needed, and again when what it was made of changed.
         copies: biases that C reads under one another, and what they are copies of.
         of: the modules, and the places and versions of the tensors, that it was made of.
+        look: what may have changed since, in flat lists.
+        facts: what it said when all of it was last gone through.
     """
 
     def __init__(self, plans: Sequence[Plan]) -> None:
@@ -37,32 +42,41 @@ class DenseLayers:
         self.made: DecoderLayers | None = None
         self.of: list[Any] = []
         self.copies: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
+        self.look: _Look | None = None
+        self.facts: list[Any] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DenseLayers:
         return DenseLayers(copy.deepcopy(self.plans, memo))
 
     def layers(self, norm: Any, rotary: Any) -> DecoderLayers | None:
         """What C is given, up to date; None where it is not for these layers, or something looks on at them."""
-        if global_hooks():
+        if self.look is None or self.look.facts(norm, rotary) != self.facts:
+            self._go_through(norm, rotary)
+        if self.look is None:
             return None
-        modules = [module for plan in self.plans for module in self._modules(plan)]
-        if any(_changed(module) for module in modules):
-            return None
-        tensors = [t for module in [*modules, norm] for t in module._parameters.values() if t is not None]
-        tensors += [t for t in rotary._buffers.values() if t is not None]
-        numbers = [getattr(module, name, None) for module in [*modules, norm] for name in _NUMBERS]
-        versions = [0 if t.is_inference() else t._version for t in tensors]
-        of = [*modules, *map(type, modules), norm, rotary, *numbers, *map(torch.Tensor.data_ptr, tensors), *versions]
-        if self.of != of:
-            self.made, self.of = self._make(norm), of
         for copied, parts in self.copies:  # may have changed in place, which is not always counted
             torch.cat([part.detach() for part in parts], out=copied)
         return self.made
 
+    def _go_through(self, norm: Any, rotary: Any) -> None:
+        """Look at all that matters, and make anew what is not up to date; no `look` where C is not for these layers."""
+        self.look = self.facts = None
+        modules = [module for plan in self.plans for module in self._modules(plan)]
+        norms = [norm, *(each for plan in self.plans for each in _norms(plan.layer))]
+        known = all(getattr(each, "variance_epsilon", None) is not None for each in norms)
+        if not known or global_hooks() or any(map(_changed, modules)):
+            return
+        look = _Look(self.plans, [*modules, norm], rotary)
+        of = [*modules, norm, rotary, *look.states()]
+        if self.of != of:
+            self.made, self.of = self._make(norm), of
+        if self.made is not None:
+            self.look, self.facts = look, look.facts(norm, rotary)
+
     def _modules(self, plan: Plan) -> list[Any]:
         layer, ffn = plan.layer, plan.wrapper.view
         attention = layer.self_attn
-        own = [layer.input_layernorm, layer.post_attention_layernorm, *(getattr(attention, n) for n in PROJECTIONS)]
+        own = [*_norms(layer), *(getattr(attention, n) for n in PROJECTIONS)]
         act = ffn.part("act")
         return [*own, *ffn.linears().values(), *([act] if isinstance(act, nn.Module) else []), attention, plan.wrapper]
 
@@ -84,9 +98,7 @@ class DenseLayers:
                 return None
             if not kernels.runs_whole(torch.empty(1, ffn.hidden_size), act):
                 return None
-            norms = layer.input_layernorm, layer.post_attention_layernorm
-            if any(getattr(each, "variance_epsilon", None) is None for each in (*norms, norm)):
-                return None
+            norms = _norms(layer)
             weights = LayerWeights(
                 _projection(q),
                 _projection(k),
@@ -115,6 +127,53 @@ class DenseLayers:
             if not close(kernels.few_tokens(x, ffn), view.down(view.neurons(x)[1])):
                 return False
         return True
+
+
+class _Look:
+    """At what may change between two passes.
+
+    As in `watch`, all of it has to come from memory each time, so it is few, flat lists.
+    """
+
+    def __init__(self, plans: Sequence[Plan], modules: Sequence[Any], rotary: Any) -> None:
+        """modules: those that C computes in place of, the last norm behind them."""
+        layers = [plan.layer for plan in plans]
+        self.modules = modules
+        self.attention = [layer.self_attn for layer in layers]
+        self.norms = [*(norm for layer in layers for norm in _norms(layer)), modules[-1]]
+        ffns = [plan.wrapper for plan in plans]
+        within = [*layers, *self.attention, *ffns, *(ffn.view.module for ffn in ffns)]
+        self.places = [part._modules for part in within]
+        self.homes = [*(module._parameters for module in modules), rotary._buffers]
+        # held, so that no other comes to lie there
+        self.tensors = self._tensors()
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [t for home in self.homes for t in home.values() if t is not None]
+
+    def states(self) -> list[Any]:
+        """What C was told, and what its tensors hold."""
+        tensors = self._tensors()
+        return [
+            [*map(type, self.modules)],
+            [*map(_SCALING, self.attention)],
+            [*map(_EPSILON, self.norms)],
+            [*map(id, tensors)],
+            [*map(torch.Tensor.data_ptr, tensors)],
+            [0 if t.is_inference() else t._version for t in tensors],
+        ]
+
+    def facts(self, norm: Any, rotary: Any) -> list[Any]:
+        """What is equal in two passes if nothing changed between them that C has to be told of, or kept from."""
+        return [
+            norm,
+            rotary,
+            RemovableHandle.next_id,  # counts all hooks that were ever put on a module
+            [*map(_TRAINING, self.modules)],
+            [*map(len, map(vars, self.modules))],  # one more: a `forward` of its own
+            [*map(list, map(dict.values, self.places))],
+            *self.states(),
+        ]
 
 
 def _whole(linears: dict[str, Any], act: str) -> WholeFFN:
@@ -149,6 +208,10 @@ def _plain(linear: Any) -> bool:
 
 def _projection(linear: nn.Linear) -> Projection:
     return Projection(linear.weight, linear.bias)
+
+
+def _norms(layer: Any) -> tuple[Any, Any]:
+    return layer.input_layernorm, layer.post_attention_layernorm
 
 
 def _changed(module: Any) -> bool:

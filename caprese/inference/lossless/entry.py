@@ -201,8 +201,9 @@ class Lossless:
 
     def _steps(self, model: nn.Module, steps: Iterator[NewTokens]) -> Iterator[NewTokens]:
         """What is around a step holds for it alone: others may run the model between two of them."""
+        around = self.around(model)
         while True:
-            with self.around(model):
+            with around():
                 new = next(steps, None)
             if new is None:
                 return
@@ -215,9 +216,9 @@ class Lossless:
             return None
         return phases.reselect_every if self.reselect_every == "saved" else self.reselect_every
 
-    def around(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Inside, the model is as its sides read it."""
-        return drafting(model) if applied_ffns(unwrap(model)) else nullcontext()
+    def around(self, model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+        """What gives the context of a step, in which the model is as its sides read it."""
+        return partial(drafting, model) if applied_ffns(unwrap(model)) else nullcontext
 
     def sides(self, model: nn.Module, cache: Any = None) -> tuple[Side, Draft]:
         """Who verifies and who drafts; nothing is read yet.

@@ -19,8 +19,9 @@ _COMPILED = (0, 2, 4, 8)
 _LAST, _FORGET, _PRIOR = 9, 0.98, (3.0, 4.0)
 # rounds without drafts at the start, the second of which says what a dense step costs
 _ALONE = 2
-# the part of the time that may be lost in finding out whether drafting pays by now
-_SPENT = 0.02
+# the part of the time that may be lost in finding out whether drafting pays by now; each time that it does not it is
+# halved, so often at most
+_SPENT, _HALVED = 0.02, 3
 # by how much drafting has to be faster than none
 _WORTH = 1.03
 
@@ -76,10 +77,11 @@ class Pace:
         self.draft_times: deque[float] = deque(maxlen=4 * _LAST)
         self.verify_times: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_LAST))
         self.wait = 0.0  # tokens until drafting is tried again
+        self.in_vain = 0  # trials since it last paid
         self.choices: tuple[int, ...] = CHOICES
         if self.compiled:
             self.choices = _COMPILED if self.fixed is None else (0, self.fixed)
-        # whose first time is not theirs alone: compiled, or a draft that is first packed
+        # whose first time is not theirs alone: each is compiled, or what drafts is packed
         self.seen: set[int] = set()
         self.drafted = False
 
@@ -119,17 +121,19 @@ class Pace:
         if len(self.verify_times[1]) < _ALONE:
             return 0
         possible = [count for count in self.choices if count <= limit]
-        if self.draft_seconds is None:
-            return max(count for count in possible if count <= 4)
+        trials = [count for count in possible if count]
+        if self.draft_seconds is None and trials:
+            return min(trials)
         best = max(possible, key=self.speed)
         if best and self.speed(best) >= _WORTH * self.speed(0):
+            self.in_vain = 0
             return best
-        trials = [count for count in possible if count]
         if self.wait > 0 or not trials:
             return 0
         trial, dense = max(trials, key=self.speed), self.speed(0)
         lost = expected(self.acceptance, trial) * (1 / self.speed(trial) - 1 / dense)  # seconds
-        self.wait = max(16.0, lost * dense / _SPENT)
+        self.wait = max(16.0, lost * dense / _SPENT) * 2**self.in_vain
+        self.in_vain = min(self.in_vain + 1, _HALVED)
         return trial
 
     def note(self, counts: Sequence[int], new: Sequence[int], drafting: float, rest: float) -> None:
@@ -142,7 +146,8 @@ class Pace:
         """
         count, sequences, tally = max(counts), len(new), self.tally
         tally.by_count[count] += 1
-        if not self.compiled or count in self.seen:
+        first = count not in self.seen if self.compiled else bool(count) and not self.drafted
+        if not first:
             self.verify_times[count + 1].append(rest)
         self.seen.add(count)
         self.wait -= sum(new) / sequences
