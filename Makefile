@@ -34,7 +34,7 @@ test-slow: env  ## the slow ones (those of GGUF want make llama-cpp first, of se
 # limits in tests/test_matrix.py are those of today's.
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 CORE := $(patsubst %,tests/test_%.py,phases reselection cache reference matrix methods compose fused kernels peft adapters \
-	distill data_gen recovery evaluation export tasks hub cli)
+	generate lossless replay dense_layers distill data_gen recovery evaluation export tasks hub cli)
 .venv-oldest/.caprese: CONSTRAINTS := -c oldest-constraints.txt
 .venv-oldest/.caprese .venv-newest/.caprese: pyproject.toml oldest-constraints.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)

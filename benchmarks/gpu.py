@@ -54,7 +54,7 @@ PARTS = {
     "layerwise": Part(90, ("throughput", "llama-gpu"), ("throughput", "small")),
     "end-to-end": Part(120, ("end-to-end", "llama"), ("end-to-end", "small")),
     "replay": Part(60, ("replay",), ("replay", "smollm2")),
-    "lossless": Part(240, ("lossless", "llama-gpu"), ("lossless", "small")),
+    "lossless": Part(420, ("lossless", "llama-gpu"), ("lossless", "small")),
     "mamba": Part(120, ("context", "batches"), ("context", "small")),
 }
 TESTS = ("tests/test_kernels.py", "tests/test_gpu.py")

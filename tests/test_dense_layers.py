@@ -82,6 +82,11 @@ def _swapped(linear: torch.nn.Linear) -> torch.nn.Linear:
     return linear
 
 
+def _swap_attribute(module: torch.nn.Module) -> None:
+    del module.mark
+    module.forward = lambda x: 2 * torch.nn.functional.linear(x, module.weight, module.bias)
+
+
 CHANGES = {
     "weight in place": lambda m: m.model.layers[1].mlp.down_proj.weight.data.mul_(2.0),
     "bias in place": lambda m: m.model.layers[1].mlp.up_proj.bias.data.add_(1.0),
@@ -104,6 +109,10 @@ CHANGES = {
     "another norm": lambda m: setattr(m.model, "norm", torch.nn.RMSNorm(32)),
     "scaling": lambda m: setattr(m.model.layers[1].self_attn, "scaling", 0.1),
     "a forward of its own": lambda m: setattr(m.model.layers[1].mlp, "forward", lambda x: x),
+    "a forward for another attribute": lambda m: _swap_attribute(m.model.layers[1].mlp.up_proj),
+    "a hook put in by hand": lambda m: m.model.layers[1].mlp.up_proj._forward_hooks.update(
+        {99: lambda _, x, out: out * 2}
+    ),
     "training": lambda m: m.model.layers[1].train(),
     "rotation": lambda m: m.model.rotary_emb.inv_freq.mul_(0.5),
 }
@@ -115,6 +124,7 @@ CHANGES = {
 def test_what_changes_is_seen(change, first):
     """Before the first pass in C too."""
     model = fused(mlp_bias=True)
+    model.model.layers[1].mlp.up_proj.mark = True
     text = ids(1, 12)
     cache, other = roomy_cache(model), roomy_cache(model)
     with caprese.dense(model):

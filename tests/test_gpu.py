@@ -161,9 +161,11 @@ def test_compiled_lossless_is_dense(name: str) -> None:
     torch.compiler.reset()
     plain, model = lossless_case(name)
     lossless = caprese.Lossless(tokens=3, compiled=True)
+    kept = lossless.static_cache(model, 1, 40)
     for seed in (1, 2):
         ids = prompts(1).roll(seed, 1)
         tokens = answer(plain, ids)[0]
         got = model.generate(ids, custom_generate=lossless, max_new_tokens=12, do_sample=False, pad_token_id=0)
         assert torch.equal(got, tokens)
+        assert int(kept.get_seq_length()) == 9 + 12 - 1
     assert lossless.tally.drafted

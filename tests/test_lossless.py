@@ -16,6 +16,8 @@ from transformers import DynamicCache, StaticCache, StoppingCriteriaList, StopSt
 from transformers.generation.streamers import BaseStreamer
 
 import caprese
+from caprese.efficient_methods import phases_of
+from caprese.efficient_methods.passes import verifying
 from caprese.inference.lossless import Greedy, Pace, Sampling
 from caprese.inference.lossless.rules import Drawn
 from caprese.inference.lossless.side import Side
@@ -331,9 +333,26 @@ def test_what_is_compiled_sees_few_shapes(monkeypatch):
         assert written(out, batch["input_ids"].shape[1], [12] * 2) == [right[i] for i in group]
     assert {(batch, tokens) for batch, tokens, *_ in seen} == {(2, 1), (2, 3)} and len(seen) == 2
     given_away = model.generate(**batch, **how, return_dict_in_generate=True).past_key_values
-    assert lossless.compiled_step(model, (2, 20))[0] is not given_away
-    assert lossless.compiled_step(model, (2, 20))[0] is lossless.compiled_step(model, (2, 100))[0]
-    assert lossless.compiled_step(model, (2, 200))[0] is not lossless.compiled_step(model, (1, 200))[0]
+    kept = lossless.static_cache(model, 2, 20)
+    assert kept is not given_away
+    model.generate(**batch, **how, cache_implementation="static")  # another one
+    assert lossless.static_cache(model, 2, 100) is kept
+    with torch.inference_mode():
+        assert lossless.static_cache(model, 2, 20) is not kept
+    assert lossless.static_cache(model, 2, 200) is not lossless.static_cache(model, 1, 200)
+
+
+def test_passes_that_are_learned_from_are_not_compiled():
+    """A compiled step is the efficient one; one token that verifies looks like it."""
+    model = caprese.apply(tiny_llama(eos_token_id=None), caprese.Griffin(sparsity=0.7))
+    caprese.fuse(model)
+    cache, ids = StaticCache(model.config, max_cache_len=32), torch.tensor([PROMPTS[0]])
+    model(ids[:, :-1], past_key_values=cache, use_cache=True)
+    step = phases_of(model).decode_step(model, lambda **_: pytest.fail("compiled"))
+    with torch.no_grad(), verifying(model):
+        logits = step(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits
+    with torch.no_grad(), caprese.dense(model):
+        assert torch.allclose(logits[0, -1], model(ids).logits[0, -1], atol=1e-5)
 
 
 @pytest.mark.slow
@@ -381,6 +400,17 @@ def test_what_was_verified_is_learned_from():
     again = model(out.sequences[:, :-1], use_cache=True).past_key_values.caprese_memory
     for index, statistic in known.items():
         assert torch.allclose(statistic, again.layers[index].statistics["griffin"], rtol=1e-4)
+    padded = batch_of(PROMPTS[:2])
+    out = model.generate(
+        **padded, custom_generate=lossless, cache_implementation="static", return_dict_in_generate=True, **how
+    )
+    memory = out.past_key_values.caprese_memory
+    mask = torch.cat([padded["attention_mask"], torch.ones(2, 39, dtype=torch.long)], 1)
+    again = model(out.sequences[:, :-1], attention_mask=mask, use_cache=True).past_key_values.caprese_memory
+    for index, layer in memory.layers.items():
+        layer.choose_anew()
+        right = again.layers[index].statistics["griffin"]
+        assert torch.allclose(layer.statistics["griffin"], right, rtol=1e-4)
     frozen = caprese.Lossless(tokens=5, reselect_every=None)
     out = model.generate(ids, custom_generate=frozen, return_dict_in_generate=True, **how)
     prompt = model(ids, use_cache=True).past_key_values.caprese_memory
@@ -473,8 +503,14 @@ def test_what_is_left_of_the_distribution():
 # --- How many to draft -----------------------------------------------------------------------------------------------
 
 
-def run(pace: Pace, a: float, c: float, v: float, tokens: int = 3000, dense: float = 1.0) -> tuple[float, int]:
-    """Play rounds of known cost: tokens a second against dense, and the number of drafts chosen most."""
+def run(
+    pace: Pace, a: float, c: float, v: float, tokens: int = 3000, dense: float = 1.0, first: int = 0
+) -> tuple[float, int]:
+    """Play rounds of known cost: tokens a second against dense, and the number of drafts chosen most.
+
+    Args:
+        first: passes that a draft makes before it drafts.
+    """
     draw = torch.Generator().manual_seed(0)
     time, done = 0.0, 0
     while done < tokens:
@@ -483,8 +519,9 @@ def run(pace: Pace, a: float, c: float, v: float, tokens: int = 3000, dense: flo
         while new <= count and float(torch.rand((), generator=draw)) < a:
             new += 1
         rest = dense if not count else dense * v * (1 + 0.02 * count)
-        pace.note([count], [new], count * c * dense, rest)
-        time, done = time + count * c * dense + rest, done + new
+        drafting = (count + first) * c * dense if count else 0.0
+        pace.note([count], [new], drafting, rest)
+        time, done = time + drafting + rest, done + new
     most = max(pace.tally.by_count, key=lambda k: pace.tally.by_count[k])
     return done * dense / time, most
 
@@ -495,6 +532,17 @@ def test_it_drafts_as_many_as_pay():
     ideal = (1 - 0.9 ** (best + 1)) / 0.1 / (0.2 * best + 1.1 * (1 + 0.02 * best))
     assert speed > 0.93 * ideal and abs(count - best) <= 2
     assert run(Pace(), 0.98, 0.1, 1.2)[1] > count > run(Pace(), 0.6, 0.2, 1.1)[1]
+
+
+@pytest.mark.parametrize(
+    ("a", "c", "v", "first"),
+    [(0.75, 0.02, 1.6, 0), (0.8, 0.1, 1.8, 0), (0.7, 0.2, 1.4, 0), (0.9, 0.4, 1.1, 1), (0.8, 0.3, 1.1, 1)],
+)
+def test_one_draft_says_little_of_several(a, c, v, first):
+    """A pass that takes longer for two tokens and no longer for five; a draft that has to read before it drafts."""
+    costs = {k: (k + first) * c + v * (1 + 0.02 * k) for k in range(1, 17)}
+    ideal = max((1 - a ** (k + 1)) / (1 - a) / cost for k, cost in costs.items())
+    assert run(Pace(), a, c, v, tokens=2000, first=first)[0] > 0.93 * ideal
 
 
 @pytest.mark.parametrize(("a", "c", "v"), [(0.3, 0.3, 1.3), (0.0, 0.5, 1.0), (0.6, 0.9, 1.2), (0.5, 0.3, 4.0)])

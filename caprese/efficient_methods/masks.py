@@ -18,8 +18,9 @@ def split_tokens(
     device = call.tokens.device
     mask = torch.ones(batch, past + length, device=device) if call.mask is None else call.mask
     mask = mask.bool()
-    early = (mask.cumsum(-1) - 1)[:, -length:] < prompt_lengths.to(device)[:, None]
-    real = mask[:, -length:]
+    first = min(past, mask.shape[-1] - length)
+    early = (mask.cumsum(-1) - 1)[:, first : first + length] < prompt_lengths.to(device)[:, None]
+    real = mask[:, first : first + length]
     prompt, completion = real & early, real & ~early
     return prompt if prompt.any() else None, completion if completion.any() else None
 
@@ -32,10 +33,11 @@ def real_tokens(call: Call, past: int) -> torch.Tensor:
         mask = mask.get("full_attention", next(iter(mask.values())))
     if mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=call.tokens.device)
-    if mask.dim() == 2:
-        return mask[:, -length:].bool()
-    # 4D: a real token attends to itself, a pad does not. A sliding window that has moved on ends with the new tokens
+    # of a static cache it may be of all places; that of a sliding window which has moved on ends with the new tokens
     first = min(past, mask.shape[-1] - length)
+    if mask.dim() == 2:
+        return mask[:, first : first + length].bool()
+    # 4D: a real token attends to itself, a pad does not
     own = mask[:, 0, torch.arange(length), first + torch.arange(length)]
     own = own if own.dtype == torch.bool else own == 0
     return own.expand(batch, -1)

@@ -185,6 +185,7 @@ class Phases:
                     memory.length += call.tokens.shape[1]
                 return compiled(**kwargs)
             told = self._prompt_lengths is not None or self._prefilling or proposed(call.cache) is not None
+            told = told or self.verifying
             ready = all(w.fused is not None and w.can_decode_fused for w in wrappers)
             if memory is None or told or call.tokens.shape[1] != 1 or not ready:
                 return model(**kwargs)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedTokenizerBase
+from transformers.cache_utils import StaticLayer
 
 from caprese.efficient_methods.memory import memory_of
 from caprese.errors import CapreseError
@@ -106,6 +107,7 @@ def generate(
     # of the sequences that go on: which they are, and where in the batch
     rows = places = torch.arange(len(logits), device=device)
     last = torch.tensor(sorted(ends), device=device)
+    room = max((each.max_cache_len for each in cache.layers if isinstance(each, StaticLayer)), default=None)
     for left in reversed(range(max_new_tokens)):
         new = sampler(logits if len(places) == len(logits) else logits[places], rows)
         yield NewTokens(rows, new, clock(device))
@@ -121,7 +123,7 @@ def generate(
         elif len(rows) < len(logits):  # what those that ended are fed is read by nobody
             new = new.new_zeros(len(logits)).index_put((places,), new)
         batch.length += 1
-        inputs = batch.inputs(new[:, None], whole=step is not None)
+        inputs = batch.inputs(new[:, None], room)
         logits = (step or base)(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
 
 
@@ -143,17 +145,19 @@ class _Batch:
         """Follow sequences that are repeated or leave."""
         self.padding = None if self.padding is None else change(self.padding)
 
-    def inputs(self, ids: torch.Tensor, whole: bool = False) -> dict[str, torch.Tensor]:
+    def inputs(self, ids: torch.Tensor, room: int | None = None) -> dict[str, torch.Tensor]:
         """Of a pass over the last `ids` [B, T] of `length` tokens.
 
         Args:
-            whole: the mask is of all tokens there may be, so that every pass of a compiled step is of one shape.
+            room: of a static cache, all of whose places the mask is of, so that a compiled step sees one shape.
         """
         if self.padding is None:
             return {"input_ids": ids}
         places = self.places[: self.length]
         positions = (places[-ids.shape[1] :] - self.padding).clamp(min=0)
-        real = ((self.places if whole else places) >= self.padding).long()
+        real = (places >= self.padding).long()
+        if room is not None:
+            real = nn.functional.pad(real, (0, room - self.length))
         return {"input_ids": ids, "attention_mask": real, "position_ids": positions}
 
 

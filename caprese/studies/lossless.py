@@ -16,13 +16,16 @@ from caprese.efficient_methods import applied_ffns, dense
 from caprese.errors import CapreseError
 from caprese.inference.generate import NewTokens, clock, generate
 from caprese.inference.lossless import Greedy, Lossless, Pace, Tally
-from caprese.inference.lossless.pace import CHOICES, expected
+from caprese.inference.lossless.pace import expected
 from caprese.inference.lossless.rules import Rule
 from caprese.models import device_of, unwrap
+from caprese.models.private import needed
 from caprese.progress import bar
 
 # Each cost is the median of so many, taken in turn: before the first prompts (which compile and pack), before others.
 _FIRST, _LATER = 7, 2
+# tokens drafted to see what one costs
+_DRAFTED = 4
 # Groups of prompts, at most, on which the number of drafts settles before it is measured.
 _SETTLING = 2
 
@@ -49,9 +52,10 @@ def bench_lossless(
     if not prompts or new_tokens < 4:
         raise CapreseError("lossless is measured on at least one prompt and 4 `new_tokens`")
     groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
-    # what is compiled is compiled for one static cache, so the first run makes it as long as any wants it
-    room = max(map(len, prompts)) + 2 * new_tokens + max(CHOICES) + 1
-    known = [costs(model, lossless, groups[0], rule, room, _FIRST)]
+    if lossless.compiled:  # for one static cache, as long as any run wants it
+        widest = max(*lossless.pace.choices, 2 * new_tokens)
+        lossless.static_cache(model, len(groups[0]), max(map(len, prompts)) + widest + 1)
+    known = [costs(model, lossless, groups[0], rule, _FIRST)]
     adapting = lossless.pace
     paces = {"lossless": adapting}
     names = ["dense", "lossless"] + (["adapting"] if lossless.tokens is None else [])
@@ -59,8 +63,6 @@ def bench_lossless(
     total, steps = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
     try:
         with bar("lossless", len(names) * len(groups), "runs") as advance:
-            if lossless.compiled:
-                _run(_plain(model, lossless, groups[0], new_tokens, rule))
             if lossless.tokens is None:
                 for group in groups[:_SETTLING]:
                     _run(lossless.decode(model, _padded(model, group), 2 * new_tokens, rule, _never))
@@ -69,7 +71,7 @@ def bench_lossless(
             for number, group in enumerate(groups):
                 if number:  # a machine's speed drifts, and these are compared with what is measured below
                     lossless.pace = adapting
-                    known.append(costs(model, lossless, group, rule, room, _LATER))
+                    known.append(costs(model, lossless, group, rule, _LATER))
                 texts = {}
                 for name in names if number % 2 else reversed(names):
                     if name == "dense":
@@ -119,29 +121,28 @@ def _figures(tally: Tally, ms: dict[str, float], draft: float, verify: dict[int,
 
 @torch.no_grad()
 def costs(
-    model: nn.Module, lossless: Lossless, prompts: Sequence[Sequence[int]], rule: Rule, room: int, times: int
+    model: nn.Module, lossless: Lossless, prompts: Sequence[Sequence[int]], rule: Rule, times: int
 ) -> tuple[float, dict[int, float]]:
     """One drafted token, and verifying passes by their tokens, over a dense step.
 
     Args:
-        room: tokens that a static cache is made for.
         times: of which each is the median, behind a first that is not counted.
     """
     ids, mask = _padded(model, prompts)
-    pair = lossless.pair(model, rule, (len(ids), room))
+    widths = sorted({1, *(count + 1 for count in lossless.pace.choices), 1 + (lossless.tokens or 0)})
+    pair = lossless.pair(model, rule, (len(ids), ids.shape[1] + max(_DRAFTED, *widths) + 1))
     target, draft = pair.target, pair.draft
-    with lossless.around(model)():
+    with lossless.around(model):
         target.begin(ids, mask)
         draft.begin(ids, mask)
         texts = [[*row, row[-1]] for row in ids.tolist()]
-        widths = [count + 1 for count in lossless.pace.choices]
         widths = [w for w in widths if target.narrowest is None or w <= target.narrowest]
         reading: dict[int, list[float]] = {width: [] for width in widths}
         drafting: list[float] = []
         for _ in range(times + 1):
             begin = clock(target.device)
-            draft.propose(texts, 4, rule)
-            drafting.append((clock(target.device) - begin) / 4)
+            draft.propose(texts, _DRAFTED, rule)
+            drafting.append((clock(target.device) - begin) / _DRAFTED)
             draft.keep(torch.ones(len(texts), dtype=torch.long))
             for width in widths:
                 new = ids[:, -1:].repeat(1, width)
@@ -183,7 +184,8 @@ def _plain(
 
     cache = step = None
     if lossless.compiled:
-        cache, step = lossless.compiled_step(model, (len(prompts), max(map(len, prompts)) + new_tokens))
+        cache = lossless.static_cache(model, len(prompts), max(map(len, prompts)) + new_tokens)
+        step = needed(unwrap(model), "get_compiled_call")(None)
     with dense(model) if applied_ffns(model) else nullcontext():
         yield from generate(unwrap(model), prompts, new_tokens, take, cache=cache, step=step)
 

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from caprese import kernels
 from caprese.efficient_methods.rounded import RoundedModule
-from caprese.inference.fused.layer import PROJECTIONS, Plan, close, global_hooks, look_on
+from caprese.inference.fused.layer import PROJECTIONS, Plan, close, look_on
 from caprese.kernels import DecoderLayer, DecoderLayers, LayerWeights, Projection, WholeFFN
 
 _LANES = 16
@@ -33,8 +32,8 @@ class DenseLayers:
         made: what C is given; None until it is needed, and again when what it was made of changed.
         copies: biases that C reads under one another, and what they are copies of.
         of: the modules, and the places and versions of the tensors, that it was made of.
-        look: what may have changed since, in flat lists.
-        facts: what it said when all of it was last gone through.
+        flat: what may have changed since, in flat lists; None where C is not for these layers as they are.
+        facts: what was in them when all of it was last gone through.
     """
 
     def __init__(self, plans: Sequence[Plan]) -> None:
@@ -42,7 +41,7 @@ class DenseLayers:
         self.made: DecoderLayers | None = None
         self.of: list[Any] = []
         self.copies: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
-        self.look: _Look | None = None
+        self.flat: _Flat | None = None
         self.facts: list[Any] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DenseLayers:
@@ -50,28 +49,28 @@ class DenseLayers:
 
     def layers(self, norm: Any, rotary: Any) -> DecoderLayers | None:
         """What C is given, up to date; None where it is not for these layers, or something looks on at them."""
-        if self.look is None or self.look.facts(norm, rotary) != self.facts:
+        if self.flat is None or self.flat.facts(norm, rotary) != self.facts:
             self._go_through(norm, rotary)
-        if self.look is None:
+        if self.flat is None:
             return None
         for copied, parts in self.copies:  # may have changed in place, which is not always counted
             torch.cat([part.detach() for part in parts], out=copied)
         return self.made
 
     def _go_through(self, norm: Any, rotary: Any) -> None:
-        """Look at all that matters, and make anew what is not up to date; no `look` where C is not for these layers."""
-        self.look = self.facts = None
+        """Look at all that matters, and make anew what is not up to date."""
+        self.flat = self.facts = None
         modules = [module for plan in self.plans for module in self._modules(plan)]
         norms = [norm, *(each for plan in self.plans for each in _norms(plan.layer))]
         known = all(getattr(each, "variance_epsilon", None) is not None for each in norms)
-        if not known or global_hooks() or any(map(_changed, modules)):
+        if not known or any(map(_changed, modules)):
             return
-        look = _Look(self.plans, [*modules, norm], rotary)
-        of = [*modules, norm, rotary, *look.states()]
+        flat = _Flat(self.plans, [*modules, norm], rotary)
+        facts = flat.facts(norm, rotary)
+        of = [*modules, *flat.given(norm, rotary)]
         if self.of != of:
             self.made, self.of = self._make(norm), of
-        if self.made is not None:
-            self.look, self.facts = look, look.facts(norm, rotary)
+        self.flat, self.facts = flat, facts
 
     def _modules(self, plan: Plan) -> list[Any]:
         layer, ffn = plan.layer, plan.wrapper.view
@@ -129,11 +128,8 @@ class DenseLayers:
         return True
 
 
-class _Look:
-    """At what may change between two passes.
-
-    As in `watch`, all of it has to come from memory each time, so it is few, flat lists.
-    """
+class _Flat:
+    """What may change between two passes: all of it has to come from memory each time, so it is few, flat lists."""
 
     def __init__(self, plans: Sequence[Plan], modules: Sequence[Any], rotary: Any) -> None:
         """modules: those that C computes in place of, the last norm behind them."""
@@ -144,6 +140,7 @@ class _Look:
         ffns = [plan.wrapper for plan in plans]
         within = [*layers, *self.attention, *ffns, *(ffn.view.module for ffn in ffns)]
         self.places = [part._modules for part in within]
+        self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self.homes = [*(module._parameters for module in modules), rotary._buffers]
         # held, so that no other comes to lie there
         self.tensors = self._tensors()
@@ -151,10 +148,12 @@ class _Look:
     def _tensors(self) -> list[torch.Tensor]:
         return [t for home in self.homes for t in home.values() if t is not None]
 
-    def states(self) -> list[Any]:
-        """What C was told, and what its tensors hold."""
+    def given(self, norm: Any, rotary: Any) -> list[Any]:
+        """What C was made of."""
         tensors = self._tensors()
         return [
+            norm,
+            rotary,
             [*map(type, self.modules)],
             [*map(_SCALING, self.attention)],
             [*map(_EPSILON, self.norms)],
@@ -166,13 +165,11 @@ class _Look:
     def facts(self, norm: Any, rotary: Any) -> list[Any]:
         """What is equal in two passes if nothing changed between them that C has to be told of, or kept from."""
         return [
-            norm,
-            rotary,
-            RemovableHandle.next_id,  # counts all hooks that were ever put on a module
             [*map(_TRAINING, self.modules)],
-            [*map(len, map(vars, self.modules))],  # one more: a `forward` of its own
+            ["forward" in own for own in map(vars, self.modules)],
+            [*map(len, self.hooks)],
             [*map(list, map(dict.values, self.places))],
-            *self.states(),
+            *self.given(norm, rotary),
         ]
 
 

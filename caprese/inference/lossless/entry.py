@@ -7,7 +7,7 @@ already (`assistant_model=`), it works on applied models too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -59,8 +59,8 @@ class Lossless:
         streamer: is given each token, as `generate` would give it.
         generator: of draws; None is torch's own.
         compiled: run the target's passes compiled, and those of its own draft, with few numbers of drafts to choose
-            among, each of which is compiled once, and in place of an empty dynamic cache a static one, for all
-            generations that it is long enough for.
+            among, each of which is compiled once, and in place of an empty dynamic cache, which stays empty, a static
+            one, for all generations that it is long enough for. Passes that methods learn from are not compiled.
 
     Raises:
         CapreseError: a setting that does not fit; when it runs, a model that nothing is applied to, or caches and
@@ -75,7 +75,7 @@ class Lossless:
     generator: torch.Generator | None = None
     compiled: bool = False
     pace: Pace = field(init=False)
-    _static: tuple[Any, StaticCache] | None = field(init=False, default=None, repr=False)
+    _static: tuple[Any, int, StaticCache] | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
         named = self.draft in ("own", "lookup") if isinstance(self.draft, str) else hasattr(self.draft, "config")
@@ -170,38 +170,36 @@ class Lossless:
         """
         self.pace.tally = Tally()
         base: Any = unwrap(model)
-        room, step = size[1], None
-        if self.compiled:
-            own, step = self.compiled_step(base, size)
-            cache = own if cache is None else cache
+        if self.compiled and cache is None:
+            cache = self.static_cache(base, *size)
         target, draft = self.sides(base, cache)
-        target.step = step
+        room = size[1]
+        if self.compiled:
+            target.step = needed(base, "get_compiled_call")(None)
         if isinstance(draft, Other) and room > (most := context_of(draft.side.model) or room):
             raise CapreseError(f"the draft's context is {most} tokens, and {room} are asked for")
         every = self._every(base) if applied_ffns(base) else None
         return Pair(target, draft, rule, self.pace, every, leave)
 
-    def compiled_step(self, model: nn.Module, size: tuple[int, int]) -> tuple[StaticCache, Callable[..., Any]]:
-        """An empty static cache for so many sequences and tokens, and what runs the model compiled on it.
-
-        The cache of the last generation comes back empty, if it is long enough: another one is compiled for anew.
-        """
+    def static_cache(self, model: nn.Module, batch: int, tokens: int) -> StaticCache:
+        """An empty static cache for so many sequences and tokens: the last one where it will do, since what is compiled
+        is compiled for one."""
         base: Any = unwrap(model)
-        step = needed(base, "get_compiled_call")(None)
-        batch, tokens = size
-        of = (batch, base.config, base.dtype, base.device)
-        if self._static is not None and self._static[0] == of:
-            cache = self._static[1]
-            if all(layer.get_max_length() >= tokens for layer in cache.layers):
+        # what was made in inference mode is written in it alone
+        of = (batch, base.config, base.dtype, base.device, torch.is_inference_mode_enabled())
+        if self._static is not None:
+            known, room, cache = self._static
+            if known == of and room >= tokens:
                 cache.reset()
-                return cache, step
-        cache = StaticCache(config=base.config, max_cache_len=-(-tokens // _LENGTHS) * _LENGTHS)
-        self._static = of, cache
-        return cache, step
+                return cache
+        room = -(-tokens // _LENGTHS) * _LENGTHS
+        cache = StaticCache(config=base.config, max_cache_len=room)
+        self._static = of, room, cache
+        return cache
 
     def _steps(self, model: nn.Module, steps: Iterator[NewTokens]) -> Iterator[NewTokens]:
         """What is around a step holds for it alone: others may run the model between two of them."""
-        around = self.around(model)
+        around = partial(drafting, model) if applied_ffns(unwrap(model)) else nullcontext  # found once, not every time
         while True:
             with around():
                 new = next(steps, None)
@@ -216,9 +214,9 @@ class Lossless:
             return None
         return phases.reselect_every if self.reselect_every == "saved" else self.reselect_every
 
-    def around(self, model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
-        """What gives the context of a step, in which the model is as its sides read it."""
-        return partial(drafting, model) if applied_ffns(unwrap(model)) else nullcontext
+    def around(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside, the model is as its sides read it."""
+        return drafting(model) if applied_ffns(unwrap(model)) else nullcontext()
 
     def sides(self, model: nn.Module, cache: Any = None) -> tuple[Side, Draft]:
         """Who verifies and who drafts; nothing is read yet.

@@ -6,9 +6,10 @@ equation 1), for K c + v(K + 1) of time. All three are measured while it runs.
 
 from __future__ import annotations
 
+import bisect
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 #: numbers of drafts to choose among: few, so that compiled steps are few
@@ -22,6 +23,8 @@ _ALONE = 2
 # the part of the time that may be lost in finding out whether drafting pays by now; each time that it does not it is
 # halved, so often at most
 _SPENT, _HALVED = 0.02, 3
+# up to so many drafts, numbers that were never tried are
+_WIDE = 4
 # by how much drafting has to be faster than none
 _WORTH = 1.03
 
@@ -74,45 +77,36 @@ class Pace:
     def __post_init__(self) -> None:
         self.tally = Tally()
         self.good, self.judged = _PRIOR
-        self.draft_times: deque[float] = deque(maxlen=4 * _LAST)
+        self.draft_times: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_LAST))
         self.verify_times: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_LAST))
-        self.wait = 0.0  # tokens until drafting is tried again
+        self.alone = 0.0  # tokens of a sequence since drafting was last tried
         self.in_vain = 0  # trials since it last paid
         self.choices: tuple[int, ...] = CHOICES
         if self.compiled:
             self.choices = _COMPILED if self.fixed is None else (0, self.fixed)
-        # whose first time is not theirs alone: each is compiled, or what drafts is packed
+        # numbers that were chosen before; the first time is not of the drafts alone, but of what is compiled or packed
         self.seen: set[int] = set()
-        self.drafted = False
 
     @property
     def acceptance(self) -> float:
         """a, between 0 and 1."""
         return min(self.good / self.judged, 0.9999)
 
-    @property
-    def draft_seconds(self) -> float | None:
-        """Of one drafted token."""
-        return statistics.median(self.draft_times) if self.draft_times else None
+    def draft_seconds(self, count: int) -> float:
+        """Of `count` drafted tokens: they come one by one, behind what a draft may have to read first."""
+        return _at(count, {0: 0.0, **_medians(self.draft_times)}) if count else 0.0
 
     def verify_seconds(self, tokens: int) -> float:
-        """Of a pass over `tokens` tokens and all that comes with it; between and beyond what was measured, a line."""
-        known = sorted((count, statistics.median(times)) for count, times in self.verify_times.items())
+        """Of a pass over `tokens` tokens and all that comes with it."""
+        known = _medians(self.verify_times)
         if len(known) == 1:  # nothing is known of wider ones: as one might hope, so that they are tried
-            count, time = known[0]
-            return time * (1 + 0.02 * (tokens - count)) if tokens > count else time
-        below = [pair for pair in known if pair[0] <= tokens] or known[:1]
-        above = [pair for pair in known if pair[0] > tokens]
-        if above:
-            (x, y), (x1, y1) = below[-1], above[0]
-        else:
-            (x, y), (x1, y1) = known[-2], known[-1]
-        slope = max(0.0, (y1 - y) / (x1 - x)) if x1 > x else 0.0
-        return y + slope * (tokens - x)
+            ((count, time),) = known.items()
+            return time * (1 + 0.02 * max(0, tokens - count))
+        return _at(tokens, known)
 
     def speed(self, count: int) -> float:
         """Tokens a second with `count` drafts, as predicted."""
-        return expected(self.acceptance, count) / (count * (self.draft_seconds or 0.0) + self.verify_seconds(count + 1))
+        return expected(self.acceptance, count) / (self.draft_seconds(count) + self.verify_seconds(count + 1))
 
     def choose(self, limit: int) -> int:
         """How many to draft now, at most `limit`."""
@@ -122,17 +116,18 @@ class Pace:
             return 0
         possible = [count for count in self.choices if count <= limit]
         trials = [count for count in possible if count]
-        if self.draft_seconds is None and trials:
+        if not self.draft_times and trials:
             return min(trials)
         best = max(possible, key=self.speed)
         if best and self.speed(best) >= _WORTH * self.speed(0):
             self.in_vain = 0
             return best
-        if self.wait > 0 or not trials:
+        # what a wider pass takes is known of few, and lines from these may be wrong
+        unknown = [count for count in trials if count <= _WIDE and count not in self.draft_times]
+        trial = max(unknown or trials, key=self.speed, default=0)
+        lost = expected(self.acceptance, trial) * (self.speed(0) / self.speed(trial) - 1)  # tokens
+        if not trial or self.alone < max(16.0, lost / _SPENT) * 2**self.in_vain:
             return 0
-        trial, dense = max(trials, key=self.speed), self.speed(0)
-        lost = expected(self.acceptance, trial) * (1 / self.speed(trial) - 1 / dense)  # seconds
-        self.wait = max(16.0, lost * dense / _SPENT) * 2**self.in_vain
         self.in_vain = min(self.in_vain + 1, _HALVED)
         return trial
 
@@ -146,16 +141,15 @@ class Pace:
         """
         count, sequences, tally = max(counts), len(new), self.tally
         tally.by_count[count] += 1
-        first = count not in self.seen if self.compiled else bool(count) and not self.drafted
+        first = count not in self.seen if self.compiled else bool(count) and not any(self.seen)
         if not first:
             self.verify_times[count + 1].append(rest)
+            if count:
+                self.draft_times[count].append(drafting)
         self.seen.add(count)
-        self.wait -= sum(new) / sequences
+        self.alone = 0.0 if count else self.alone + sum(new) / sequences
         if not count:
             return
-        if self.drafted:
-            self.draft_times.append(drafting / count)
-        self.drafted = True
         accepted = sum(new) - sequences
         judged = sum(min(got, there) for got, there in zip(new, counts, strict=True))
         tally.rounds += 1
@@ -164,3 +158,16 @@ class Pace:
         tally.accepted += accepted
         self.good = _FORGET * self.good + accepted / sequences
         self.judged = _FORGET * self.judged + judged / sequences
+
+
+def _medians(times: Mapping[int, Sequence[float]]) -> dict[int, float]:
+    return {count: statistics.median(of) for count, of in times.items() if of}
+
+
+def _at(count: int, known: Mapping[int, float]) -> float:
+    """The time of `count`, of which two or more are known: on the line of its neighbours, or on from the last two."""
+    at = sorted(known)
+    i = min(max(1, bisect.bisect_left(at, count)), len(at) - 1)
+    x, x1 = at[i - 1], at[i]
+    slope = max(0.0, (known[x1] - known[x]) / (x1 - x))
+    return known[x] + slope * (count - x)

@@ -118,7 +118,7 @@ class Side:
     @property
     def room(self) -> int | None:
         """How many more tokens the cache takes; None: without end."""
-        sizes = [layer.get_max_length() for layer in self.cache.layers if isinstance(layer, StaticLayer)]
+        sizes = [layer.max_cache_len for layer in self.cache.layers if isinstance(layer, StaticLayer)]
         return min(sizes) - int(self.cache.get_seq_length()) if sizes else None
 
     @property
