@@ -114,6 +114,10 @@ CHANGES = {
         {99: lambda _, x, out: out * 2}
     ),
     "training": lambda m: m.model.layers[1].train(),
+    "scale of rotation": lambda m: setattr(m.model.rotary_emb, "attention_scaling", 0.5),
+    "turned by a view": lambda m: setattr(
+        m.model.layers[1].self_attn.q_proj.weight, "data", m.model.layers[1].self_attn.q_proj.weight.data.t()
+    ),
     "rotation": lambda m: m.model.rotary_emb.inv_freq.mul_(0.5),
 }
 

@@ -161,7 +161,8 @@ def test_compiled_lossless_is_dense(name: str) -> None:
     torch.compiler.reset()
     plain, model = lossless_case(name)
     lossless = caprese.Lossless(tokens=3, compiled=True)
-    kept = lossless.static_cache(model, 1, 40)
+    with lossless.static_cache(model, 1, 40) as kept:
+        pass
     for seed in (1, 2):
         ids = prompts(1).roll(seed, 1)
         tokens = answer(plain, ids)[0]

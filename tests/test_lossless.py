@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -275,6 +276,16 @@ def test_logits_processors_and_stop_strings(tokenizer):
         assert stopped.shape[1] < out.shape[1]
 
 
+@pytest.mark.parametrize("how", [{"repetition_penalty": 1.4}, {"no_repeat_ngram_size": 2}])
+def test_logits_processors_of_a_padded_batch(how):
+    """transformers tells some of them how many pads are in front of each prompt."""
+    model, batch = tiny_llama(eos_token_id=None), batch_of(PROMPTS)
+    how = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": PAD, **how}
+    right = model.generate(**batch, **how)
+    caprese.apply(model, caprese.Griffin(sparsity=0.3))
+    assert torch.equal(model.generate(**batch, custom_generate=caprese.Lossless(tokens=3), **how), right)
+
+
 class Heard(BaseStreamer):
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -333,13 +344,50 @@ def test_what_is_compiled_sees_few_shapes(monkeypatch):
         assert written(out, batch["input_ids"].shape[1], [12] * 2) == [right[i] for i in group]
     assert {(batch, tokens) for batch, tokens, *_ in seen} == {(2, 1), (2, 3)} and len(seen) == 2
     given_away = model.generate(**batch, **how, return_dict_in_generate=True).past_key_values
-    kept = lossless.static_cache(model, 2, 20)
+
+    def lent(batch: int, tokens: int) -> StaticCache:
+        with lossless.static_cache(model, batch, tokens) as cache:
+            return cache
+
+    kept = lent(2, 20)
     assert kept is not given_away
     model.generate(**batch, **how, cache_implementation="static")  # another one
-    assert lossless.static_cache(model, 2, 100) is kept
+    assert lent(2, 100) is kept
     with torch.inference_mode():
-        assert lossless.static_cache(model, 2, 20) is not kept
-    assert lossless.static_cache(model, 2, 200) is not lossless.static_cache(model, 1, 200)
+        assert lent(2, 20) is not kept
+    assert lent(2, 200) is not lent(1, 200)
+
+
+def test_a_static_cache_is_of_one_generation_at_a_time(monkeypatch):
+    model = caprese.apply(tiny_llama(eos_token_id=None), caprese.Griffin(sparsity=0.3))
+    right = [alone(tiny_llama(eos_token_id=None), prompt) for prompt in PROMPTS[:2]]
+    monkeypatch.setattr(model, "get_compiled_call", lambda _: model)
+    lossless = caprese.Lossless(tokens=2, compiled=True)
+    prompts = [(torch.tensor([prompt]), None) for prompt in PROMPTS[:2]]
+    both = [lossless.decode(model, prompt, 24, Greedy(), lambda *_: False) for prompt in prompts]
+    texts = [[], []]
+    for new in zip(*both, strict=True):
+        for text, step in zip(texts, new, strict=True):
+            text += step.ids.tolist()
+    assert texts == right
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_what_ends_in_a_block_goes_on_in_step(kind):
+    """All sequences of a batch end where they had more drafts accepted, on caches that keep all the same number."""
+    make = partial(tiny, "mistral") if kind == "mistral" else partial(tiny_llama, eos_token_id=None)
+    plain, model = make(), caprese.apply(make(), caprese.Griffin(sparsity=0.02))
+    ids = torch.tensor([PROMPTS[0]] * 2)
+    free = alone(plain, PROMPTS[0], max_new_tokens=20, eos_token_id=None)
+    how = {"do_sample": False, "pad_token_id": PAD, "eos_token_id": free[5]}
+    found = []
+    for of, lossless in ((plain, None), (model, caprese.Lossless(tokens=4))):
+        cache = DynamicCache(config=of.config) if kind == "mistral" else StaticCache(of.config, max_cache_len=64)
+        text = of.generate(ids, past_key_values=cache, custom_generate=lossless, max_new_tokens=20, **how)
+        assert int(cache.get_seq_length()) == text.shape[1] - 1 == 6 + free.index(free[5])
+        more = torch.cat([text, torch.tensor([[11, 30, 12]] * 2)], 1)
+        found.append(of.generate(more, past_key_values=cache, custom_generate=lossless, max_new_tokens=8, **how))
+    assert torch.equal(*found)
 
 
 def test_passes_that_are_learned_from_are_not_compiled():
@@ -532,6 +580,16 @@ def test_it_drafts_as_many_as_pay():
     ideal = (1 - 0.9 ** (best + 1)) / 0.1 / (0.2 * best + 1.1 * (1 + 0.02 * best))
     assert speed > 0.93 * ideal and abs(count - best) <= 2
     assert run(Pace(), 0.98, 0.1, 1.2)[1] > count > run(Pace(), 0.6, 0.2, 1.1)[1]
+
+
+def test_what_is_compiled_anew_is_not_timed():
+    pace = Pace(compiled=True)
+    for again in range(2):
+        for rest in (5.0, 1.0):
+            pace.note([0], [1], 0.0, rest)
+            pace.note([1], [2], 0.1, 2 * rest, width=4)  # of four that were read one was found
+        pace.compile_anew()
+        assert pace.verify_seconds(1) == 1.0 and pace.verify_seconds(5) == 2.0, again
 
 
 @pytest.mark.parametrize(

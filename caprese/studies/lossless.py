@@ -54,7 +54,8 @@ def bench_lossless(
     groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
     if lossless.compiled:  # for one static cache, as long as any run wants it
         widest = max(*lossless.pace.choices, 2 * new_tokens)
-        lossless.static_cache(model, len(groups[0]), max(map(len, prompts)) + widest + 1)
+        with lossless.static_cache(model, len(groups[0]), max(map(len, prompts)) + widest + 1):
+            pass
     known = [costs(model, lossless, groups[0], rule, _FIRST)]
     adapting = lossless.pace
     paces = {"lossless": adapting}
@@ -130,9 +131,9 @@ def costs(
     """
     ids, mask = _padded(model, prompts)
     widths = sorted({1, *(count + 1 for count in lossless.pace.choices), 1 + (lossless.tokens or 0)})
-    pair = lossless.pair(model, rule, (len(ids), ids.shape[1] + max(_DRAFTED, *widths) + 1))
-    target, draft = pair.target, pair.draft
-    with lossless.around(model):
+    size = len(ids), ids.shape[1] + max(_DRAFTED, *widths) + 1
+    with lossless.pair(model, rule, size) as pair, lossless.around(model):
+        target, draft = pair.target, pair.draft
         target.begin(ids, mask)
         draft.begin(ids, mask)
         texts = [[*row, row[-1]] for row in ids.tolist()]
@@ -182,11 +183,10 @@ def _plain(
             texts[row].append(token)
         return new
 
-    cache = step = None
-    if lossless.compiled:
-        cache = lossless.static_cache(model, len(prompts), max(map(len, prompts)) + new_tokens)
-        step = needed(unwrap(model), "get_compiled_call")(None)
-    with dense(model) if applied_ffns(model) else nullcontext():
+    step = needed(unwrap(model), "get_compiled_call")(None) if lossless.compiled else None
+    size = len(prompts), max(map(len, prompts)) + new_tokens
+    own = lossless.static_cache(model, *size) if lossless.compiled else nullcontext()
+    with own as cache, dense(model) if applied_ffns(model) else nullcontext():
         yield from generate(unwrap(model), prompts, new_tokens, take, cache=cache, step=step)
 
 

@@ -22,7 +22,7 @@ from caprese.kernels import DecoderLayer, DecoderLayers, LayerWeights, Projectio
 _LANES = 16
 # what attention and norms compute with beside their tensors
 _SCALING, _EPSILON = attrgetter("scaling", "head_dim"), attrgetter("variance_epsilon")
-_TRAINING = attrgetter("training")
+_TRAINING, _SHAPE = attrgetter("training"), attrgetter("shape")
 
 
 class DenseLayers:
@@ -154,11 +154,14 @@ class _Flat:
         return [
             norm,
             rotary,
+            getattr(rotary, "attention_scaling", None),
             [*map(type, self.modules)],
             [*map(_SCALING, self.attention)],
             [*map(_EPSILON, self.norms)],
             [*map(id, tensors)],
             [*map(torch.Tensor.data_ptr, tensors)],
+            [*map(_SHAPE, tensors)],
+            [*map(torch.Tensor.stride, tensors)],
             [0 if t.is_inference() else t._version for t in tensors],
         ]
 

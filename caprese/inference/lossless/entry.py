@@ -113,7 +113,9 @@ class Lossless:
         if more := [k for k, v in model_kwargs.items() if k not in _NOTHING_TO_SEE and isinstance(v, torch.Tensor)]:
             raise CapreseError(f"lossless generation reads token ids alone, and no {more[0]}")
         _check_positions(model_kwargs.get("position_ids"), input_ids, mask)
-        scores = processed(logits_processor) if logits_processor else None
+        pads = {} if mask is None else dict(zip(map(tuple, input_ids.tolist()), _pads(mask), strict=True))
+        ahead = lambda text: pads.get(tuple(text[: input_ids.shape[1]]), 0)  # noqa: E731
+        scores = processed(logits_processor, ahead) if logits_processor else None
         rule: Rule = Greedy(scores)
         if getattr(generation_config, "do_sample", False):
             rule = Sampling(scores or _as_they_are, self.generator)
@@ -124,23 +126,23 @@ class Lossless:
                 cache.layers = RoomyCache(model.config).layers
         limit = getattr(generation_config, "max_length", None) or 10**9
         width, texts = input_ids.shape[1], input_ids.tolist()
+        mask = None if mask is None else mask[:, :width]
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
-        pair = self.pair(model, rule, (len(input_ids), limit), cache, leave=False)
         stops = partial(_stops, stopping_criteria, input_ids.device)
-        mask = None if mask is None else mask[:, :width]
-        for new in self._steps(model, pair.decode(input_ids, mask, max(1, limit - width), stops)):
-            for row, token in zip(new.rows.tolist(), new.ids.tolist(), strict=True):
-                texts[row].append(token)
-            if self.streamer is not None:
-                self.streamer.put(new.ids)
+        with self.pair(model, rule, (len(input_ids), limit), cache, leave=False) as pair:
+            for new in self._steps(model, pair.decode(input_ids, mask, max(1, limit - width), stops)):
+                for row, token in zip(new.rows.tolist(), new.ids.tolist(), strict=True):
+                    texts[row].append(token)
+                if self.streamer is not None:
+                    self.streamer.put(new.ids)
+            pair.target.settle(max(map(len, texts)) - 1)  # as it lies after any other generation
         if self.streamer is not None:
             self.streamer.end()
         pad = getattr(generation_config, "_pad_token_tensor", None)
         fill = 0 if pad is None else int(pad)
         longest = max(map(len, texts))
         out: Any = torch.tensor([text + [fill] * (longest - len(text)) for text in texts], device=input_ids.device)
-        pair.target.settle(longest - 1)  # as it lies after any other generation
         if not getattr(generation_config, "return_dict_in_generate", False):
             return out
         self._static = None  # who has it may go on with it
@@ -156,10 +158,13 @@ class Lossless:
     ) -> Iterator[NewTokens]:
         """The tokens as they come; see `loop.Pair`."""
         ids = prompts[0]
-        pair = self.pair(model, rule, (len(ids), ids.shape[1] + max_new_tokens))
-        yield from self._steps(model, pair.decode(*prompts, max_new_tokens, is_over))
+        with self.pair(model, rule, (len(ids), ids.shape[1] + max_new_tokens)) as pair:
+            yield from self._steps(model, pair.decode(*prompts, max_new_tokens, is_over))
 
-    def pair(self, model: nn.Module, rule: Rule, size: tuple[int, int], cache: Any = None, leave: bool = True) -> Pair:
+    @contextmanager
+    def pair(
+        self, model: nn.Module, rule: Rule, size: tuple[int, int], cache: Any = None, leave: bool = True
+    ) -> Iterator[Pair]:
         """Who is at work on a batch; nothing is read yet.
 
         Args:
@@ -170,32 +175,42 @@ class Lossless:
         """
         self.pace.tally = Tally()
         base: Any = unwrap(model)
-        if self.compiled and cache is None:
-            cache = self.static_cache(base, *size)
-        target, draft = self.sides(base, cache)
-        room = size[1]
-        if self.compiled:
-            target.step = needed(base, "get_compiled_call")(None)
-        if isinstance(draft, Other) and room > (most := context_of(draft.side.model) or room):
-            raise CapreseError(f"the draft's context is {most} tokens, and {room} are asked for")
         every = self._every(base) if applied_ffns(base) else None
-        return Pair(target, draft, rule, self.pace, every, leave)
+        own = self.compiled and cache is None
+        with self.static_cache(base, *size) if own else nullcontext(cache) as at:
+            target, draft = self.sides(base, at)
+            if self.compiled:
+                target.step = needed(base, "get_compiled_call")(None)
+            if isinstance(draft, Other) and size[1] > (most := context_of(draft.side.model) or size[1]):
+                raise CapreseError(f"the draft's context is {most} tokens, and {size[1]} are asked for")
+            yield Pair(target, draft, rule, self.pace, every, leave)
 
-    def static_cache(self, model: nn.Module, batch: int, tokens: int) -> StaticCache:
-        """An empty static cache for so many sequences and tokens: the last one where it will do, since what is compiled
-        is compiled for one."""
+    @contextmanager
+    def static_cache(self, model: nn.Module, batch: int, tokens: int) -> Iterator[StaticCache]:
+        """An empty static cache for so many sequences and tokens, which nobody else is given inside.
+
+        It is the last one where that will do, since what is compiled is compiled for one.
+
+        Raises:
+            CapreseError: a model some of whose layers have a sliding window or no KV cache.
+        """
         base: Any = unwrap(model)
         # what was made in inference mode is written in it alone
         of = (batch, base.config, base.dtype, base.device, torch.is_inference_mode_enabled())
-        if self._static is not None:
-            known, room, cache = self._static
-            if known == of and room >= tokens:
-                cache.reset()
-                return cache
-        room = -(-tokens // _LENGTHS) * _LENGTHS
-        cache = StaticCache(config=base.config, max_cache_len=room)
-        self._static = of, room, cache
-        return cache
+        last, self._static = self._static, None
+        if last is not None and last[0] == of and last[1] >= tokens:
+            _, room, cache = last
+            cache.reset()
+        else:
+            room = -(-tokens // _LENGTHS) * _LENGTHS
+            cache = StaticCache(config=base.config, max_cache_len=room)
+            if any(getattr(layer, "is_sliding", True) for layer in cache.layers):
+                raise CapreseError("compiled passes need full attention in every layer; leave out `compiled`")
+            self.pace.compile_anew()
+        try:
+            yield cache
+        finally:
+            self._static = of, room, cache
 
     def _steps(self, model: nn.Module, steps: Iterator[NewTokens]) -> Iterator[NewTokens]:
         """What is around a step holds for it alone: others may run the model between two of them."""
@@ -260,6 +275,12 @@ class Lossless:
             side = Side(other, partial(drafting, other), partial(_prompted, other))
         side.tokens = wanted if drafts != wanted else None
         return side
+
+
+def _pads(mask: torch.Tensor) -> list[int]:
+    """How many pads are in front of each prompt."""
+    found: list[int] = (mask != 0).int().argmax(1).tolist()
+    return found
 
 
 @contextmanager

@@ -91,11 +91,13 @@ class Pair:
         self.read |= last_of
         new = self._grow(new, is_over)
         kept = [len(tokens) + (row in last_of) for row, tokens in zip(self.rows, new, strict=True)]
-        taken = torch.tensor([fewest if in_step else count for count in kept])
+        longest = max(len(new[b]) for b in alive)  # where all ended inside the block, no more than they are long
+        taken = torch.tensor([longest if in_step else count for count in kept])
         target.keep(taken, drawn.ids.shape[1] + 1, self.reselect_every)
         draft.keep(taken)
         target.move_together()
-        self.pace.note(drawn.count(alive), judged, middle - begin, clock(device) - middle)
+        counts, width = drawn.count(alive), drawn.ids.shape[1]
+        self.pace.note(counts, judged, middle - begin, clock(device) - middle, width)
         return new
 
     def _outlived(self, tokens: int) -> set[int]:

@@ -87,6 +87,10 @@ class Pace:
         # numbers that were chosen before; the first time is not of the drafts alone, but of what is compiled or packed
         self.seen: set[int] = set()
 
+    def compile_anew(self) -> None:
+        """What is compiled will be for something else: the next time of each number is that of compiling it."""
+        self.seen.clear()
+
     @property
     def acceptance(self) -> float:
         """a, between 0 and 1."""
@@ -106,7 +110,8 @@ class Pace:
 
     def speed(self, count: int) -> float:
         """Tokens a second with `count` drafts, as predicted."""
-        return expected(self.acceptance, count) / (self.draft_seconds(count) + self.verify_seconds(count + 1))
+        seconds = self.draft_seconds(count) + self.verify_seconds(count + 1)
+        return expected(self.acceptance, count) / max(seconds, 1e-9)
 
     def choose(self, limit: int) -> int:
         """How many to draft now, at most `limit`."""
@@ -131,15 +136,19 @@ class Pace:
         self.in_vain = min(self.in_vain + 1, _HALVED)
         return trial
 
-    def note(self, counts: Sequence[int], new: Sequence[int], drafting: float, rest: float) -> None:
+    def note(
+        self, counts: Sequence[int], new: Sequence[int], drafting: float, rest: float, width: int | None = None
+    ) -> None:
         """After a round.
 
         Args:
             counts: drafts of each sequence.
             new: tokens that each was judged to have.
             drafting, rest: seconds.
+            width: drafts that were read with the last token, where they are more than any sequence has.
         """
-        count, sequences, tally = max(counts), len(new), self.tally
+        sequences, tally = len(new), self.tally
+        count = max(counts) if width is None else width
         tally.by_count[count] += 1
         first = count not in self.seen if self.compiled else bool(count) and not any(self.seen)
         if not first:

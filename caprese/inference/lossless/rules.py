@@ -6,6 +6,7 @@ algorithm 1), whose tokens have exactly the target's distribution.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -35,6 +36,8 @@ _NOT_ALONE = (
     "EncoderRepetitionPenaltyLogitsProcessor",
     "EncoderNoRepeatNGramLogitsProcessor",
 )
+# where a processor keeps how many pads are in front of each prompt of a batch
+_OF_A_BATCH = "prompt_ignore_length"
 
 
 @dataclass(frozen=True)
@@ -166,8 +169,11 @@ def _rest(p: torch.Tensor, q: torch.Tensor | None, token: int) -> torch.Tensor:
     return rest if bool(rest.sum() > 0) else p
 
 
-def processed(processors: Any) -> Scores:
+def processed(processors: Any, pads: Callable[[list[int]], int] = lambda text: 0) -> Scores:
     """Scores by transformers' logits processors, which see one sequence at a time.
+
+    Args:
+        pads: how many are in front of a text, for processors that were told of a whole batch.
 
     Raises:
         CapreseError: one that looks at more than a sequence's own tokens, or remembers the steps before.
@@ -175,7 +181,12 @@ def processed(processors: Any) -> Scores:
     if bad := [type(each).__name__ for each in processors if type(each).__name__ in _NOT_ALONE]:
         raise CapreseError(f"lossless generation takes no {bad[0]}: it does not go by a sequence's own tokens alone")
 
+    processors = LogitsProcessorList(map(copy.copy, processors))
+    told = [each for each in processors if isinstance(getattr(each, _OF_A_BATCH, None), torch.Tensor)]
+
     def scores(text: list[int], logits: torch.Tensor) -> torch.Tensor:
+        for each in told:
+            setattr(each, _OF_A_BATCH, pads(text))
         made: torch.Tensor = processors(torch.tensor([text], device=logits.device), logits[None].float())
         return made[0]
 

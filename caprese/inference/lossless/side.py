@@ -245,7 +245,7 @@ class Side:
         """Close all holes, and be `length` tokens long at most: that of the longest sequence but its last."""
         self.move_together(always=True)
         surplus = int(self.cache.get_seq_length()) - length
-        if surplus < 1 or self.in_step:
+        if surplus < 1:
             return
         for layer in self.cache.layers:
             if has_state(layer):
