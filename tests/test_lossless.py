@@ -171,7 +171,7 @@ def test_vocabularies_padded_to_other_sizes(wanted, drafts):
     assert int(sampled.max()) < wanted
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.integers(1, 9), st.integers(1, 30), st.integers(0, 257), st.integers(0, 3))
 def test_ends_anywhere(tokens, limit, end, which):
     """An end of text, a limit, wherever in a block; the KV cache is then that of the text."""

@@ -198,10 +198,13 @@ def unbroken_hybrid(hybrid, tmp_path_factory) -> Path:
     return out
 
 
-_SLOW = [pytest.param(name, 1, marks=pytest.mark.slow) for name in ("alignment", "hidden_states")]
+_SLOW = [
+    pytest.param(name, count, marks=pytest.mark.slow)
+    for name, count in (("sensitivity", 2), ("alignment", 1), ("hidden_states", 1))
+]
 
 
-@pytest.mark.parametrize(("name", "count"), [("sensitivity", 2), ("round-1", 2), *_SLOW])
+@pytest.mark.parametrize(("name", "count"), [("round-1", 2), *_SLOW])
 def test_hybrids_go_on_too(hybrid, unbroken_hybrid, tmp_path, name, count):
     out = tmp_path / "out"
     assert run(hybrid, out, name, count).returncode == -signal.SIGKILL

@@ -54,7 +54,7 @@ def test_it_writes_prompts_of_its_own(smollm2, tmp_path):
     assert writer.sieve.counts["usable"] >= 0.4 * writer.sieve.counts.total()
 
 
-@pytest.mark.parametrize(("method", "sparsity"), [("griffin", 0.5), ("cats", 0.7)])
+@pytest.mark.parametrize(("method", "sparsity"), [("griffin", 0.5), pytest.param("cats", 0.7, marks=pytest.mark.slow)])
 def test_recover(smollm2, hub, tmp_path, method, sparsity):
     model, tokenizer = smollm2
     recipe = resolve_recipe(
