@@ -7,7 +7,7 @@ already (`assistant_model=`), it works on applied models too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -113,9 +113,7 @@ class Lossless:
         if more := [k for k, v in model_kwargs.items() if k not in _NOTHING_TO_SEE and isinstance(v, torch.Tensor)]:
             raise CapreseError(f"lossless generation reads token ids alone, and no {more[0]}")
         _check_positions(model_kwargs.get("position_ids"), input_ids, mask)
-        pads = {} if mask is None else dict(zip(map(tuple, input_ids.tolist()), _pads(mask), strict=True))
-        ahead = lambda text: pads.get(tuple(text[: input_ids.shape[1]]), 0)  # noqa: E731
-        scores = processed(logits_processor, ahead) if logits_processor else None
+        scores = processed(logits_processor, _pads(input_ids, mask)) if logits_processor else None
         rule: Rule = Greedy(scores)
         if getattr(generation_config, "do_sample", False):
             rule = Sampling(scores or _as_they_are, self.generator)
@@ -277,10 +275,13 @@ class Lossless:
         return side
 
 
-def _pads(mask: torch.Tensor) -> list[int]:
-    """How many pads are in front of each prompt."""
-    found: list[int] = (mask != 0).int().argmax(1).tolist()
-    return found
+def _pads(ids: torch.Tensor, mask: torch.Tensor | None) -> Callable[[list[int]], int]:
+    """How many pads are in front of a text that goes on from one of these prompts [B, T]."""
+    if mask is None:
+        return lambda text: 0
+    width, first = ids.shape[1], (mask != 0).int().argmax(1)
+    known: dict[tuple[int, ...], int] = dict(zip(map(tuple, ids.tolist()), first.tolist(), strict=True))
+    return lambda text: known.get(tuple(text[:width]), 0)
 
 
 @contextmanager

@@ -169,7 +169,7 @@ def _rest(p: torch.Tensor, q: torch.Tensor | None, token: int) -> torch.Tensor:
     return rest if bool(rest.sum() > 0) else p
 
 
-def processed(processors: Any, pads: Callable[[list[int]], int] = lambda text: 0) -> Scores:
+def processed(processors: Any, pads: Callable[[list[int]], int]) -> Scores:
     """Scores by transformers' logits processors, which see one sequence at a time.
 
     Args:
@@ -206,8 +206,12 @@ def rule_of(
     if repetition_penalty != 1:
         made.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
     if not temperature:
-        return Greedy(processed(LogitsProcessorList(made)) if made else None)
+        return Greedy(processed(made, _none) if made else None)
     made.append(TemperatureLogitsWarper(max(float(temperature), COLDEST)))
     made += [TopKLogitsWarper(top_k)] if top_k else []
     made += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
-    return Sampling(processed(LogitsProcessorList(made)), torch.Generator(device).manual_seed(seed))
+    return Sampling(processed(made, _none), torch.Generator(device).manual_seed(seed))
+
+
+def _none(_: list[int]) -> int:
+    return 0
