@@ -44,7 +44,7 @@ def bench_lossless(
         "acceptance", "tokens_per_round"; speed-ups over dense: "predicted" from acceptance and these costs, "measured",
         and "adapting", where the number of drafts goes on to adapt, down to none (None if it was given);
         "break_even", the acceptance below which drafting does not pay here;
-        "dense_ms" and "lossless_ms", of one token of each sequence; "identical", of the texts, None with draws.
+        "dense_ms" and "lossless_ms", over all tokens of a batch; "identical", of the texts, None with draws.
 
     Raises:
         CapreseError: no prompts, or see `Lossless`.
