@@ -126,6 +126,11 @@ def _forward_of_its_own(model: Any) -> None:
     layer.forward = lambda x, **how: plain(2 * x, **how)
 
 
+def _forward_for_another_attribute(model: Any) -> None:
+    del _layer(model).mark
+    _forward_of_its_own(model)
+
+
 def _hook_on_the_decoder(model: Any) -> None:
     unwrap(model).model.register_forward_hook(lambda module, given, y: setattr(y, "last_hidden_state", 2 * y[0]))
 
@@ -163,6 +168,7 @@ ENDS: list[Callable[[Any], None]] = [
     _hook_on_the_norm,
     _another_projection,
     _forward_of_its_own,
+    _forward_for_another_attribute,
     _fewer_layers,
     lambda model: model.train(),
 ]
@@ -176,6 +182,7 @@ def test_what_changes_between_two_tokens_is_followed(
     found = []
     for fused in (False, True):
         model = applied("llama", spec)
+        _layer(model).mark = True
         if fused:
             caprese.fuse(model)
             assert is_whole(model)

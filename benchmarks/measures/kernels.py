@@ -315,20 +315,19 @@ class Measure:
         same = _jobs(cell, 4 if GPU else 1)
         check(name, same[0])
         key, needed = same[0].key, round(statistics.mean(job.bytes for job in same))
-        row = {"key": key, **self._row(microseconds([job.run for job in same]), needed), "sweep": []}
+        row = {"key": key, **self._row(microseconds([job.run for job in same]), needed), "refused": 0}
         tried = configs(key, batch, cell["trials"]) if cell["trials"] else []
         if tried and GPU:
             list(compilers().map(partial(launch, json.dumps(cell)), tried))
+        timed: list[dict[str, Any]] = []
         for config in tried:
             try:
                 with tiles().configured(key, **config):
                     check(name, same[0])
-                    row["sweep"].append(
-                        {**self._row(microseconds([job.run for job in same]), needed), "config": config}
-                    )
-            except Exception as error:  # a tile that does not fit says so in many ways
-                row["sweep"].append({"config": config, "refused": type(error).__name__})
-        timed = [each for each in row["sweep"] if "microseconds" in each]
+                    timed.append({**self._row(microseconds([job.run for job in same]), needed), "config": config})
+            except Exception:  # a tile that does not fit says so in many ways
+                row["refused"] += 1
+        row["timed"] = len(timed)
         row["best"] = min(timed, key=lambda each: each["microseconds"], default=None)
         return row
 

@@ -184,8 +184,8 @@ class Phases:
                 if memory is not None:
                     memory.length += call.tokens.shape[1]
                 return compiled(**kwargs)
-            told = self._prompt_lengths is not None or self._prefilling or proposed(call.cache) is not None
-            told = told or self.verifying
+            told = self._prompt_lengths is not None or self._prefilling or self.verifying
+            told = told or proposed(call.cache) is not None
             ready = all(w.fused is not None and w.can_decode_fused for w in wrappers)
             if memory is None or told or call.tokens.shape[1] != 1 or not ready:
                 return model(**kwargs)

@@ -89,7 +89,7 @@ def bench_lossless(
     finally:
         lossless.pace = adapting
     draft = statistics.median(cost for cost, _ in known)
-    verify = {width: statistics.median(costs[width] for _, costs in known) for width in known[0][1]}
+    verify = {width: statistics.median(reading[width] for _, reading in known) for width in known[0][1]}
     ms = {name: 1000 * total[name] / steps[name] for name in names}
     return _figures(tallies["lossless"], ms, draft, verify) | {
         "identical": f"{same} of {len(prompts)}" if isinstance(rule, Greedy) else None,

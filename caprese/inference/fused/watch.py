@@ -87,7 +87,7 @@ class Watch:
             phases.observer,
             self._asked(),
             [*map(_TRAINING, self.watched)],
-            [*map(len, map(vars, self.watched))],  # one more: a `forward` of its own
+            ["forward" in own for own in map(vars, self.watched)],
             [*map(list, map(dict.values, self.places))],
             [*map(list, map(dict.values, self.slots))],
             [*map(list, map(dict.values, self.halves))],
