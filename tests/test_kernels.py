@@ -630,7 +630,7 @@ def _compile_all() -> None:
     from caprese.kernels.quantized import GROUP
     from caprese.kernels.quantized.triton import _products, _sums
     from caprese.kernels.replay.triton import _ROWS, _verify
-    from caprese.kernels.tiles import config_of
+    from caprese.kernels.tiles import config_of, launch_options
 
     flags = dict.fromkeys(
         ("HAS_GATE", "HAS_INDEX", "HAS_COUNT", "HAS_GATE_BIAS", "HAS_UP_BIAS", "HAS_BIAS", "ONE_THRESHOLD"), True
@@ -690,7 +690,8 @@ def _compile_all() -> None:
                     signature[name] = "*fp32" if parts else known.get(name, f"*{dtype}")
                 else:
                     signature[name] = "i32"
-            options = {key: value for key, value in settings.items() if key.startswith("num_")}
+            launched = launch_options(settings | values, target.backend == "hip")
+            options = {key: value for key, value in launched.items() if key.startswith("num_")}
             source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
             done = triton.compile(source, target=target, options=options)
             binary = done.asm["cubin" if target.backend == "cuda" else "hsaco"]

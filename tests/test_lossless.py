@@ -650,6 +650,11 @@ def test_refusals():
         applied.generate(ids, attention_mask=torch.tensor([[1, 1, 1, 1, 0, 0]]), custom_generate=caprese.Lossless())
     with pytest.raises(caprese.CapreseError, match="reselect_every 0"):
         caprese.Lossless(reselect_every=0)
+    with pytest.raises(caprese.CapreseError, match="leave out `compiled`"):
+        caprese.Lossless(target="hybrid", compiled=True)
+    for none in (ids[:0], ids[:, :0]):
+        with pytest.raises(caprese.CapreseError, match="no prompt to go on from"):
+            caprese.Lossless()(applied, none)
     broken = tiny_llama()
     broken.lm_head.weight.data.fill_(torch.nan)
     refused("logits are not finite", broken, draft="lookup", do_sample=True)

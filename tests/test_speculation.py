@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import caprese
-from caprese.commands.pair import some_prompts
+from caprese.studies.prompts import some_prompts
 
 ROOT = Path(__file__).parent.parent
 # what the engine's own sums may miss the largest logit by, of the largest

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 import caprese
-from caprese.commands.pair import put_method, some_prompts
+from caprese.commands.pair import put_method
 from caprese.evaluation import environment
 from caprese.inference.lossless import rule_of
 from caprese.models import device_of, random_model, shape_config
 from caprese.studies.lossless import bench_lossless
+from caprese.studies.prompts import some_prompts
 
 
 class Measure:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import caprese
-from caprese.commands.pair import some_prompts
 from caprese.evaluation import environment
 from caprese.exports import dense_checkpoints, dense_ggufs, export
+from caprese.studies.prompts import some_prompts
 from measures.served import Text, serve
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from caprese.commands.options import Device, Json, QuickDtype, parse_layers, parse_quick
-from caprese.commands.pair import EVERYDAY, make_draft, put_method, some_prompts
+from caprese.commands.pair import make_draft, put_method
 from caprese.errors import CapreseError
 from caprese.progress import say, show
 
@@ -190,6 +190,7 @@ def _lossless(flags: Flags, name: str, batches: list[int]) -> None:
     from caprese.models.loading import pick_device, pick_dtype
     from caprese.report.lossless import describe_lossless
     from caprese.studies.lossless import bench_lossless
+    from caprese.studies.prompts import EVERYDAY, some_prompts
 
     if flags.dry_run or (flags.random_weights and flags.adapter):
         raise CapreseError("--lossless times real tokens: leave out --dry-run, and --adapter with --random-weights")

@@ -67,8 +67,14 @@ def padded_batch(B: int, dot: bool) -> int:
     return 16 if dot or B > 8 else 8 if B > 4 else 4 if B > 2 else B
 
 
-def launch_options(config: Config) -> Config:
-    return {key: value for key, value in config.items() if key not in ("DOT", "PROGRAMS")}
+def launch_options(config: Config, hip: bool = torch.version.hip is not None) -> Config:
+    """What a launch is given of an operation's settings.
+
+    Args:
+        hip: whether it is for an AMD GPU, for which Triton 3.6 cannot compile pipelined matrix products of few rows.
+    """
+    options = {key: value for key, value in config.items() if key not in ("DOT", "PROGRAMS")}
+    return options | {"num_stages": 1} if hip and config.get("DOT") else options
 
 
 @triton.jit

@@ -83,6 +83,8 @@ class Lossless:
             raise CapreseError(f'`draft` is {str(self.draft)[:40]!r}; use "own", "lookup" or a model')
         if self.target not in ("dense", "hybrid"):
             raise CapreseError(f'`target` is {self.target!r}; use "dense" or "hybrid"')
+        if self.compiled and self.target == "hybrid":
+            raise CapreseError("compiled passes want a static cache, and hybrids have none; leave out `compiled`")
         if self.tokens is not None and not (isinstance(self.tokens, int) and 0 <= self.tokens <= 64):
             raise CapreseError(f"`tokens` is {self.tokens}; use a number from 0 to 64, or None to adapt")
         if self.reselect_every != "saved":
@@ -104,6 +106,8 @@ class Lossless:
         **model_kwargs: Any,
     ) -> Any:
         """What `generate` calls: prompts [B, T] -> sequences [B, T + n], padded behind their ends."""
+        if not input_ids.numel():
+            raise CapreseError(f"there is no prompt to go on from: input_ids are {list(input_ids.shape)}")
         for name in _NOT_GIVEN:
             if getattr(generation_config, name, None):
                 raise CapreseError(f"lossless generation gives no {name}; leave it out")
