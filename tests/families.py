@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from caprese.models import FAMILIES
@@ -54,6 +56,10 @@ assert OWN.keys() == FAMILIES.keys()
 
 def tiny(kind: str, dtype: torch.dtype = torch.float32, seed: int = 3, **more: object) -> PreTrainedModel:
     """Random weights large enough that removing neurons shows; biases too, where the family has them."""
+    try:
+        CONFIG_MAPPING[kind]()
+    except StrictDataclassError:  # OLMo 2 in 5.4
+        pytest.skip(f"this transformers cannot make its own configuration of {kind}")
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**COMMON, **OWN[kind], **more}))
     for name, parameter in model.named_parameters():

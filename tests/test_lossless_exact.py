@@ -126,29 +126,36 @@ class _Dense:
 
 
 HYBRIDS = {"hybrid": 0.5, "pure": 0.0}
-PAIRS: dict[str, Callable[[Any], tuple[list[Any], caprese.Lossless]]] = {
-    **{name: (lambda model, methods=methods: (methods, caprese.Lossless(tokens=4))) for name, methods in ROWS.items()},
+# by the model and the number of drafts a round, None for as many as pay
+PAIRS: dict[str, Callable[[Any, int | None], tuple[list[Any], caprese.Lossless]]] = {
     **{
-        f"{name} drafts": lambda model, keep=keep: ([caprese.Mamba(keep_attention=keep)], caprese.Lossless(tokens=3))
-        for name, keep in HYBRIDS.items()
+        name: (lambda _, tokens, methods=methods: (methods, caprese.Lossless(tokens=tokens)))
+        for name, methods in ROWS.items()
     },
     **{
-        f"{name} is the target": lambda model, keep=keep: (
-            [caprese.Mamba(keep_attention=keep), caprese.Griffin(sparsity=0.5)],
-            caprese.Lossless(target="hybrid", tokens=3),
+        f"{name} drafts": lambda _, tokens, keep=keep: (
+            [caprese.Mamba(keep_attention=keep)],
+            caprese.Lossless(tokens=tokens),
         )
         for name, keep in HYBRIDS.items()
     },
-    "lookup": lambda model: ([caprese.Griffin()], caprese.Lossless("lookup", tokens=4)),
-    "pure, drafted by the dense": lambda model: (
+    **{
+        f"{name} is the target": lambda _, tokens, keep=keep: (
+            [caprese.Mamba(keep_attention=keep), caprese.Griffin(sparsity=0.5)],
+            caprese.Lossless(target="hybrid", tokens=tokens),
+        )
+        for name, keep in HYBRIDS.items()
+    },
+    "lookup": lambda _, tokens: ([caprese.Griffin()], caprese.Lossless("lookup", tokens=tokens)),
+    "pure, drafted by the dense": lambda model, tokens: (
         [caprese.Mamba(keep_attention=0)],
-        caprese.Lossless(copy.deepcopy(model), target="hybrid", tokens=3),
+        caprese.Lossless(copy.deepcopy(model), target="hybrid", tokens=tokens),
     ),
 }
 
 
-def run(base: str, model: Any, name: str, batch: int, prompts: list[list[int]]) -> None:
-    methods, lossless = PAIRS[name](model)
+def run(base: str, model: Any, name: str, batch: int, prompts: list[list[int]], drafts: int | None) -> None:
+    methods, lossless = PAIRS[name](model, drafts)
     put(model, methods, prompts)
     target: Any = _Dense(model)
     other = None
@@ -167,7 +174,7 @@ def run(base: str, model: Any, name: str, batch: int, prompts: list[list[int]]) 
 @pytest.mark.parametrize("name", PAIRS)
 def test_smollm2(smollm2, name, batch):
     model, tokenizer = smollm2
-    run("smollm2-135m", model, name, batch, smollm2_prompts(tokenizer, model))
+    run("smollm2-135m", model, name, batch, smollm2_prompts(tokenizer, model), None if batch == 1 else 3)
 
 
 @pytest.mark.slow
@@ -175,13 +182,13 @@ def test_smollm2(smollm2, name, batch):
 @pytest.mark.parametrize("name", PAIRS)
 def test_reasoner(reasoner, name, batch):
     model, tokenizer = reasoner
-    run("reasoner-tiny", model, name, batch, reasoner_prompts(tokenizer, model))
+    run("reasoner-tiny", model, name, batch, reasoner_prompts(tokenizer, model), 4)
 
 
 @pytest.mark.parametrize("name", ["griffin-q4", "hybrid drafts", "pure is the target"])
 def test_a_part_of_it(reasoner, name):
     model, tokenizer = reasoner
-    run("reasoner-tiny", model, name, 4, reasoner_prompts(tokenizer, model, 8))
+    run("reasoner-tiny", model, name, 4, reasoner_prompts(tokenizer, model, 8), 4)
 
 
 @pytest.mark.slow

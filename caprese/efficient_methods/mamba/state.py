@@ -129,9 +129,11 @@ class MixerState(DynamicLayer):
         this."""
         self.always = True
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens, of those since the mark; a number below 0, as of transformers' layers."""
-        tokens, count = abs(tokens_to_remove), 0 if self.block is None else self.block.x.shape[1]
+    def crop(self, length: int) -> None:
+        """Take back tokens, of those since the mark: be so long, or shorter by a number below 0 (transformers 5.4 says
+        the first, newer ones the second)."""
+        tokens = -length if length <= 0 else max(0, self.length - length)
+        count = 0 if self.block is None else self.block.x.shape[1]
         if tokens > count:
             raise CapreseError(
                 f"a recurrent state can be taken back by the tokens since it was marked, {count} here, and not by "

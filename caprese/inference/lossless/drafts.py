@@ -140,7 +140,10 @@ class Lookup:
 
     def propose(self, texts: list[list[int]], count: int, rule: Rule) -> Drawn:
         found = PromptLookupCandidateGenerator(
-            num_output_tokens=count, max_matching_ngram_size=self.longest, max_length=10**9
+            eos_token_id=torch.tensor([-1]),  # what stands behind an end is as good a draft; transformers 5.4 wants one
+            num_output_tokens=count,
+            max_matching_ngram_size=self.longest,
+            max_length=10**9,
         )
         ids, counts = torch.zeros(len(texts), count, dtype=torch.long), torch.zeros(len(texts), dtype=torch.long)
         for b, text in enumerate(texts):
