@@ -143,12 +143,12 @@ def main() -> None:
     if unknown := set(args.tables) - set(experiment["tables"]):
         sys.exit(f"no table {', '.join(sorted(unknown))}; there are {', '.join(experiment['tables'])}")
     output = args.output or Path("out-benchmarks") / f"{args.experiment}.json"
-    sys.path.insert(0, str(HERE))
-    measure = importlib.import_module(f"measures.{experiment['measure']}").Measure()
     known = json.loads(output.read_text()) if output.exists() else {}
     rows = known.get("rows", []) if isinstance(known, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "cell" in row for row in rows):
         sys.exit(f"{output} holds something else; choose another --output")
+    sys.path.insert(0, str(HERE))
+    measure = importlib.import_module(f"measures.{experiment['measure']}").Measure()
     found: dict[str, Row] = {key_of(row["cell"]): row for row in rows}
     for table in args.tables or experiment["tables"]:
         cells = cells_of(experiment, table)
