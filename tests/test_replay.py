@@ -107,24 +107,31 @@ def test_a_mixer_goes_on_as_if_it_had_never_read_what_was_let_go(which, rounds, 
         assert torch.allclose(y[b], mixer(torch.cat([texts[b], last[b]])[None])[0, -1:], rtol=1e-4, atol=1e-5)
 
 
-def test_a_block_is_cropped_as_transformers_does():
+@pytest.mark.parametrize("by", ["tokens", "length"])
+def test_a_block_is_cropped_as_transformers_does(by):
+    """Newer ones say by how many tokens, transformers 5.4 says how long it is to be."""
     mixer, draw = MIXERS[0], torch.Generator().manual_seed(7)
     x = torch.randn(2, 9, mixer.in_proj.in_features, generator=draw)
     cache = MixerState()
+
+    def take_back(tokens: int) -> None:
+        cache.crop(-tokens if by == "tokens" else cache.get_seq_length() - tokens)
+
     cache.activate_past_recording()
     mixer(x[:, :6], cache=cache)
-    cache.crop(-2)
+    take_back(2)
     assert cache.get_seq_length() == 4
     mixer(x[:, 4:8], cache=cache)
     with pytest.raises(caprese.CapreseError, match="4 here, and not by 5"):
-        cache.crop(-5)
-    cache.crop(-3)
+        take_back(5)
+    take_back(3)
+    assert cache.get_seq_length() == 5
     twin = copy.copy(cache)
     y = mixer(x[:, 5:6], cache=cache)
     assert torch.allclose(y, mixer(x[:, :6])[:, -1:], rtol=1e-4, atol=1e-5)
     assert torch.equal(mixer(x[:, 5:6], cache=twin), y)
     twin.reorder_cache(torch.tensor([1, 0]))
-    cache.crop(0)
+    take_back(0)
     twin.crop(0)
     mirrored = mixer(x[:, 6:7].flip(0), cache=twin).flip(0)
     assert torch.allclose(mixer(x[:, 6:7], cache=cache), mirrored, rtol=1e-4, atol=1e-5)
