@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
+import re
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,9 @@ from caprese.evaluation.fidelity import variant
 from caprese.evaluation.rewards import reward_scorer
 from caprese.inference.generate import completions, generate
 from caprese.inference.sampling import nucleus
-from caprese.studies.scaling import at, comparison, first, sizes_up_to
+from caprese.models.cache import roomy_cache
+from caprese.studies.equal_time import Raw, at, comparison, first, time_of_dense
+from caprese.studies.scaling import cache_bytes, sizes_up_to
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=9), st.data())
@@ -96,6 +100,40 @@ def test_times_between_measurements() -> None:
     assert found["seconds_to_reach_dense"]["majority"]["recovered"] is None
 
 
+def test_the_time_of_dense_with_its_interval() -> None:
+    """Problems whose answers are alike: the ratio is that of the times, whichever problems are resampled."""
+    problems = 16
+    metrics = {"coverage": [[0.5, 0.75, 1.0]] * problems}
+    dense = Raw([[1.0 + i, 2.0 + 2 * i, 4.0 + 4 * i] for i in range(problems)], metrics)
+    half = Raw([[t / 2 for t in row] for row in dense.seconds], metrics)
+    found = time_of_dense({"dense": dense, "half": half}, "half", "coverage")
+    assert found["ratio"] == pytest.approx(0.5) and found["interval"] == pytest.approx([0.5, 0.5])
+    assert found["reached"] == 1
+    uneven = Raw([[t / (1 + i % 2) for t in row] for i, row in enumerate(dense.seconds)], metrics)
+    low, high = time_of_dense({"dense": dense, "x": uneven}, "x", "coverage")["interval"]
+    assert 0.5 < low < 0.75 < high < 1
+    worse = Raw(half.seconds, {"coverage": [[0.5, 0.5, 0.5 + 0.5 * (i > 3)] for i in range(problems)]})
+    found = time_of_dense({"dense": dense, "x": worse}, "x", "coverage")
+    assert found["ratio"] is None and found["interval"] is None and found["reached"] < 0.1
+
+
+@pytest.mark.parametrize("keep", [None, 0.5, 0.0])
+def test_bytes_of_a_cache(keep) -> None:
+    """What is foreseen from a short text is what a long one takes."""
+    model = tiny_llama()
+    if keep is not None:
+        model = caprese.apply(model, caprese.Mamba(keep_attention=keep))
+    caches = []
+    for length in (5, 37):
+        cache = roomy_cache(model)
+        model(torch.full((1, length), 3), past_key_values=cache, use_cache=True)
+        caches.append(cache)
+    assert cache_bytes(caches[0], 37) == cache_bytes(caches[1], 37)
+    assert (cache_bytes(caches[0], 74) == cache_bytes(caches[0], 37)) == (keep == 0.0)
+    if keep is None:
+        assert cache_bytes(caches[1], 37) == sum(layer.keys.nbytes + layer.values.nbytes for layer in caches[1].layers)
+
+
 def test_sizes() -> None:
     assert sizes_up_to(1) == [1] and sizes_up_to(16) == [1, 2, 4, 8, 16] and sizes_up_to(20) == [1, 2, 4, 8, 16, 20]
 
@@ -121,6 +159,32 @@ def test_samples_together_are_samples_alone() -> None:
         assert all(token % 9 for token in answer[:-1]) and (len(answer) == 12 or answer[-1] % 9 == 0)
 
 
+@pytest.mark.parametrize("kind", ["fetching", "local"])
+def test_long_chains(kind: str) -> None:
+    """Every line is right, the answer is Python's, and what a line needs is where it is said to be."""
+    rows = list(itertools.islice(chains("test", 0, kind=kind), 60))
+    assert rows == list(itertools.islice(chains("test", 0, kind=kind), 60))
+    assert {row.question for row in rows}.isdisjoint(
+        row.question for row in itertools.islice(chains("train", 0, kind=kind), 300)
+    )
+    for row in rows:
+        lines = row.working.split("\n")
+        assert 21 <= row.steps <= 40 and len(lines) == row.steps + 1 and lines[-1] == f"={row.answer}"
+        assert soundness(row.working) == 1 and split_of(row.question) == "test"
+        if kind == "fetching":
+            assert eval(row.question) == int(row.answer)
+            numbers = re.findall(r"[0-9]+", row.question)
+            assert len(set(numbers)) == len(numbers) == row.steps + 1
+        else:
+            a, b = map(int, row.question[3:].split("+"))
+            for line in lines[:-1]:
+                assert line[3:13] == f"{a:04}+{b:04}:"
+                a, b = b, (a + b) % 10_000
+            assert b == int(row.answer) and int(row.question[:2]) == row.steps
+    [asked] = load_prompts(f"{kind}:test", 1, 0)
+    assert (asked.text, asked.answer) == (rows[0].question, rows[0].answer)
+
+
 def test_chains_are_right_and_disjoint() -> None:
     seen: dict[str, set[str]] = {}
     for split in SPLITS:
@@ -141,8 +205,6 @@ def test_chains_are_right_and_disjoint() -> None:
 @settings(max_examples=50)
 @given(st.integers(0, 10**6), st.data())
 def test_a_wrong_digit_is_found(seed: int, data: st.DataObject) -> None:
-    import random
-
     lines = make_chain(3, random.Random(seed)).working.split("\n")[:-1]
     line = data.draw(st.sampled_from(lines))
     place = data.draw(st.integers(line.index(":") + 1, len(line) - 1))
@@ -248,6 +310,9 @@ def test_the_command_and_going_on(made: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "scale.png").stat().st_size > 5000
     code, out = run(made, tmp_path / "dry", *how, "--dry-run", "--json")
     assert code == 0 and json.loads(out)["completions"] == 3 * 4 * 4 and not (tmp_path / "dry").exists()
+    for name, found in result["contenders"].items():
+        assert found["together"] == 64 and found["cache_bytes"] == result["contenders"]["dense"]["cache_bytes"], name
+    assert set(result["time_of_dense"]) == {"coverage", "majority", "best_of_n"}
     files = sorted((tmp_path / "out" / "samples").iterdir())
     before = {path.name: path.stat().st_mtime_ns for path in files}
     assert len(files) == 3
@@ -262,6 +327,30 @@ def test_the_command_and_going_on(made: Path, tmp_path: Path) -> None:
     assert code == 1 and "holds samples of other settings" in " ".join(out.split())
     assert json.loads(files[1].read_text())["settings"]["count"] == 4
     assert run(made, tmp_path / "out", "--samples", "2", "--overwrite")[0] == 0
+
+
+def test_other_adapters_and_memory(made: Path, tmp_path: Path) -> None:
+    """A hybrid of the same base beside the adapter; samples that do not fit wait for their turn, and are the same."""
+    base, _ = caprese.load_base(str(made / "model"), dtype="float32")
+    hybrid = caprese.apply(base, caprese.Mamba(keep_attention=0.5))
+    caprese.save(recovered(hybrid, 2, 0.1), tmp_path / "hybrid")
+    names = ("--contenders", f"dense,recovered,{tmp_path / 'hybrid'}", "--samples", "4", "--temperature", "1e-3")
+    code, out = run(made, tmp_path / "whole", *names, "--json")
+    assert code == 0, out
+    found = json.loads(out)["contenders"]
+    assert list(found) == ["dense", "recovered", str(tmp_path / "hybrid")]
+    dense, other = found["dense"]["cache_bytes"], found[str(tmp_path / "hybrid")]["cache_bytes"]
+    assert other != dense
+    code, out = run(made, tmp_path / "few", *names, "--json", "--memory", str(2.5 * dense / 1e9))
+    assert code == 0, out
+    few = json.loads(out)["contenders"]
+    assert few["dense"]["together"] == 2 and few[str(tmp_path / "hybrid")]["together"] == int(2.5 * dense // other)
+    for name in found:
+        assert few[name]["coverage"] == found[name]["coverage"] and few[name]["tokens"] == found[name]["tokens"]
+    code, out = run(made, tmp_path / "none", *names, "--memory", "1e-9")
+    assert code == 1 and "lower max_new_tokens" in " ".join(out.split())
+    code, out = run(made, tmp_path / "twice", "--contenders", "dense,dense")
+    assert code == 1 and "contender dense is named twice" in " ".join(out.split())
 
 
 def test_samples_of_a_recovered_model_are_those_drawn_alone(made: Path) -> None:

@@ -24,7 +24,10 @@ class Flags:
         None
     )
     column: Annotated[str | None, typer.Option(help="Column that holds the prompt.")] = None
-    contenders: Annotated[str | None, typer.Option(help="Only these, with commas: dense, efficient, recovered.")] = None
+    contenders: Annotated[
+        str | None,
+        typer.Option(help="Only these, with commas: dense, efficient, recovered, or other adapters of this base."),
+    ] = None
     reselect_every: Annotated[
         int | None,
         typer.Option(help="One more contender: recovered, choosing anew so often; 0 none.", min=0, show_default="32"),
@@ -32,6 +35,10 @@ class Flags:
     reward: Annotated[
         str | None,
         typer.Option(help="What weights best-of-N: a sequence classifier, causal:MODEL, oracle, or chains (verifier)."),
+    ] = None
+    memory: Annotated[
+        float | None,
+        typer.Option(help="GB that the caches of samples drawn at once may take; 64 samples if not given."),
     ] = None
     max_new_tokens: Annotated[int | None, typer.Option(help="Length limit of a completion.", min=2)] = None
     temperature: Annotated[float | None, typer.Option(help="As in the adapter's recipe if not given.")] = None
@@ -61,7 +68,16 @@ def scale(flags: Flags) -> None:
         "temperature": flags.temperature,
     }
     only = flags.contenders.split(",") if flags.contenders else None
-    sampling = Sampling(flags.samples, flags.problems, given, only, flags.reselect_every, flags.reward, flags.seed)
+    sampling = Sampling(
+        flags.samples,
+        flags.problems,
+        given,
+        only,
+        flags.reselect_every,
+        flags.reward,
+        flags.memory,
+        flags.seed,
+    )
     if flags.dry_run:
         show(plan_scaling(flags.adapter, sampling), flags.as_json, lambda found: [figures_table("scale", found)])
         return

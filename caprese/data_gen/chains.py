@@ -3,20 +3,23 @@
 A problem is a chain of + - * on numbers of two and three digits, bracketed so that it is worked from left to right.
 Its working has a line for each step, and in a line the columns from the right, each as carry (or borrow) and digit; a
 product is two lines of one digit each and their sum. So a mistake anywhere goes on to the end.
+
+Two kinds have long workings. *fetching*: many sums and differences without brackets, each line of which needs a number
+that only the problem has; no number occurs twice. *local*: a sequence in which each number is the sum of the two before
+it, modulo 10,000; its lines are counted down, and each needs the line before it alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from caprese.errors import CapreseError
 
 SPLITS = {"test": range(0, 1), "validation": range(1, 2), "distil": range(2, 6), "train": range(6, 16)}
 """A problem belongs to one split by the hash of its text, so that no seed makes them overlap."""
-STEPS = range(3, 7)
 WIDTH = 4
 
 
@@ -31,7 +34,7 @@ class Chain:
 def _line(a: int, sign: str, b: int) -> tuple[str, int]:
     """One line: operands, columns from the right as carry and digit, result."""
     columns, carry = [], 0
-    result = {"+": a + b, "-": a - b, "*": a * b}[sign]
+    result = {"+": a + b, "-": a - b, "*": a * b}[sign] % 10**WIDTH
     for place in range(WIDTH):
         x, y = a // 10**place % 10, b // 10**place % 10
         if sign == "*":
@@ -74,8 +77,49 @@ def make_chain(steps: int, draw: random.Random) -> Chain:
             return Chain(question, f"{working}={value}", str(value), steps)
 
 
+def make_fetching(steps: int, draw: random.Random) -> Chain:
+    """Sums and differences of so many numbers, all of them different."""
+    value, *numbers = draw.sample(range(10, 1000), steps + 1)
+    question, working = str(value), ""
+    for b in numbers:
+        sign = draw.choice("+-")
+        if not 0 <= (value + b if sign == "+" else value - b) < 10**WIDTH:
+            sign = "-" if sign == "+" else "+"
+        line, value = _line(value, sign, b)
+        question += f"{sign}{b}"
+        working += line
+    return Chain(question, f"{working}={value}", str(value), steps)
+
+
+def make_local(steps: int, draw: random.Random) -> Chain:
+    """A sequence of sums from two numbers on, so many of them, at most 99."""
+    a, b = draw.randrange(10**WIDTH), draw.randrange(10**WIDTH)
+    question, working = f"{steps:02}:{a:0{WIDTH}}+{b:0{WIDTH}}", ""
+    for left in range(steps, 0, -1):
+        line, total = _line(a, "+", b)
+        working += f"{left:02}:{line}"
+        a, b = b, total
+    return Chain(question, f"{working}={b}", str(b), steps)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    make: Callable[[int, random.Random], Chain]
+    steps: range
+
+
+KINDS = {
+    "chains": _Kind(make_chain, range(3, 7)),
+    "fetching": _Kind(make_fetching, range(21, 41)),
+    "local": _Kind(make_local, range(21, 41)),
+}
+"""How a kind's problems are made, and of how many steps."""
+
+
 def line_is_right(line: str) -> bool:
-    """Whether a line of working is what its operands make it."""
+    """Whether a line of working is what its operands make it; how it is counted does not matter."""
+    if line[2:3] == ":" and line[:2].isdecimal():
+        line = line[3:]
     head, _, _ = line.partition(":")
     for sign in "+-*":
         a, found, b = head.partition(sign)
@@ -96,18 +140,25 @@ def split_of(question: str) -> str:
     return next(name for name, shares in SPLITS.items() if share in shares)
 
 
-def chains(split: str, seed: int, steps: int | None = None) -> Iterator[Chain]:
-    """Problems of one split without end, the same for the same seed; of 3 to 6 steps in equal parts, or of `steps`.
+def chains(split: str, seed: int, steps: int | range | None = None, kind: str = "chains") -> Iterator[Chain]:
+    """Problems of one kind and split without end, the same for the same seed.
+
+    Args:
+        steps: of every problem; of a range, or None for the kind's own, in equal parts.
 
     Raises:
         CapreseError: no such split, or steps out of range.
     """
     if split not in SPLITS:
-        raise CapreseError(f"chains has no split {split!r}; it has {', '.join(SPLITS)}")
-    if steps is not None and steps not in STEPS:
-        raise CapreseError(f"chains has {STEPS.start} to {STEPS.stop - 1} steps, not {steps}")
+        raise CapreseError(f"{kind} has no split {split!r}; it has {', '.join(SPLITS)}")
+    if isinstance(steps, int):
+        known = KINDS[kind].steps
+        if steps not in known:
+            raise CapreseError(f"{kind} has {known.start} to {known.stop - 1} steps, not {steps}")
+        steps = range(steps, steps + 1)
     draw = random.Random(f"{split} {seed}")
+    among, make = steps or KINDS[kind].steps, KINDS[kind].make
     while True:
-        chain = make_chain(steps or draw.choice(STEPS), draw)
+        chain = make(draw.choice(among) if len(among) > 1 else among[0], draw)
         if split_of(chain.question) == split:
             yield chain

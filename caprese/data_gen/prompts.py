@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from caprese.data_gen.chains import chains
+from caprese.data_gen.chains import KINDS, chains
 from caprese.errors import CapreseError
 from caprese.models import broken, encode_prompt
 
@@ -58,7 +58,8 @@ def load_prompts(
     """Up to `count` distinct prompts, drawn and ordered by the seed; a smaller count gives the first of a larger one's.
 
     Args:
-        source: "gym:TASK", "chains:SPLIT", a .jsonl or .parquet file, or the name of a dataset ("openai/gsm8k:train").
+        source: "gym:TASK", "chains:SPLIT" (or "fetching:SPLIT", "local:SPLIT"), a .jsonl or .parquet file, or the
+            name of a dataset ("openai/gsm8k:train").
         column: where a file or dataset has the prompt, as text or as a list of one user message; the answer is in
             "answer" if there is such a column.
         exclude: prompts not to give.
@@ -68,11 +69,12 @@ def load_prompts(
         CapreseError: unknown source or task, a bad row, an empty prompt, or no prompt at all.
     """
     size = 2 * (count + len(exclude)) + 100
+    kind, colon, split = source.partition(":")
     if source.startswith("gym:"):
         rows: Iterable[tuple[int, dict[str, Any]]] = enumerate(_gym(source[4:], size, seed))
         column = "question"
-    elif source.startswith("chains:"):
-        drawn = islice(chains(source[7:], seed), size)
+    elif colon and kind in KINDS:
+        drawn = islice(chains(split, seed, kind=kind), size)
         rows = enumerate({"question": c.question, "answer": c.answer} for c in drawn)
         column = "question"
     elif source.endswith((".jsonl", ".parquet")) or os.path.exists(source):  # unlike pathlib's, it takes any string

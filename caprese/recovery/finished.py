@@ -35,7 +35,7 @@ from caprese.progress import say
 from caprese.recipes.recipe import explain
 from caprese.recovery.run import beside
 from caprese.report.scaling import plot_scaling
-from caprese.studies.scaling import Contender, Scaling, contenders
+from caprese.studies.scaling import Budget, Contender, Scaling, contenders
 from caprese.studies.tasks import Tasks, run_tasks
 
 #: tokens between two choices, of the contender of `scale` that chooses anew
@@ -195,12 +195,14 @@ class Sampling:
     problems: int = 32
     #: fields of `Samples` that are not to be as the adapter was made
     given: Mapping[str, Any] = field(default_factory=dict)
-    #: names of contenders; None is all
+    #: names of contenders, or other adapters of this base; None is all of the adapter's own
     contenders: Sequence[str] | None = None
     #: of one more contender; 0 is none, None is `RESELECT_EVERY` where the method can choose anew
     reselect_every: int | None = None
     #: what weights best-of-N (see `reward_scorer`)
     reward: str | None = None
+    #: gigabytes that the caches of samples drawn at once may take
+    memory: float | None = None
     seed: int = 0
 
 
@@ -281,23 +283,29 @@ def scale_adapter(
     config = _asked(samples, sampling.given, "scale")
     check_writable(Path(output))
     base, tokenizer = opened.load_base(model, device=device, **how)
-    seed = sampling.seed
     config, rows = _problems(config, sampling, trained, tokenizer)
     say(
         f"{model}, {adapter}: {len(over)} contenders, {len(rows)} problems of {name_of(config.sources)}, "
         f"{sampling.samples} samples each"
     )
     # samples of one problem share its choice, so its rows are gathered once for all of them
-    lm = load(base, opened, fused=True, form="packed", reselect_every=None)
+    fused: dict[str, Any] = {"fused": True, "form": "packed", "reselect_every": None}
+    models: dict[str | None, Any] = {None: load(base, opened, **fused)}
+    others = {c.adapter: Adapter.open(c.adapter) for c in over if c.adapter is not None}
+    for name, other in others.items():
+        models[name] = load(other.load_base(model, device=device, **how)[0], other, **fused)
     scorer = None if sampling.reward is None else reward_scorer(sampling.reward, device)
-    scaling = Scaling(lm, tokenizer, rows, config, sampling.samples, Path(output), seed, scorer)
+    memory = None if sampling.memory is None else sampling.memory * 1e9
+    budget = Budget(sampling.samples, memory, sampling.seed)
+    scaling = Scaling(models, tokenizer, rows, config, budget, Path(output), scorer)
     identity = {
         "adapter": opened.digest,
+        "others": [other.digest for other in others.values()],
         "type": f"{base.dtype} on {base.device.type}",
         "settings": config.model_dump(mode="json", exclude={"train", "validation", "test", "batch_size", "shard_size"}),
     }
     found = scaling.run(over, identity, overwrite)
-    result = {"command": command, "model": model, **found, "environment": environment(lm)}
+    result = {"command": command, "model": model, **found, "environment": environment(models[None])}
     write_json(Path(output) / "scale.json", result)
     plot_scaling(result, Path(output) / "scale.png")
     return result

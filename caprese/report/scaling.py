@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from caprese.files import write_atomic
-from caprese.studies.scaling import METRICS
+from caprese.studies.equal_time import METRICS
 
 
 def _columns(names: Sequence[str]) -> list[str]:
@@ -47,9 +47,22 @@ def describe_scaling(result: dict[str, Any]) -> list[Any]:
             times = [result["seconds_to_reach_dense"][metric][name] for name in names]
             table.add_section()
             table.add_row("s to reach dense", "", *("-" if t is None else f"{t:.2f}" for t in times))
+            ratios = result["time_of_dense"][metric]
+            table.add_row("of dense's time", "", *("" if name == "dense" else _ratio(ratios[name]) for name in names))
             parts.append(table)
+    table = Table("", *_columns(names), title="caches", title_justify="left")
+    table.add_row("MB a sample, at its longest", *(f"{c['cache_bytes'] / 1e6:.3g}" for c in found.values()))
+    table.add_row("samples drawn at once", *(str(c["together"]) for c in found.values()))
+    parts.append(table)
     parts.append("-: not in that time, or never. Between measured N by interpolation; times taken never to fall with N")
     return parts
+
+
+def _ratio(found: dict[str, Any]) -> str:
+    if found["ratio"] is None:
+        return "-"
+    low, high = found["interval"] or (None, None)
+    return f"{found['ratio']:.2f}" + ("" if low is None else f" ({low:.2f}-{high:.2f})")
 
 
 def plot_scaling(result: dict[str, Any], path: Path) -> None:

@@ -1,21 +1,24 @@
 """`caprese scale`: what repeated sampling buys at a fixed budget, for the dense and the cheaper models.
 
 The measurements of "Thinking Slow, Fast" (arXiv 2502.20339): coverage, majority vote and weighted vote of N samples a
-problem, against wall-clock time, tokens, and compute units (N times the fraction of weights that is active).
+problem, against wall-clock time, tokens, and compute units (N times the fraction of weights that is active). Samples of
+a problem are drawn together, as many as a memory for their caches holds; its prompt is read once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from caprese.adapters.hub import is_hub_id
 from caprese.data_gen import Prompt, Samples
 from caprese.efficient_methods import reselection
 from caprese.errors import CapreseError
@@ -27,30 +30,34 @@ from caprese.evaluation.rewards import Scorer
 from caprese.files import read_sealed, write_sealed
 from caprese.inference.generate import clock, completions, ends_of, generate
 from caprese.inference.sampling import nucleus
-from caprese.models import check_context, device_of
+from caprese.models import check_context, device_of, unwrap
+from caprese.models.cache import roomy_cache
 from caprese.progress import bar, say
+from caprese.studies.equal_time import Raw, comparison, means
 
 # Problems for which every n is timed; their own samples are the time of the largest.
 TIMED = 16
-# Sequences decoded together.
+# Sequences decoded together where no memory is given.
 TOGETHER = 64
-METRICS = ("coverage", "majority", "best_of_n")
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to run the applied model: one of `fidelity.VARIANTS`, with or without reselection."""
+    """A way to run an applied model: one of `fidelity.VARIANTS`, with or without reselection."""
 
     name: str
     variant: str
     reselect_every: int | None = None
+    adapter: str | None = None
+    """Of another model than the first: an adapter of the same base."""
 
 
 def contenders(reselect_every: int | None, names: Sequence[str] | None = None) -> list[Contender]:
-    """dense, efficient, recovered, and recovered with reselection where it is given.
+    """dense, efficient, recovered, and recovered with reselection where it is given; other names are of adapters, which
+    run as recovered.
 
     Raises:
-        CapreseError: a name that is none of these.
+        CapreseError: a name that is neither one of these nor could be an adapter's.
     """
     every = [Contender(name, name) for name in ("dense", "efficient", "recovered")]
     if reselect_every is not None:
@@ -58,9 +65,11 @@ def contenders(reselect_every: int | None, names: Sequence[str] | None = None) -
     known = {c.name: c for c in every}
     if names is None:
         return every
-    if missing := [n for n in names if n not in known]:
-        raise CapreseError(f"no contender {', '.join(missing)}; there are {', '.join(known)}")
-    return [known[n] for n in names]
+    if missing := [n for n in names if n not in known and not (Path(n).is_dir() or is_hub_id(n))]:
+        raise CapreseError(f"no contender {', '.join(missing)}; there are {', '.join(known)}, and adapters by name")
+    if twice := [n for n, many in Counter(names).items() if many > 1]:
+        raise CapreseError(f"contender {', '.join(twice)} is named twice; each once")
+    return [known.get(n) or Contender(n, "recovered", adapter=n) for n in names]
 
 
 def sizes_up_to(count: int) -> list[int]:
@@ -69,26 +78,36 @@ def sizes_up_to(count: int) -> list[int]:
     return sizes if sizes[-1] == count else [*sizes, count]
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What is drawn, and within what."""
+
+    samples: int
+    """N, of each problem."""
+    memory: float | None = None
+    """Bytes that the caches of samples drawn together may take; None is `TOGETHER` samples."""
+    seed: int = 0
+
+
 class Scaling:
     """Samples of every contender for every problem, a file for each problem, and what follows from them."""
 
     def __init__(
         self,
-        model: nn.Module,
+        models: Mapping[str | None, nn.Module],
         tokenizer: PreTrainedTokenizerBase,
         problems: Sequence[Prompt],
         config: Samples,
-        count: int,
+        budget: Budget,
         directory: Path,
-        seed: int = 0,
         scorer: Scorer | None = None,
     ) -> None:
         """
         Args:
-            model: applied, with its adapter.
+            models: applied, with their adapters: by `Contender.adapter`.
             problems: with answers that can be marked; others are left out.
             config: instruction, length limit, temperature and top_p.
-            count: N, samples of each problem.
+            budget: how many samples, and what they may take.
             directory: where samples are kept; a run with the same settings goes on from them.
 
         Raises:
@@ -100,31 +119,58 @@ class Scaling:
             raise CapreseError("none of these problems has an answer that can be marked; give prompts with answers")
         if left := len(problems) - len(self.problems):
             say((f"{left} of {len(problems)} problems have no answer that can be marked; left out", "yellow"))
-        if count < 1:
+        if budget.samples < 1:
             raise CapreseError("`samples` starts at 1")
-        self.model, self.tokenizer, self.config, self.count = model, tokenizer, config, count
-        self.directory, self.seed, self.scorer = directory, seed, scorer
-        self.sizes = sizes_up_to(count)
+        self.models, self.tokenizer, self.config, self.budget = models, tokenizer, config, budget
+        self.count, self.seed = budget.samples, budget.seed
+        self.directory, self.scorer = directory, scorer
+        self.sizes = sizes_up_to(self.count)
         encode = config.encode(tokenizer)
         self.encoded = [list(p.ids or encode(p.text)) for p in self.problems]
-        check_context(model, [p.text for p in self.problems], self.encoded, config.max_new_tokens)
+        for model in models.values():
+            check_context(model, [p.text for p in self.problems], self.encoded, config.max_new_tokens)
+        # of each contender: bytes of a sample's cache at its longest
+        self.sizes_of: dict[str, int] = {}
+
+    def _together(self, contender: Contender) -> int:
+        """How many samples are drawn at once.
+
+        Raises:
+            CapreseError: the memory does not hold one.
+        """
+        if contender.name not in self.sizes_of:
+            model, longest = self.models[contender.adapter], max(self.encoded, key=len)
+            with variant(model, contender.variant), torch.no_grad():
+                ids = torch.tensor([longest], device=device_of(model))
+                cache = unwrap(model)(input_ids=ids, past_key_values=roomy_cache(model), use_cache=True).past_key_values
+            self.sizes_of[contender.name] = cache_bytes(cache, len(longest) + self.config.max_new_tokens)
+        if self.budget.memory is None:
+            return TOGETHER
+        size = self.sizes_of[contender.name]
+        if self.budget.memory < size:
+            raise CapreseError(
+                f"a sample's cache takes {size / 1e9:.3g} GB under {contender.name}, and `memory` allows "
+                f"{self.budget.memory / 1e9:g} GB; allow more, or lower max_new_tokens"
+            )
+        return int(self.budget.memory // size)
 
     def _draw(
         self, contender: Contender, problem: int, count: int, seed: int
     ) -> tuple[list[list[int]], list[bool], float]:
         """Completions, which of them ended by themselves, and the seconds they took, prefill included."""
         drawn: list[list[int]] = []
-        device, ends = device_of(self.model), ends_of(self.model, self.tokenizer)
+        model, together = self.models[contender.adapter], self._together(contender)
+        device, ends = device_of(model), ends_of(model, self.tokenizer)
         begin = clock(device)
         with ExitStack() as stack:
-            stack.enter_context(variant(self.model, contender.variant))
-            stack.enter_context(reselection(self.model, contender.reselect_every))
+            stack.enter_context(variant(model, contender.variant))
+            stack.enter_context(reselection(model, contender.reselect_every))
             while len(drawn) < count:
-                some = min(TOGETHER, count - len(drawn))
+                some = min(together, count - len(drawn))
                 c = self.config
                 sampler = nucleus(some, c.temperature, c.top_p, seed + 7919 * len(drawn), device)
                 prompts = [self.encoded[problem]]
-                steps = generate(self.model, prompts, c.max_new_tokens, sampler, ends=ends, copies=some)
+                steps = generate(model, prompts, c.max_new_tokens, sampler, ends=ends, copies=some)
                 drawn += completions(steps, some)
         return drawn, [ids[-1] in ends for ids in drawn], clock(device) - begin
 
@@ -148,6 +194,7 @@ class Scaling:
     def samples(self, over: Sequence[Contender], identity: dict[str, Any], overwrite: bool) -> list[dict[str, Any]]:
         """What `_problem` gives for each; files that are there are read."""
         settings = {**identity, "contenders": [c.name for c in over], "count": self.count, "seed": self.seed}
+        settings["memory"] = self.budget.memory
         paths = [self.directory / "samples" / f"{i:05d}.json" for i in range(len(self.problems))]
         kept = [_read(path) for path in paths]
         for i, each in enumerate(kept):
@@ -176,33 +223,41 @@ class Scaling:
     def run(self, over: Sequence[Contender], identity: dict[str, Any], overwrite: bool = False) -> dict[str, Any]:
         """Draw, mark and weigh.
 
-        Returns: {"problems", "samples", "contenders": {name: {"n", "coverage", "majority", "best_of_n" (with a scorer),
-        each of these with "..._interval", "seconds", "tokens", "compute_units": all by n; "active_fraction",
-        "reselect_every"}}} and what `comparison` gives. Seconds and tokens are means over problems: of n samples of
-        one, drawn together.
+        Returns: {"problems", "samples", "memory", "contenders": {name: {"n", "coverage", "majority", "best_of_n" (with
+        a scorer), each of these with "..._interval", "seconds", "tokens", "compute_units": all by n; "active_fraction",
+        "cache_bytes", of a sample at its longest, "together", how many of them are drawn at once, "reselect_every"}}}
+        and what `comparison` gives. Seconds and tokens are means over problems: of n samples of one, drawn together.
         """
         drawn = self.samples(over, identity, overwrite)
         result: dict[str, Any] = {}
+        raw: dict[str, Raw] = {}
         with bar("marks", len(over) * len(drawn), "problems") as advance:
             for c in over:
                 own = [each["contenders"][c.name] for each in drawn]
-                figures = self._figures(own, advance)
-                timed = own[:TIMED]
-                seconds = [sum(o["seconds"][str(n)] for o in timed) / len(timed) for n in self.sizes]
+                figures, by_problem = self._figures(own, advance)
+                timed = [[o["seconds"][str(n)] for n in self.sizes] for o in own[:TIMED]]
+                raw[c.name] = Raw(timed, by_problem)
                 lengths = [length for o in own for length in o["tokens"]]
-                with reselection(self.model, c.reselect_every):
-                    active = parameter_counts(self.model)
+                model = self.models[c.adapter]
+                with reselection(model, c.reselect_every):
+                    active = parameter_counts(model)
                 fraction = active[f"active_{c.variant}"] / active["active_dense"] if c.variant != "dense" else 1.0
                 result[c.name] = figures | {
-                    "seconds": seconds,
+                    "seconds": means(timed),
                     "tokens": [n * sum(lengths) / len(lengths) for n in self.sizes],
                     "compute_units": [n * fraction for n in self.sizes],
                     "active_fraction": fraction,
+                    "together": self._together(c),
+                    "cache_bytes": self.sizes_of[c.name],
                     "reselect_every": c.reselect_every,
                 }
-        return {"problems": len(self.problems), "samples": self.count, "contenders": result, **comparison(result)}
+        found = {"problems": len(self.problems), "samples": self.count, "memory": self.budget.memory}
+        return {**found, "contenders": result, **comparison(result, raw)}
 
-    def _figures(self, own: Sequence[dict[str, Any]], advance: Callable[[int], None]) -> dict[str, Any]:
+    def _figures(
+        self, own: Sequence[dict[str, Any]], advance: Callable[[int], None]
+    ) -> tuple[dict[str, Any], dict[str, list[list[float]]]]:
+        """The figures of a contender, and by metric what they are means of, for each problem and n."""
         right: list[list[bool]] = []
         answers: list[list[str | None]] = []
         weights: list[list[float]] = []
@@ -214,9 +269,12 @@ class Scaling:
                 weights.append([self.scorer(mark.prompt, text) for text in each["completions"]])
             advance(1)
         figures: dict[str, Any] = {"n": list(self.sizes)}
+        by_problem: dict[str, list[list[float]]] = {}
 
         def put(name: str, values: Callable[[int], list[float]]) -> None:
-            found = estimate(values, self.sizes)
+            rows = {n: values(n) for n in self.sizes}
+            by_problem[name] = list(map(list, zip(*rows.values(), strict=True)))
+            found = estimate(rows.__getitem__, self.sizes)
             figures[name] = found["mean"]
             figures[f"{name}_interval"] = list(map(list, zip(found["low"], found["high"], strict=True)))
 
@@ -224,62 +282,20 @@ class Scaling:
         put("majority", lambda n: [vote(n, a, marks) for a, marks in zip(answers, right, strict=True)])
         if self.scorer is not None:
             put("best_of_n", lambda n: [vote(n, a, m, w) for a, m, w in zip(answers, right, weights, strict=True)])
-        return figures
+        return figures, by_problem
 
 
-def comparison(found: dict[str, Any]) -> dict[str, Any]:
-    """Accuracy in the time that dense needs for N samples, and the time to reach what dense reaches with most.
-
-    Between measured sizes, by linear interpolation; beyond the largest, its accuracy (it is not extrapolated).
-    """
-    if "dense" not in found:
-        return {}
-    dense = found["dense"]
-    metrics = [m for m in METRICS if m in dense]
-    times = {name: _rising(c["seconds"]) for name, c in found.items()}
-    table = []
-    for i, n in enumerate(dense["n"]):
-        if n not in (1, 4, 16, 64, 256) and n != dense["n"][-1]:
+def cache_bytes(cache: Any, tokens: int) -> int:
+    """Bytes that a sequence's KV cache takes when it holds `tokens`, of the cache of one sequence that holds some."""
+    total = 0.0
+    for layer in cache.layers:
+        fixed = getattr(layer, "nbytes", None)
+        if fixed is not None:
+            total += fixed
             continue
-        when = times["dense"][i]
-        row: dict[str, Any] = {"dense_n": n, "seconds": when}
-        for metric in metrics:
-            row[metric] = {name: at(times[name], c[metric], when) for name, c in found.items()}
-        table.append(row)
-    reach = {
-        metric: {name: first(times[name], c[metric], top) if top else None for name, c in found.items()}
-        for metric in metrics
-        for top in dense[metric][-1:]
-    }
-    return {"at_equal_time": table, "seconds_to_reach_dense": reach}
-
-
-def _rising(seconds: Sequence[float]) -> list[float]:
-    """Times that never fall as n grows: more samples cannot take less, but measurements can say so."""
-    return list(accumulate(reversed(seconds), min))[::-1]
-
-
-def at(seconds: Sequence[float], values: Sequence[float], when: float) -> float | None:
-    """The value at a time, of rising times; None before the first sample is done."""
-    if when < seconds[0] * (1 - 1e-9):
-        return None
-    known = [i for i, t in enumerate(seconds) if t <= when * (1 + 1e-9)]
-    i = known[-1] if known else 0
-    if i == len(seconds) - 1 or seconds[i] >= when:
-        return values[i]
-    return values[i] + (values[i + 1] - values[i]) * (when - seconds[i]) / (seconds[i + 1] - seconds[i])
-
-
-def first(seconds: Sequence[float], values: Sequence[float], level: float) -> float | None:
-    """The first time at which a value is reached; None if it is not."""
-    before: tuple[float, float] | None = None
-    for t, v in zip(seconds, values, strict=True):
-        if v >= level:
-            if before is None or v == before[1]:
-                return t
-            return before[0] + (t - before[0]) * (level - before[1]) / (v - before[1])
-        before = (t, v)
-    return None
+        held = min(tokens, getattr(layer, "sliding_window", None) or tokens)
+        total += (layer.keys.nbytes + layer.values.nbytes) / layer.keys.shape[-2] * held
+    return round(total)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

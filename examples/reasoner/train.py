@@ -2,6 +2,11 @@
 
     python examples/reasoner/train.py --output examples/reasoner
 
+Or reasoner-long from it, whose workings have 500 to 1,100 tokens; its problems grow longer as training goes on:
+
+    python examples/reasoner/train.py --kinds fetching,local --start examples/reasoner --shortest 5 --batch 16 \\
+        --rate 1e-3 --context 2048 --output examples/reasoner-long --state out-reasoner-long
+
 Problems are drawn from the split "train" as long as training lasts. The loss is on the working alone.
 A checkpoint every 500 steps: an interrupted run goes on.
 """
@@ -13,15 +18,16 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from caprese.data_gen.chains import Chain, chains
+from caprese.data_gen.chains import KINDS, Chain, chains
 from caprese.files import read_tensors, write_json, write_tensors
 
 ALPHABET = "0123456789+-*():>=\n"
@@ -42,8 +48,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(hidden: int, ffn: int, layers: int, heads: int, seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
+def make_model(hidden: int, ffn: int, layers: int, heads: int, context: int) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(ALPHABET) + 3,
         hidden_size=hidden,
@@ -51,7 +56,7 @@ def make_model(hidden: int, ffn: int, layers: int, heads: int, seed: int) -> Lla
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
-        max_position_embeddings=512,
+        max_position_embeddings=context,
         tie_word_embeddings=True,
         pad_token_id=0,
         eos_token_id=1,
@@ -73,27 +78,41 @@ def encode(tokenizer: PreTrainedTokenizerFast, rows: list[Chain]) -> tuple[torch
     return ids, mask
 
 
-def batches(size: int, seed: int) -> Iterator[list[Chain]]:
-    """Batches without end of problems of like length, in random order."""
-    problems, draw = chains("train", seed), random.Random(seed)
+def batches(kinds: list[str], size: int, seed: int, steps_at: Callable[[str, int], range]) -> Iterator[list[Chain]]:
+    """Batches without end of problems of one kind and like length, in random order.
+
+    Args:
+        steps_at: of how many steps a kind's problems are after so many batches.
+    """
+    draw, given = random.Random(seed), 0
+    streams: dict[tuple[str, range], Iterator[Chain]] = {}
     while True:
-        rows = sorted(itertools.islice(problems, 8 * size), key=lambda row: len(row.question) + len(row.working))
-        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        parts = []
+        for kind in kinds:
+            steps = steps_at(kind, given)
+            problems = streams.setdefault((kind, steps), chains("train", seed, steps, kind))
+            rows = sorted(itertools.islice(problems, 8 * size), key=lambda row: len(row.question) + len(row.working))
+            parts += [rows[i : i + size] for i in range(0, len(rows), size)]
         draw.shuffle(parts)
+        given += len(parts)
         yield from parts
 
 
 @torch.no_grad()
-def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[Chain]) -> dict[str, float]:
-    """Greedy, by number of steps and over all."""
+def accuracy(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[Chain], temperature: float = 0.0
+) -> dict[str, float]:
+    """Greedy or at a temperature, by number of steps and over all."""
     model.eval()
     tokenizer.padding_side = "left"
+    how: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
     right: dict[int, list[bool]] = {}
     for start in range(0, len(rows), 100):
         part = rows[start : start + 100]
         batch = tokenizer([row.question + "\n" for row in part], return_tensors="pt", padding=True)
         batch.pop("token_type_ids", None)
-        out = model.generate(**batch, max_new_tokens=200, do_sample=False)
+        longest = max(len(row.working) for row in part)
+        out = model.generate(**batch, max_new_tokens=longest + 20, **{"do_sample": False, **how})
         texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for row, text in zip(part, texts, strict=True):
             right.setdefault(row.steps, []).append(text.rpartition("=")[2] == row.answer)
@@ -116,9 +135,19 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--problems", type=int, default=400, help="test problems at the end")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", default="chains", help="of problems, with commas: chains, fetching, local")
+    parser.add_argument("--start", type=Path, help="a model to go on from")
+    parser.add_argument(
+        "--shortest", type=int, help="begin with so many steps, and reach all after half of the training"
+    )
+    parser.add_argument("--context", type=int, default=512)
     args = parser.parse_args()
     tokenizer = make_tokenizer()
-    model = make_model(args.hidden, args.ffn, args.layers, args.heads, args.seed)
+    torch.manual_seed(args.seed)
+    if args.start is None:
+        model = make_model(args.hidden, args.ffn, args.layers, args.heads, args.context)
+    else:
+        model = LlamaForCausalLM.from_pretrained(args.start, max_position_embeddings=args.context)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.01)
     args.state.mkdir(parents=True, exist_ok=True)
@@ -134,10 +163,19 @@ def main() -> None:
                 "exp_avg": tensors[f"{name}|avg"],
                 "exp_avg_sq": tensors[f"{name}|square"],
             }
-    problems = batches(args.batch, args.seed)
+    kinds = args.kinds.split(",")
+
+    def steps_at(kind: str, given: int) -> range:
+        last = KINDS[kind].steps[-1]
+        if args.shortest is None:
+            return KINDS[kind].steps
+        longest = min(last, args.shortest + int((last - args.shortest) * 2 * given / args.steps))
+        return range(longest // 2, longest + 1)
+
+    problems = batches(kinds, args.batch, args.seed, steps_at)
     for _ in range(done):
         next(problems)
-    test = list(itertools.islice(chains("test", 0), args.problems))
+    tests = {kind: list(itertools.islice(chains("test", 0, kind=kind), args.problems)) for kind in kinds}
     model.train()
     begin = time.perf_counter()
     for step in range(done, args.steps):
@@ -157,7 +195,7 @@ def main() -> None:
             left = spent / (step + 1) * (args.steps - step - 1)
             print(f"step {step + 1}/{args.steps}  loss {loss.item():.4f}  {spent:.0f} s, {left:.0f} s left", flush=True)
         if (step + 1) % 500 == 0:
-            print(accuracy(model, tokenizer, test[:100]), flush=True)
+            print({kind: accuracy(model, tokenizer, rows[:100])["all"] for kind, rows in tests.items()}, flush=True)
             spent = seconds + time.perf_counter() - begin
             tensors = {}
             for name, parameter in model.named_parameters():
@@ -169,12 +207,15 @@ def main() -> None:
                 }
             write_tensors(checkpoint, tensors, {"step": step + 1, "seconds": spent})
     result = {
-        "accuracy": accuracy(model, tokenizer, test),
-        "problems": len(test),
+        "accuracy": {kind: accuracy(model, tokenizer, rows) for kind, rows in tests.items()},
+        "at_0.7": {kind: accuracy(model, tokenizer, rows, 0.7)["all"] for kind, rows in tests.items()},
+        "problems": args.problems,
         "seconds": seconds + time.perf_counter() - begin,
     }
     print(result)
-    model.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=1, max_new_tokens=200)
+    model.generation_config = GenerationConfig(
+        pad_token_id=0, eos_token_id=1, max_new_tokens=200 if kinds == ["chains"] else 1200
+    )
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     write_json(args.state / "result.json", result)

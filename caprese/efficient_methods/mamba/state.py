@@ -156,6 +156,11 @@ class MixerState(DynamicLayer):
     def get_seq_length(self, *_: Any) -> int:
         return self.length
 
+    @property
+    def nbytes(self) -> int:
+        """Of what it holds while nothing is marked, however long the text is."""
+        return sum(t.nbytes for t in (self.window, self.state) if t is not None)
+
     def update(self, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
         raise CapreseError("this KV cache was filled by a hybrid; the dense model starts with an empty one")
 
