@@ -31,7 +31,13 @@ from caprese.distill.fit import fit_end_to_end, joined
 from caprese.distill.sensitivity import select_layers
 from caprese.efficient_methods import only
 from caprese.efficient_methods.mamba import Mixer, MixerState, Replacement, replacements
-from caprese.efficient_methods.mamba.alignment import alignment, hidden_alignment, match_scale, teacher_mixing
+from caprese.efficient_methods.mamba.alignment import (
+    alignment,
+    hidden_alignment,
+    match_decay,
+    match_scale,
+    teacher_mixing,
+)
 from caprese.evaluation.fidelity import fidelity
 from caprese.evaluation.latency import parameter_counts
 from caprese.exports import plan_export
@@ -94,7 +100,7 @@ def mixer(kind: str = "llama", layer: int = 0) -> tuple[Mixer, torch.Tensor]:
     model = tiny(kind)
     place = model.get_submodule(FAMILIES[kind].layers)[layer]
     attention = read_attention(getattr(place, FAMILIES[kind].attention[0].split(".")[0]), model.config)
-    made = Mixer(attention, 1e-6, 0)
+    made = Mixer(attention, 1e-6, caprese.Mamba())
     with torch.no_grad():
         for p in made.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
@@ -145,7 +151,7 @@ def test_it_starts_as_linear_attention():
     """x, B and C are the attention's v, k and q."""
     model = tiny_llama()
     attention = read_attention(model.model.layers[0].self_attn, model.config)
-    made = Mixer(attention, 1e-6, 0)
+    made = Mixer(attention, 1e-6, caprese.Mamba())
     x = torch.randn(1, 7, 32)
     _, v, k, q, _ = made.in_proj(x).split([made.inner, made.shared, made.shared, made.inner, made.heads], -1)
     expected = model.model.layers[0].self_attn
@@ -155,13 +161,54 @@ def test_it_starts_as_linear_attention():
     assert torch.equal(made.out_proj.weight, expected.o_proj.weight)
 
 
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+@torch.no_grad()
+def test_a_calibrated_mixer_mixes_as_attention_does_before_softmax(kind):
+    """Rope and norms included: where nothing of the input moves the decay, its matrix is q k times dt and the decay."""
+    model = tiny(kind)
+    for name, parameter in model.named_parameters():
+        if "attn" in name or "attention" in name:
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    batch = texts(3)[0].whole()
+    made = caprese.apply(model, caprese.Mamba(keep_attention=0, start="calibrated", rope=True, silu=False))
+    match_decay(made, batch)
+    seen = teacher_mixing(made, batch, matrices=True)
+    for at in replacements(made):
+        m, mask = at.mixer, batch.valid()
+        m.in_proj.weight[m.inner + m.channels :] = 0
+        m.D.zero_()
+        x, _, probabilities, rotation = seen[at.layer]
+        alone = mask[0].nonzero().flatten()  # a text without pads
+        x, probabilities = x[:1, alone], probabilities[:1, :, alone][..., alone]
+        rotation = rotation and tuple(t[:1, alone] if len(t) > 1 else t[:, alone] for t in rotation)
+        tokens = x.shape[1]
+        gap = (torch.arange(tokens)[:, None] - torch.arange(tokens)).clamp(min=0)
+        dt = torch.nn.functional.softplus(m.dt_bias)[:, None, None]
+        logits = (m.matrix(x, rotation=rotation) / (dt * (-dt * gap).exp()))[0]
+        causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+        cap = getattr(model.config, "attn_logit_softcapping", None)
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
+        everywhere = model.config.sliding_window if kind == "mistral" else None
+        near = causal & (gap < (getattr(at.attention, "sliding_window", everywhere) or tokens))
+        mixed = logits.masked_fill(~near, -torch.inf).softmax(-1)
+        assert torch.allclose(mixed, probabilities[0], atol=1e-4)
+        distance = (teacher_mixing(made, batch, matrices=True)[at.layer].probabilities * gap_of(batch)).sum(-1)
+        mean = distance.transpose(1, 2)[mask].mean(0).clamp(min=1)
+        assert torch.allclose((-dt.flatten() * mean).exp(), torch.full_like(mean, 0.5), atol=1e-3)
+
+
+def gap_of(batch):
+    places = torch.arange(batch.ids.shape[1])
+    return (places[:, None] - places).clamp(min=0)
+
+
 @torch.no_grad()
 def test_biases_of_the_attention_are_the_convolutions():
     model = tiny("qwen2")
     attention = model.model.layers[0].self_attn
     for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
         linear.bias.normal_()
-    made = Mixer(read_attention(attention, model.config), 1e-6, 0)
+    made = Mixer(read_attention(attention, model.config), 1e-6, caprese.Mamba())
     x = torch.randn(1, 9, made.in_proj.in_features)
     rows = made.in_proj(x)[..., made.inner : made.inner + made.channels].transpose(1, 2)
     biases = [attention.v_proj.bias, attention.k_proj.bias, attention.q_proj.bias * attention.scaling]
@@ -172,13 +219,13 @@ def test_biases_of_the_attention_are_the_convolutions():
 
 
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
-@pytest.mark.parametrize("keep", [0.5, 0])
+@pytest.mark.parametrize(("keep", "more"), [(0.5, {}), (0, {}), (0, {"rope": True, "silu": False})])
 @torch.no_grad()
-def test_every_family(kind, keep):
+def test_every_family(kind, keep, more):
     base = tiny(kind)
     ids = prompts(9)[0]
     before, prints = base(ids).logits, fingerprint(base)
-    model = caprese.apply(base, caprese.Mamba(keep_attention=keep))
+    model = caprese.apply(base, caprese.Mamba(keep_attention=keep, **more))
     assert fingerprint(model) == prints
     assert sum(isinstance(m, Replacement) for m in model.modules()) == (1 if keep else 2)
     whole = model(ids).logits
@@ -223,8 +270,14 @@ def test_what_a_mixer_has_no_place_for_is_named():
     model = caprese.apply(tiny("qwen3"), caprese.Mamba(keep_attention=0))
     lost = next(m for m in model.modules() if isinstance(m, Replacement)).lost
     assert any("q_norm" in each for each in lost) and "rope" in lost
-    model = caprese.apply(tiny("gpt2"), caprese.Mamba(keep_attention=0))
-    assert next(m for m in model.modules() if isinstance(m, Replacement)).lost == ()
+    for kind, more, lost in (
+        ("gpt2", {}, ()),
+        ("mistral", {}, ("rope", "sliding window")),
+        ("mistral", {"rope": True}, ("sliding window",)),
+        ("qwen3", {"rope": True}, ()),
+    ):
+        model = caprese.apply(tiny(kind), caprese.Mamba(keep_attention=0, **more))
+        assert next(m for m in model.modules() if isinstance(m, Replacement)).lost == lost
 
 
 def test_with_ffn_sparsity_and_a_branch_in_one_model():
@@ -344,7 +397,7 @@ def test_alignment_goes_from_layer_to_attention_only():
     after = alignment(model, batch)
     assert torch.equal(before[1:], after[1:]) and before[0] != after[0]
     for at in others:
-        at.mixer.forward = lambda x, valid: 0 * x  # type: ignore[method-assign]
+        at.mixer.forward = lambda x, valid, rotation: 0 * x  # type: ignore[method-assign]
     assert torch.allclose(alignment(model, batch)[1:], torch.ones(len(others)))
 
 
@@ -403,7 +456,7 @@ def test_mixers_start_as_large_as_their_attention(start, kind):
     match_scale(model, batch)
     seen, mask = teacher_mixing(model, batch), batch.valid()
     for at, old in zip(replacements(model), before, strict=True):
-        x, out, _ = seen[at.layer]
+        x, out, *_ = seen[at.layer]
         bias = at.mixer.out_proj.bias  # which no norm scales
         assert torch.allclose((at.mixer(x, mask)[mask] - bias).norm(), (out[mask] - bias).norm(), rtol=1e-4)
         assert (at.mixer.norm.weight / old).std() < 1e-6 and not torch.equal(at.mixer.norm.weight, old)

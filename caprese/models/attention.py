@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,12 +35,18 @@ class Attention:
     head_dim: int
     scaling: float
     lost: tuple[str, ...] = field(default=())
+    norms: tuple[nn.Module, nn.Module] | None = None
+    """Of queries and keys, where they are read apart from the rows."""
+    rotate: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
+    """Rope: (q, k, cos, sin, unsqueeze_dim=1) -> q and k [B, H, T, d], where it is read."""
 
 
-def read_attention(module: nn.Module, config: Any) -> Attention:
+def read_attention(module: nn.Module, config: Any, rope: bool = False) -> Attention:
     """The weights of one attention module of a supported family.
 
-    Norms of queries and keys become part of the rows by their weights; that they normalise is among `lost`.
+    Args:
+        rope: also read how queries and keys are normed and rotated. Without it, norms become part of the rows by their
+            weights; that they normalise, and rope, are among `lost`.
 
     Raises:
         CapreseError: packed weights, or an attention that is none of the known ones.
@@ -72,23 +80,27 @@ def read_attention(module: nn.Module, config: Any) -> Attention:
         raise CapreseError(f"{type(m).__name__} is no attention that caprese knows")
     lost = []
     rows = {"q": (q, qb), "k": (k, kb)}
+    norms = (m.q_norm, m.k_norm) if rope and getattr(m, "q_norm", None) is not None else None
     for name, (weight, bias) in rows.items():
         norm = getattr(m, f"{name}_norm", None)
-        if norm is not None:
+        if norm is not None and norms is None:
             size = norm.weight.numel()
             factor = norm(torch.ones(size, dtype=weight.dtype, device=weight.device))
             factor = factor.repeat(len(weight) // size)
             rows[name] = (weight * factor[:, None], None if bias is None else bias * factor)
             lost.append(f"{name}_norm (its weights are kept)")
     (q, qb), (k, kb) = rows["q"], rows["k"]
+    rotate = None
     if getattr(config, "rope_parameters", None) and getattr(m, "use_rope", True):
-        lost.append("rope")
-    if getattr(m, "sliding_window", None) or getattr(m, "is_sliding", False):
+        rotate = getattr(sys.modules[type(m).__module__], "apply_rotary_pos_emb", None) if rope else None
+        if rotate is None:
+            lost.append("rope")
+    everywhere = None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
+    if getattr(m, "sliding_window", everywhere) or getattr(m, "is_sliding", False):
         lost.append("sliding window")
     if getattr(m, "attn_logit_softcapping", None):
         lost.append("soft cap")
     scaling = getattr(m, "scaling", None)
     scaling = head_dim**-0.5 if scaling is None else float(scaling)
-    return Attention(
-        *(q, k, v, out, qb, kb, vb, ob), len(q) // head_dim, len(k) // head_dim, head_dim, scaling, tuple(lost)
-    )
+    sizes = len(q) // head_dim, len(k) // head_dim, head_dim
+    return Attention(q, k, v, out, qb, kb, vb, ob, *sizes, scaling, tuple(lost), norms, rotate)

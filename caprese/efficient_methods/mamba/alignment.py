@@ -9,11 +9,12 @@ states after every layer are to be the dense model's (Zebra-HyLo, arXiv 2604.247
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from caprese.efficient_methods.mamba.mixer import Rotation
 from caprese.efficient_methods.mamba.replacement import replacements
 from caprese.efficient_methods.passes import dense, phases
 from caprese.efficient_methods.tokens import Tokens
@@ -21,8 +22,17 @@ from caprese.errors import CapreseError
 from caprese.models import device_of, unwrap
 from caprese.models.private import needed
 
-#: by layer, what a replaced attention saw and gave in the dense model, [B, T, D], and its probabilities [B, H, T, T]
-Seen = dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
+
+class Seen(NamedTuple):
+    """What a replaced attention saw and gave in the dense model."""
+
+    x: torch.Tensor
+    """[B, T, D]."""
+    out: torch.Tensor
+    """[B, T, D]."""
+    probabilities: torch.Tensor | None
+    """[B, H, T, T], where they were asked for and it gives them."""
+    rotation: Rotation | None
 
 
 def _whole(model: nn.Module, tokens: Tokens, **more: Any) -> Any:
@@ -33,12 +43,13 @@ def _whole(model: nn.Module, tokens: Tokens, **more: Any) -> Any:
 
 
 @torch.no_grad()
-def teacher_mixing(model: nn.Module, tokens: Tokens, matrices: bool = False) -> Seen:
+def teacher_mixing(model: nn.Module, tokens: Tokens, matrices: bool = False) -> dict[int, Seen]:
     """What each replaced attention saw and gave in the dense model."""
-    seen: Seen = {}
+    seen: dict[int, Seen] = {}
 
     def see(at: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any) -> None:
-        seen[at.layer] = (args[0] if args else kwargs["hidden_states"], *given[:2])
+        x = args[0] if args else kwargs["hidden_states"]
+        seen[at.layer] = Seen(x, given[0], given[1], kwargs.get("position_embeddings"))
 
     base = unwrap(model)
     how = needed(base.config, "_attn_implementation")
@@ -62,11 +73,28 @@ def match_scale(model: nn.Module, tokens: Tokens) -> None:
     """
     seen, mask = teacher_mixing(model, tokens), tokens.valid()
     for at in replacements(model):
-        x, out, _ = seen[at.layer]
+        x, out, _, rotation = seen[at.layer]
         bias = at.mixer.out_proj.bias
-        wanted, given = ((t[mask].float() - bias).norm() for t in (out, at.mixer(x, mask)))
+        wanted, given = ((t[mask].float() - bias).norm() for t in (out, at.mixer(x, mask, rotation=rotation)))
         if wanted and given:
             at.mixer.norm.get_parameter("weight").mul_(wanted / given)
+
+
+@torch.no_grad()
+def match_decay(model: nn.Module, tokens: Tokens) -> None:
+    """Have every head forget half over the mean distance that the attention's looks back (arXiv 2606.16429).
+
+    Raises:
+        CapreseError: an attention that does not give its probabilities.
+    """
+    mask = tokens.valid()
+    places = torch.arange(mask.shape[1], device=mask.device)
+    distance = (places[:, None] - places).clamp(min=0).float()
+    for layer, seen in teacher_mixing(model, tokens, matrices=True).items():
+        if seen.probabilities is None:
+            raise CapreseError(f"the attention of layer {layer} does not give its probabilities; use start=attention")
+        mean = (seen.probabilities.float() * distance).sum(-1).transpose(1, 2)[mask].mean(0)
+        next(at for at in replacements(model) if at.layer == layer).mixer.forget(mean.clamp(min=1))
 
 
 def alignment(model: nn.Module, tokens: Tokens, matrices: float = 0.0) -> torch.Tensor:
@@ -81,15 +109,15 @@ def alignment(model: nn.Module, tokens: Tokens, matrices: float = 0.0) -> torch.
     seen, mask = teacher_mixing(model, tokens, matrices > 0), tokens.valid()
     errors = []
     for at in replacements(model):
-        x, out, probabilities = seen[at.layer]
-        error = _relative(at.mixer(x, mask)[mask], out[mask])
+        x, out, probabilities, rotation = seen[at.layer]
+        error = _relative(at.mixer(x, mask, rotation=rotation)[mask], out[mask])
         if matrices:
             if probabilities is None:
                 raise CapreseError(
                     f"{type(at.attention).__name__} does not give its probabilities; set alignment.matrices to 0"
                 )
             rows = mask[:, None, :, None]
-            error = error + matrices * _relative(at.mixer.matrix(x, mask) * rows, probabilities * rows)
+            error = error + matrices * _relative(at.mixer.matrix(x, mask, rotation) * rows, probabilities * rows)
         errors.append(error)
     return torch.stack(errors)
 

@@ -12,7 +12,7 @@ from pydantic import Field, PlainValidator, model_validator
 from torch import nn
 
 from caprese.efficient_methods.base import Method, Part
-from caprese.efficient_methods.mamba.alignment import alignment, hidden_alignment, match_scale
+from caprese.efficient_methods.mamba.alignment import alignment, hidden_alignment, match_decay, match_scale
 from caprese.efficient_methods.mamba.mixer import Mixer
 from caprese.efficient_methods.mamba.replacement import Replacement
 from caprese.efficient_methods.stand_in import Acting, Objective
@@ -59,8 +59,13 @@ class Mamba(Method):
     """Fraction of the layers that keep their attention, or the numbers of those that do; 0 is none."""
     selected: Literal["evenly", "sensitivity"] = "evenly"
     """How that fraction is selected: spread evenly, or those layers where a mixer costs most, measured by `recover`."""
-    start: Literal["attention", "random"] = "attention"
-    """What mixers start from."""
+    start: Literal["attention", "calibrated", "random"] = "attention"
+    """What mixers start from: attention's weights; calibrated: also an open gate, a convolution that passes its input,
+    and each head's mean attention distance, over which it forgets half."""
+    rope: bool = False
+    """Whether B and C are rotated and normed as keys and queries were."""
+    silu: bool = True
+    """Whether SiLU follows the convolution, as in Mamba-2."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of what is random in a mixer's start."""
 
@@ -105,17 +110,17 @@ class Mamba(Method):
                 "mamba:selected=sensitivity is measured by caprese recover; here, give keep_attention the layers"
             )
         attention = site.attention()
-        replacement = Replacement(site, config, phases, self.start, self.seed)
+        replacement = Replacement(site, config, phases, self)
         replacement.train(site.layer.training)
         setattr(site.layer, site.attention_name, replacement)
         return functools.partial(setattr, site.layer, site.attention_name, attention)
 
     def stand_in_weights(self, site: Site, config: Any) -> tuple[int, int]:
         attention = site.attention()
-        facts = read_attention(attention, config)
+        facts = read_attention(attention, config, self.rope)
         tensors: dict[str, Any] = {name: t.to("meta") for name, t in vars(facts).items() if isinstance(t, torch.Tensor)}
         with torch.device("meta"):
-            mixer = Mixer(replace(facts, **tensors), 1e-6, 0)
+            mixer = Mixer(replace(facts, **tensors), 1e-6, self)
         new, old = (sum(p.numel() for p in module.parameters()) for module in (mixer, attention))
         return new, old
 
@@ -132,6 +137,8 @@ class Mamba(Method):
         return self.model_copy(update={"selected": "evenly", "keep_attention": kept})
 
     def prepare(self, model: nn.Module, tokens: Tokens) -> None:
+        if self.start == "calibrated":
+            match_decay(model, tokens)
         match_scale(model, tokens)
 
     def objectives(self, settings: Settings) -> list[Objective]:

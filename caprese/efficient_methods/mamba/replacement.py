@@ -12,13 +12,13 @@ from transformers import Cache
 from transformers.cache_utils import StaticLayer
 
 from caprese.efficient_methods.hooks import proposed
-from caprese.efficient_methods.mamba.mixer import Mixer
+from caprese.efficient_methods.mamba.mixer import Mixer, Settings
 from caprese.efficient_methods.mamba.state import KERNEL, MixerState
 from caprese.efficient_methods.stand_in import Acting, StandIn
 from caprese.errors import CapreseError
 from caprese.kernels.scan import CHUNK
 from caprese.models import Site
-from caprese.models.attention import read_attention
+from caprese.models.attention import Attention, read_attention
 from caprese.models.linear import adapted_layers
 
 
@@ -29,16 +29,12 @@ class Replacement(StandIn):
         lost: what of the attention the mixer's start does not have.
     """
 
-    def __init__(self, site: Site, config: Any, phases: Acting, start: str, seed: int) -> None:
-        """
-        Args:
-            start: what the mixer starts from, and the `seed` of what is random in that; see `Mixer`.
-        """
+    def __init__(self, site: Site, config: Any, phases: Acting, settings: Settings) -> None:
         super().__init__()
         self.attention = site.attention()
         self.layer, self.phases = site.index, phases
-        self.config, self.start_from, self.seed = config, start, seed
-        self.lost = read_attention(self.attention, config).lost
+        self.config, self.settings = config, settings
+        self.lost = self._read().lost
         self.mixer = self._fresh()
         self._start: list[Mixer] = []  # and no module of it, which it would be by itself
 
@@ -71,15 +67,22 @@ class Replacement(StandIn):
             self._start.append(self._fresh())
         return self._start[0]
 
+    def _read(self) -> Attention:
+        return read_attention(self.attention, self.config, self.settings.rope)
+
     def _fresh(self) -> Mixer:
         names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
         eps = next((found for name in names if (found := getattr(self.config, name, None))), 1e-6)
-        seed = self.seed * 1_000_003 + self.layer
-        made = Mixer(read_attention(self.attention, self.config), eps, seed, self.start_from)
+        made = Mixer(self._read(), eps, self.settings, self.layer)
         return made.requires_grad_(False).train(self.training)
 
     def checkpoint_settings(self, config: Any) -> dict[str, Any]:
         mixer = self.mixer
+        if mixer.rotate is not None or mixer.norms is not None or not mixer.silu:
+            raise CapreseError(
+                "a GraniteMoeHybrid's mixers have no rope and no norms of queries and keys, and SiLU behind their "
+                "convolution; for a checkpoint of transformers, recover with mamba:rope=false:silu=true"
+            )
         if mixer.inner % config.hidden_size:
             raise CapreseError(
                 f"a GraniteMoeHybrid's mixers are a multiple of the hidden size {config.hidden_size} wide, and these "
@@ -111,7 +114,7 @@ class Replacement(StandIn):
             )
         cache = next((v for v in (*kwargs.values(), *args) if isinstance(v, Cache)), None)
         state = None if cache is None else self._state(cache)
-        return self.mixer(x, self._valid(x), state), None
+        return self.mixer(x, self._valid(x), state, kwargs.get("position_embeddings")), None
 
     def _valid(self, x: torch.Tensor) -> torch.Tensor | None:
         current = self.phases.current

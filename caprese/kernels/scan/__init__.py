@@ -56,20 +56,22 @@ def decode(
     return kernels.decode(state, x, dt[..., None].expand_as(x), rate, B, C, D=none, dt_bias=none), state
 
 
-def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """SiLU of a causal convolution of each channel alone: x [B, T + k - 1, channels] -> [B, T, channels].
+def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, silu: bool = True) -> torch.Tensor:
+    """A causal convolution of each channel alone, and SiLU of it: x [B, T + k - 1, channels] -> [B, T, channels].
 
     Args:
         weight: [channels, 1, k].
     """
     kernel, size = _causal_conv1d(x.device.type), weight.shape[-1]
-    if kernel is None and x.shape[1] == size:  # one token, to which a convolution's setting up is most of its time
+    if kernel is not None:
+        found = kernel(x.transpose(1, 2).contiguous(), weight.squeeze(1), bias, activation="silu" if silu else None)
+        return found[..., size - 1 :].transpose(1, 2)
+    if x.shape[1] == size:  # one token, to which a convolution's setting up is most of its time
         y = (x * weight[:, 0].T).sum(1, keepdim=True)
-        return F.silu(y if bias is None else y + bias)
-    x = x.transpose(1, 2)
-    if kernel is None:
-        return F.silu(F.conv1d(x, weight, bias, groups=len(weight))).transpose(1, 2)
-    return kernel(x.contiguous(), weight.squeeze(1), bias, activation="silu")[..., size - 1 :].transpose(1, 2)
+        y = y if bias is None else y + bias
+    else:
+        y = F.conv1d(x.transpose(1, 2), weight, bias, groups=len(weight)).transpose(1, 2)
+    return F.silu(y) if silu else y
 
 
 def in_use(device: str) -> dict[str, str]:
