@@ -64,6 +64,7 @@ METHODS = {
     "griffin + q8": [caprese.Griffin(sparsity=0.3), caprese.Q8()],
     "hybrid": [caprese.Mamba(keep_attention=[1])],
     "pure, sparse": [caprese.Mamba(keep_attention=0), caprese.Griffin(sparsity=0.5)],
+    "a window": [caprese.Mamba(keep_attention=0, window=5, sinks=1)],
 }
 
 
@@ -78,12 +79,12 @@ def test_it_writes_what_the_dense_model_writes(name, tokens):
     assert lossless.tally.drafted > 0 and lossless.tally.accepted <= lossless.tally.drafted
 
 
-@pytest.mark.parametrize("mixers", [False, True])
+@pytest.mark.parametrize("mixers", [None, {}, {"window": 9}, {"keep_heads": ["0/0"]}])
 def test_holes_are_closed(mixers):
     """Sequences of a batch go on at their own pace for long; states beside keys and values too."""
-    methods = [caprese.Mamba(keep_attention=[1])] if mixers else []
+    methods = [] if mixers is None else [caprese.Mamba(keep_attention=[1], **mixers)]
     plain = tiny_llama(eos_token_id=None)
-    if mixers:
+    if methods:
         caprese.apply(plain, methods)
     right = [alone(plain, prompt, max_new_tokens=150) for prompt in PROMPTS]
     model = caprese.apply(tiny_llama(eos_token_id=None), [*methods, caprese.Griffin(sparsity=0.3)])
@@ -97,7 +98,7 @@ def test_holes_are_closed(mixers):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Side, "move_together", watched)
-        lossless = caprese.Lossless(tokens=4, target="hybrid" if mixers else "dense")
+        lossless = caprese.Lossless(tokens=4, target="hybrid" if methods else "dense")
         check(model, right, lossless, max_new_tokens=150)
     assert max(moved) >= 64
 
@@ -110,10 +111,11 @@ def test_static_width_and_4_bits_draft():
     check(caprese.apply(model, methods, calibration=calibration), right, caprese.Lossless(tokens=4))
 
 
+@pytest.mark.parametrize("more", [{}, {"window": 5, "sinks": 1}, {"keep_heads": ["0/1"], "rope": True}])
 @pytest.mark.parametrize("keep", [[1], 0])
-def test_a_hybrid_is_the_target(keep):
-    """Its FFNs dense and its mixers on: what their states hold is replayed."""
-    methods = [caprese.Mamba(keep_attention=keep)]
+def test_a_hybrid_is_the_target(keep, more):
+    """Its FFNs dense and its mixers on: what their states hold is replayed, what they still attend to taken back."""
+    methods = [caprese.Mamba(keep_attention=keep, **more)]
     right = [alone(caprese.apply(tiny_llama(eos_token_id=None), methods), prompt) for prompt in PROMPTS]
     model = caprese.apply(tiny_llama(eos_token_id=None), [*methods, caprese.Griffin(sparsity=0.4)])
     assert alone(model, PROMPTS[0]) != right[0]

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_phases import padded, prompts
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridMambaLayer
 from typer.testing import CliRunner
 
@@ -29,7 +29,7 @@ from caprese.distill import Alignment, EndToEnd, HeldOut, Teacher, make_batches
 from caprese.distill.batches import completion_hidden, lm_logits, prefill
 from caprese.distill.fit import fit_end_to_end, joined
 from caprese.distill.sensitivity import select_layers
-from caprese.efficient_methods import only
+from caprese.efficient_methods import only, untrained
 from caprese.efficient_methods.mamba import Mixer, MixerState, Replacement, replacements
 from caprese.efficient_methods.mamba.alignment import (
     alignment,
@@ -43,7 +43,7 @@ from caprese.evaluation.latency import parameter_counts
 from caprese.exports import plan_export
 from caprese.kernels import scan
 from caprese.kernels.scan import chunk_scan, recurrence
-from caprese.models import FAMILIES
+from caprese.models import FAMILIES, find_ffns
 from caprese.models.attention import read_attention
 from caprese.plan import config_of, plan
 from caprese.recovery.run import Run
@@ -219,12 +219,26 @@ def test_biases_of_the_attention_are_the_convolutions():
 
 
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
-@pytest.mark.parametrize(("keep", "more"), [(0.5, {}), (0, {}), (0, {"rope": True, "silu": False})])
+@pytest.mark.parametrize(
+    ("keep", "more"),
+    [
+        (0.5, {}),
+        (0, {}),
+        (0, {"rope": True, "silu": False}),
+        (0, {"window": 3, "sinks": 1}),
+        (0, {"keep_heads": ["0/1", "1/0"], "rope": True}),
+    ],
+    ids=["half", "pure", "rope", "window", "heads"],
+)
 @torch.no_grad()
 def test_every_family(kind, keep, more):
     base = tiny(kind)
     ids = prompts(9)[0]
     before, prints = base(ids).logits, fingerprint(base)
+    if kind == "olmo2" and "keep_heads" in more:
+        with pytest.raises(caprese.CapreseError, match="normed over all heads"):
+            caprese.apply(base, caprese.Mamba(keep_attention=keep, **more))
+        return
     model = caprese.apply(base, caprese.Mamba(keep_attention=keep, **more))
     assert fingerprint(model) == prints
     assert sum(isinstance(m, Replacement) for m in model.modules()) == (1 if keep else 2)
@@ -248,6 +262,71 @@ def test_every_family(kind, keep, more):
     assert torch.equal(*beams)
     caprese.remove(model)
     assert torch.equal(base(ids).logits, before)
+
+
+@torch.no_grad()
+def test_a_window_without_training():
+    """Beside silent mixers, windows are attention as far as they reach, and bounded memory however long a text is."""
+    base = tiny_llama()
+    ids = torch.randint(2, 258, (2, 24), generator=torch.Generator().manual_seed(0))
+    right = base(ids).logits
+    far = base(torch.cat([ids[:, :1], (ids[:, 1:10] + 1) % 250 + 2, ids[:, 10:]], 1)).logits
+    model = caprese.apply(base, caprese.Mamba(keep_attention=0, window=24, sinks=0))
+    with untrained(model):
+        assert torch.allclose(model(ids).logits, right, atol=1e-5)
+    assert not torch.allclose(model(ids).logits, right, atol=1e-3)
+    caprese.remove(model)
+    model = caprese.apply(base, caprese.Mamba(keep_attention=0, window=4, sinks=1))
+    with untrained(model):
+        near = model(ids).logits
+        other = model(torch.cat([ids[:, :1], (ids[:, 1:10] + 1) % 250 + 2, ids[:, 10:]], 1)).logits
+        reach = 9 + 3 * base.config.num_hidden_layers + 1  # each layer sees 3 tokens back, and the first
+        assert reach < 24
+        assert torch.allclose(near[:, reach:], other[:, reach:], atol=1e-5) and not torch.allclose(right, far, atol=1e-3)
+        cache = DynamicCache(config=model.config)
+        steps = [model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(24)]
+    assert torch.allclose(torch.cat(steps, 1), near, atol=1e-5)
+    held = [layer.seen.places.shape[1] for layer in cache.layers]
+    assert max(held) <= 2 * 4 + 1 + 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "qwen3"])
+@torch.no_grad()
+def test_heads_that_stay_are_the_attentions(kind):
+    """What a layer gives is what these heads gave, and the mixer of the rest."""
+    base = tiny(kind)
+    heads = read_attention(find_ffns(base)[0].attention(), base.config).heads
+    stay = list(range(1, heads))
+    model = caprese.apply(base, caprese.Mamba(keep_attention=[1], keep_heads=[f"0/{head}" for head in stay]))
+    (at,) = replacements(model)
+    assert at.mixer.heads == 1
+    batch = texts(3)[0].whole()
+    seen = teacher_mixing(model, batch)[0]
+    read = read_attention(at.attention, base.config)
+    mask = batch.valid()
+    alone = at.attend(seen.x, mask, rotation=seen.rotation)
+    first = type(at.attend)(read_attention(at.attention, base.config, rope=True).of([0]), None, 0)
+    rest = first(seen.x, mask, rotation=seen.rotation)
+    bias = 0 if read.out_bias is None else read.out_bias
+    assert torch.allclose((alone + rest + bias)[mask], seen.out[mask], atol=1e-5)
+    mixed = at.mixer(seen.x, mask, rotation=seen.rotation)
+    assert torch.allclose(at.mix(seen.x, mask, rotation=seen.rotation), alone + mixed, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"keep_heads": ["0.1"]}, "layer/head"),
+        ({"keep_heads": ["0/1"], "window": 8}, "do not go together"),
+        ({"window": 0}, "greater than or equal to 1"),
+        ({"keep_heads": ["1/0"], "keep_attention": [1]}, "1/0: these layers are not replaced"),
+        ({"keep_heads": ["0/9"], "keep_attention": [1]}, "a layer has heads 0-"),
+        ({"keep_heads": "0/0 0/1 0/2 0/3", "keep_attention": [1]}, "has all heads of layer 0"),
+    ],
+)
+def test_what_cannot_stay_is_said_clearly(how, says):
+    with pytest.raises((ValueError, caprese.CapreseError), match=says):
+        caprese.apply(tiny_llama(), caprese.Mamba(**{"keep_attention": 0, **how}))
 
 
 def test_which_layers_keep_their_attention():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -137,14 +138,17 @@ def test_a_block_is_cropped_as_transformers_does(by):
     assert torch.allclose(mixer(x[:, 6:7], cache=cache), mirrored, rtol=1e-4, atol=1e-5)
 
 
-def hybrid(*more: object, keep: object = (1,), **how: object) -> torch.nn.Module:
+def hybrid(*more: object, keep: object = (1,), stays: dict[str, Any] | None = None, **how: Any) -> torch.nn.Module:
     kept = list(keep) if isinstance(keep, tuple) else keep
-    return caprese.apply(tiny_llama(eos_token_id=None), [caprese.Mamba(keep_attention=kept), *more], **how)
+    method = caprese.Mamba(keep_attention=kept, **(stays or {}))
+    return caprese.apply(tiny_llama(eos_token_id=None), [method, *more], **how)
 
 
+@pytest.mark.parametrize("stays", [{}, {"window": 5, "sinks": 1}, {"keep_heads": ["0/1"]}])
 @pytest.mark.parametrize("keep", [(1,), 0.0])
-def test_transformers_assisted_decoding_of_hybrids(keep):
-    model, plain = hybrid(caprese.Griffin(sparsity=0.4), keep=keep), hybrid(keep=keep)
+def test_transformers_assisted_decoding_of_hybrids(keep, stays):
+    plain = hybrid(keep=keep, stays=stays)
+    model = hybrid(caprese.Griffin(sparsity=0.4), keep=keep, stays=stays)
     for assistant in (tiny_llama(eos_token_id=None), tiny_llama(seed=9, eos_token_id=None)):
         assistant.generation_config.num_assistant_tokens = 4
         for prompt in PROMPTS:

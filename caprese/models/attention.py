@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,23 @@ class Attention:
     """Of queries and keys, where they are read apart from the rows."""
     rotate: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
     """Rope: (q, k, cos, sin, unsqueeze_dim=1) -> q and k [B, H, T, d], where it is read."""
+
+    def of(self, heads: Sequence[int]) -> Attention:
+        """These heads alone, each with keys and values of its own.
+
+        Raises:
+            CapreseError: norms over all heads at once, which no part of them can have.
+        """
+        if self.norms is not None and self.norms[0].get_parameter("weight").numel() != self.head_dim:
+            raise CapreseError("queries and keys of this model are normed over all heads, so that none can stand alone")
+        own = [head * self.groups // self.heads for head in heads]
+        parts: dict[str, Any] = {}
+        for name, which in (("q", heads), ("k", own), ("v", own), ("q_bias", heads), ("k_bias", own), ("v_bias", own)):
+            rows = getattr(self, name)
+            if rows is not None:
+                parts[name] = rows.unflatten(0, (-1, self.head_dim))[list(which)].flatten(0, 1)
+        parts["out"] = self.out.unflatten(1, (-1, self.head_dim))[:, list(heads)].flatten(1)
+        return replace(self, heads=len(heads), groups=len(heads), **parts)
 
 
 def read_attention(module: nn.Module, config: Any, rope: bool = False) -> Attention:

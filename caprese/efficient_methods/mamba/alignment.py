@@ -75,6 +75,8 @@ def match_scale(model: nn.Module, tokens: Tokens) -> None:
     for at in replacements(model):
         x, out, _, rotation = seen[at.layer]
         bias = at.mixer.out_proj.bias
+        if at.attend is not None:
+            out = out - at.attend(x, mask, rotation=rotation)
         wanted, given = ((t[mask].float() - bias).norm() for t in (out, at.mixer(x, mask, rotation=rotation)))
         if wanted and given:
             at.mixer.norm.get_parameter("weight").mul_(wanted / given)
@@ -94,7 +96,9 @@ def match_decay(model: nn.Module, tokens: Tokens) -> None:
         if seen.probabilities is None:
             raise CapreseError(f"the attention of layer {layer} does not give its probabilities; use start=attention")
         mean = (seen.probabilities.float() * distance).sum(-1).transpose(1, 2)[mask].mean(0)
-        next(at for at in replacements(model) if at.layer == layer).mixer.forget(mean.clamp(min=1))
+        at = next(at for at in replacements(model) if at.layer == layer)
+        stay = at.settings.heads_of(layer)
+        at.mixer.forget(torch.stack([m for head, m in enumerate(mean) if head not in stay]).clamp(min=1))
 
 
 def alignment(model: nn.Module, tokens: Tokens, matrices: float = 0.0) -> torch.Tensor:
@@ -110,8 +114,10 @@ def alignment(model: nn.Module, tokens: Tokens, matrices: float = 0.0) -> torch.
     errors = []
     for at in replacements(model):
         x, out, probabilities, rotation = seen[at.layer]
-        error = _relative(at.mixer(x, mask, rotation=rotation)[mask], out[mask])
+        error = _relative(at.mix(x, mask, rotation=rotation)[mask], out[mask])
         if matrices:
+            if at.attend is not None:
+                raise CapreseError("mixing matrices are those of whole mixers; set alignment.matrices to 0")
             if probabilities is None:
                 raise CapreseError(
                     f"{type(at.attention).__name__} does not give its probabilities; set alignment.matrices to 0"

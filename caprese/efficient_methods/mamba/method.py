@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
@@ -28,6 +29,20 @@ def _keep(value: Any) -> float | list[int]:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise ValueError("a fraction from 0 (none) to below 1, or a list of layers that keep their attention")
     return float(value)
+
+
+def _heads(value: Any) -> list[str]:
+    found = value.split() if isinstance(value, str) else value
+    fits = isinstance(found, list) and all(isinstance(v, str) and re.fullmatch(r"\d{1,4}/\d{1,4}", v) for v in found)
+    if not fits:
+        raise ValueError('heads as "layer/head", such as "3/0" or "3/0 5/2"')
+    return sorted(set(found), key=_numbers)
+
+
+def _numbers(head: str) -> tuple[int, int]:
+    """The numbers of a head's layer and of itself."""
+    layer, _, number = head.partition("/")
+    return int(layer), int(number)
 
 
 class Settings(Protocol):
@@ -68,12 +83,28 @@ class Mamba(Method):
     """Whether SiLU follows the convolution, as in Mamba-2."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of what is random in a mixer's start."""
+    window: Annotated[int, Field(ge=1)] | None = None
+    """Tokens over which replaced layers also attend as they did, in bounded memory; null is none."""
+    sinks: Annotated[int, Field(ge=0)] = 4
+    """First tokens of a text that are seen beside a window."""
+    keep_heads: Annotated[list[str], PlainValidator(_heads)] = []
+    """Heads that stay attention in replaced layers, as "layer/head"."""
 
     @model_validator(mode="after")
     def _one_selection(self) -> Self:
         if self.selected != "evenly" and not (isinstance(self.keep_attention, float) and self.keep_attention):
             raise ValueError(f"selected={self.selected} goes with keep_attention a fraction above 0")
         return self
+
+    @model_validator(mode="after")
+    def _one_way_of_staying(self) -> Self:
+        if self.keep_heads and self.window is not None:
+            raise ValueError("keep_heads and window do not go together: heads that stay see all of a text")
+        return self
+
+    def heads_of(self, layer: int) -> list[int]:
+        """The heads of a layer that stay attention."""
+        return [head for of, head in map(_numbers, self.keep_heads) if of == layer]
 
     def kept(self, count: int) -> int:
         """How many of its layers keep their attention: none only if the fraction is 0, or there is one layer."""
@@ -97,6 +128,8 @@ class Mamba(Method):
             many = self.kept(count)
             kept = {layers[int((i + 0.5) * len(layers) / many)] for i in range(many)}
         replaced = [layer for layer in layers if layer not in kept]
+        if lone := [head for head in self.keep_heads if _numbers(head)[0] not in replaced]:
+            raise CapreseError(f"keep_heads {', '.join(lone)}: these layers are not replaced")
         if not replaced:
             raise CapreseError("keep_attention leaves no layer to replace; keep fewer")
         return replaced
@@ -110,19 +143,30 @@ class Mamba(Method):
                 "mamba:selected=sensitivity is measured by caprese recover; here, give keep_attention the layers"
             )
         attention = site.attention()
+        self._check_heads(site, config)
         replacement = Replacement(site, config, phases, self)
         replacement.train(site.layer.training)
         setattr(site.layer, site.attention_name, replacement)
         return functools.partial(setattr, site.layer, site.attention_name, attention)
+
+    def _check_heads(self, site: Site, config: Any) -> None:
+        stay, heads = self.heads_of(site.index), read_attention(site.attention(), config).heads
+        if unknown := [head for head in stay if head >= heads]:
+            raise CapreseError(f"keep_heads {site.index}/{unknown[0]}: a layer has heads 0-{heads - 1}")
+        if len(stay) == heads:
+            raise CapreseError(f"keep_heads has all heads of layer {site.index}; name it in keep_attention")
 
     def stand_in_weights(self, site: Site, config: Any) -> tuple[int, int]:
         attention = site.attention()
         facts = read_attention(attention, config, self.rope)
         tensors: dict[str, Any] = {name: t.to("meta") for name, t in vars(facts).items() if isinstance(t, torch.Tensor)}
         with torch.device("meta"):
-            mixer = Mixer(replace(facts, **tensors), 1e-6, self)
+            whole = replace(facts, **tensors)
+            stay = self.heads_of(site.index)
+            rest = [head for head in range(whole.heads) if head not in stay]
+            mixer = Mixer(whole.of(rest) if stay else whole, 1e-6, self)
         new, old = (sum(p.numel() for p in module.parameters()) for module in (mixer, attention))
-        return new, old
+        return new + (old if self.window else old * len(stay) // whole.heads), old
 
     @property
     def undecided(self) -> bool:

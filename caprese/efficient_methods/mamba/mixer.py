@@ -49,6 +49,11 @@ class Settings(Protocol):
     def rope(self) -> bool: ...
     @property
     def silu(self) -> bool: ...
+    @property
+    def window(self) -> int | None: ...
+    @property
+    def sinks(self) -> int: ...
+    def heads_of(self, layer: int) -> list[int]: ...
 
 
 class Mixer(nn.Module):
@@ -181,7 +186,7 @@ class Mixer(nn.Module):
             t.unflatten(-1, (-1, self.size)) for t in mixed.split([self.shared, self.shared, self.inner], dim=-1)
         )
         if self.norms is not None:
-            c, b = (_normed(norm, t) for norm, t in zip(self.norms, (c, b), strict=True))
+            c, b = (normed(norm, t) for norm, t in zip(self.norms, (c, b), strict=True))
             c = self.scaling * c
         if self.rotate is not None and rotation is not None:
             c, b = self.rotate(c, b, *rotation, unsqueeze_dim=2)
@@ -210,7 +215,7 @@ class Mixer(nn.Module):
         return {**made, "in_proj.bias": bias}
 
 
-def _normed(norm: nn.Module, t: torch.Tensor) -> torch.Tensor:
+def normed(norm: nn.Module, t: torch.Tensor) -> torch.Tensor:
     """A norm of queries or keys [B, T, heads, d], by head or of all of them at once as its weights are."""
     weight = norm.get_parameter("weight")
     return norm(t) if weight.numel() == t.shape[-1] else norm(t.flatten(-2)).unflatten(-1, t.shape[-2:])

@@ -12,7 +12,9 @@ from transformers import Cache
 from transformers.cache_utils import StaticLayer
 
 from caprese.efficient_methods.hooks import proposed
-from caprese.efficient_methods.mamba.mixer import Mixer, Settings
+from caprese.efficient_methods.mamba.attend import Attend
+from caprese.efficient_methods.mamba.mixer import Mixer, Rotation, Settings
+from caprese.efficient_methods.mamba.seen import Seen
 from caprese.efficient_methods.mamba.state import KERNEL, MixerState
 from caprese.efficient_methods.stand_in import Acting, StandIn
 from caprese.errors import CapreseError
@@ -27,6 +29,8 @@ class Replacement(StandIn):
 
     Attributes:
         lost: what of the attention the mixer's start does not have.
+        attend: what stays of the attention beside the mixer, if anything does.
+        silent: whether that alone is run.
     """
 
     def __init__(self, site: Site, config: Any, phases: Acting, settings: Settings) -> None:
@@ -34,6 +38,8 @@ class Replacement(StandIn):
         self.attention = site.attention()
         self.layer, self.phases = site.index, phases
         self.config, self.settings = config, settings
+        self.silent = False
+        self.attend = self._staying()
         self.lost = self._read().lost
         self.mixer = self._fresh()
         self._start: list[Mixer] = []  # and no module of it, which it would be by itself
@@ -51,7 +57,15 @@ class Replacement(StandIn):
 
     @contextmanager
     def untrained(self) -> Iterator[None]:
-        """Inside, the mixer is as mapped from its attention: its size not matched either."""
+        """Inside, the mixer is as mapped from its attention, its size not matched either; beside a window it is silent,
+        since windows with sinks alone are better than that."""
+        if self.settings.window is not None:
+            self.silent = True
+            try:
+                yield
+            finally:
+                self.silent = False
+            return
         trained = self.mixer
         self.mixer = self.start()
         self.mixer.settle(trained.in_proj.weight.dtype)
@@ -68,7 +82,17 @@ class Replacement(StandIn):
         return self._start[0]
 
     def _read(self) -> Attention:
-        return read_attention(self.attention, self.config, self.settings.rope)
+        """Of the heads that the mixer takes over."""
+        read = read_attention(self.attention, self.config, self.settings.rope)
+        stay = self.settings.heads_of(self.layer)
+        return read.of([head for head in range(read.heads) if head not in stay]) if stay else read
+
+    def _staying(self) -> Attend | None:
+        stay, window = self.settings.heads_of(self.layer), self.settings.window
+        if not stay and window is None:
+            return None
+        read = read_attention(self.attention, self.config, rope=True)
+        return Attend(read.of(stay) if stay else read, window, self.settings.sinks)
 
     def _fresh(self) -> Mixer:
         names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
@@ -78,6 +102,8 @@ class Replacement(StandIn):
 
     def checkpoint_settings(self, config: Any) -> dict[str, Any]:
         mixer = self.mixer
+        if self.attend is not None:
+            raise CapreseError("a GraniteMoeHybrid's layer is attention or a mixer, and these have some of both")
         if mixer.rotate is not None or mixer.norms is not None or not mixer.silu:
             raise CapreseError(
                 "a GraniteMoeHybrid's mixers have no rope and no norms of queries and keys, and SiLU behind their "
@@ -114,7 +140,27 @@ class Replacement(StandIn):
             )
         cache = next((v for v in (*kwargs.values(), *args) if isinstance(v, Cache)), None)
         state = None if cache is None else self._state(cache)
-        return self.mixer(x, self._valid(x), state, kwargs.get("position_embeddings")), None
+        return self.mix(x, self._valid(x), state, kwargs.get("position_embeddings")), None
+
+    def mix(
+        self,
+        x: torch.Tensor,
+        valid: torch.Tensor | None = None,
+        state: MixerState | None = None,
+        rotation: Rotation | None = None,
+    ) -> torch.Tensor:
+        """What is given in the attention's place, of x [B, T, D]; see `Mixer` and `Attend`."""
+        stays = self.attend
+        if stays is None:
+            return self.mixer(x, valid, state, rotation)
+        seen = None
+        if state is not None:
+            seen = state.seen = state.seen or Seen(len(x), x.device)
+            if stays.window is not None and state.block is None:  # what is read now may be taken back, not before it
+                seen.let_go(stays.window, stays.sinks)
+        given = stays(x, valid, seen, rotation)
+        mixed = self.mixer(x, valid, state, rotation)  # also where it is silent: its state is read
+        return given + (self.mixer.out_proj.bias.to(given.dtype) if self.silent else mixed)
 
     def _valid(self, x: torch.Tensor) -> torch.Tensor | None:
         current = self.phases.current

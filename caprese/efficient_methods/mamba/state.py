@@ -6,11 +6,13 @@ is replayed, each sequence as many as it keeps.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicLayer
 
+from caprese.efficient_methods.mamba.seen import Seen
 from caprese.errors import CapreseError
 from caprese.kernels.replay import Tokens, replay, verify
 from caprese.kernels.scan import CHUNK, decode, scan
@@ -24,6 +26,7 @@ class MixerState(DynamicLayer):
 
     Attributes:
         length: tokens read.
+        seen: keys and values of what is still attended to; None where nothing is, or nothing was read.
         accepted: tokens that `state` has yet to replay; those that did not stay have dt 0.
         marked: whether what is read now may be taken back.
         always: whether it is marked whenever it is read, for a caller that only crops.
@@ -38,6 +41,7 @@ class MixerState(DynamicLayer):
         self.state: torch.Tensor | None = None
         self.accepted: Tokens | None = None
         self.rates: torch.Tensor | None = None
+        self.seen: Seen | None = None
         self.length = 0
         self.marked = self.always = False
         self._no_block()
@@ -115,6 +119,8 @@ class MixerState(DynamicLayer):
             return
         x, dt, B = self.block
         tokens, taken = x.shape[1], taken.to(x.device)
+        if self.seen is not None:
+            self.seen.take_back(tokens, taken)
         if self.state is None:  # the first tokens of all
             self.state = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[-1])
         stays = torch.arange(tokens, device=x.device) < taken[:, None]
@@ -147,18 +153,20 @@ class MixerState(DynamicLayer):
         twin = type(self).__new__(type(self))
         vars(twin).update(vars(self))
         twin.state, twin.running = (None if t is None else t.clone() for t in (self.state, self.running))
+        twin.seen = copy.copy(self.seen)
         return twin
 
     def put_back(self, before: MixerState) -> None:
         """Be what `before` is a copy of."""
         vars(self).update(vars(before))
+        self.seen = copy.copy(before.seen)
 
     def get_seq_length(self, *_: Any) -> int:
         return self.length
 
     @property
     def nbytes(self) -> int:
-        """Of what it holds while nothing is marked, however long the text is."""
+        """Of what it holds while nothing is marked, without keys and values."""
         return sum(t.nbytes for t in (self.window, self.state) if t is not None)
 
     def update(self, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,9 +184,11 @@ class MixerState(DynamicLayer):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, Tokens(*map(change, value)) if isinstance(value, Tokens) else change(value))
+        if self.seen is not None:
+            self.seen.each(change)
 
     def reset(self) -> None:
-        self.window = self.state = self.accepted = None
+        self.window = self.state = self.accepted = self.seen = None
         self.length, self.marked, self.always = 0, False, False
         self._no_block()
 

@@ -1,0 +1,66 @@
+"""What a layer still attends to of a text, where most of its attention is replaced."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+
+from caprese.models.cache import RoomyLayer
+
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Seen:
+    """Keys and values of tokens that are still attended to, and their `places` [B, T] in their texts, -1 for what is
+    none: pads, and tokens taken back."""
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self.layer = RoomyLayer()
+        self.places = torch.zeros(batch, 0, dtype=torch.long, device=device)
+        self.count = torch.zeros(batch, dtype=torch.long, device=device)
+
+    def add(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None) -> Rows:
+        """Read T more tokens [B, H, T, d]: all keys and values, and the places of those that are new [B, T]."""
+        if valid is None:
+            valid = torch.ones(len(keys), keys.shape[-2], dtype=torch.bool, device=keys.device)
+        places = torch.where(valid, self.count[:, None] + valid.cumsum(-1) - 1, -1)
+        self.count = self.count + valid.sum(-1)
+        self.places = torch.cat([self.places, places], 1)
+        return *self.layer.update(keys, values), places
+
+    def take_back(self, block: int, taken: torch.Tensor) -> None:
+        """Of the last `block` tokens, each sequence keeps its first `taken` [B]."""
+        begin = self.places.shape[1] - block
+        goes = (torch.arange(block, device=taken.device) >= taken[:, None]) & (self.places[:, begin:] >= 0)
+        self.count = self.count - goes.sum(-1)
+        self.places = torch.cat([self.places[:, :begin], self.places[:, begin:].masked_fill(goes, -1)], 1)
+
+    def let_go(self, window: int, sinks: int) -> None:
+        """Drop what no later token sees; now and then, so that it is not copied with each of them."""
+        if self.places.shape[1] <= 2 * window + sinks:
+            return
+        stays = (self.places >= 0) & ((self.places < sinks) | (self.places >= self.count[:, None] - window))
+        which = (~stays).long().argsort(dim=1, stable=True)[:, : window + sinks]
+        self.places = torch.where(stays, self.places, -1).gather(1, which)
+        self._change(lambda t: t.gather(2, which[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[-1])))
+
+    def each(self, how: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Reorder, select or repeat sequences."""
+        self._change(how)
+        self.places, self.count = how(self.places), how(self.count)
+
+    def _change(self, how: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.layer.keys, self.layer.values = how(self.layer.keys), how(self.layer.values)
+
+    def __copy__(self) -> Seen:
+        """Neither goes on in the other."""
+        twin = type(self).__new__(type(self))
+        vars(twin).update(vars(self))
+        twin.layer = copy.copy(self.layer)
+        return twin
+
+    @property
+    def nbytes(self) -> int:
+        return self.layer.keys.nbytes + self.layer.values.nbytes
