@@ -282,7 +282,9 @@ def test_a_window_without_training():
         other = model(torch.cat([ids[:, :1], (ids[:, 1:10] + 1) % 250 + 2, ids[:, 10:]], 1)).logits
         reach = 9 + 3 * base.config.num_hidden_layers + 1  # each layer sees 3 tokens back, and the first
         assert reach < 24
-        assert torch.allclose(near[:, reach:], other[:, reach:], atol=1e-5) and not torch.allclose(right, far, atol=1e-3)
+        assert torch.allclose(near[:, reach:], other[:, reach:], atol=1e-5) and not torch.allclose(
+            right, far, atol=1e-3
+        )
         cache = DynamicCache(config=model.config)
         steps = [model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(24)]
     assert torch.allclose(torch.cat(steps, 1), near, atol=1e-5)

@@ -172,15 +172,18 @@ def test_long_chains(kind: str) -> None:
         assert 21 <= row.steps <= 40 and len(lines) == row.steps + 1 and lines[-1] == f"={row.answer}"
         assert soundness(row.working) == 1 and split_of(row.question) == "test"
         if kind == "fetching":
-            assert eval(row.question) == int(row.answer)
-            numbers = re.findall(r"[0-9]+", row.question)
-            assert len(set(numbers)) == len(numbers) == row.steps + 1
+            value, numbers = int(row.question[:4]), re.findall(r"\((\d\d)([+-])(\d{4})\)", row.question)
+            assert len(numbers) == row.steps and len({n for *_, n in numbers}) == row.steps
+            for left, line, (number, sign, b) in zip(range(row.steps, 0, -1), lines, numbers, strict=False):
+                assert int(number) == left and line.startswith(f"({number}{sign}{b}){value:04}{sign}{b}:")
+                value += int(sign + b)
+            assert value == int(row.answer)
         else:
-            a, b = map(int, row.question[3:].split("+"))
-            for line in lines[:-1]:
-                assert line[3:13] == f"{a:04}+{b:04}:"
+            a, b = map(int, row.question[4:].split("+"))
+            for left, line in zip(range(row.steps, 0, -1), lines, strict=False):
+                assert line.startswith(f"({left:02}){a:04}+{b:04}:")
                 a, b = b, (a + b) % 10_000
-            assert b == int(row.answer) and int(row.question[:2]) == row.steps
+            assert b == int(row.answer) and int(row.question[1:3]) == row.steps
     [asked] = load_prompts(f"{kind}:test", 1, 0)
     assert (asked.text, asked.answer) == (rows[0].question, rows[0].answer)
 

@@ -4,15 +4,16 @@ A problem is a chain of + - * on numbers of two and three digits, bracketed so t
 Its working has a line for each step, and in a line the columns from the right, each as carry (or borrow) and digit; a
 product is two lines of one digit each and their sum. So a mistake anywhere goes on to the end.
 
-Two kinds have long workings. *fetching*: many sums and differences without brackets, each line of which needs a number
-that only the problem has; no number occurs twice. *local*: a sequence in which each number is the sum of the two before
-it, modulo 10,000; its lines are counted down, and each needs the line before it alone.
+Two kinds have long workings, whose lines are counted down. *fetching*: sums and differences of many numbers, each
+numbered in the problem, which is the only place where a line finds it; no number occurs twice. *local*: a sequence in
+which each number is the sum of the two before it, modulo 10,000; a line needs the line before it alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -78,26 +79,26 @@ def make_chain(steps: int, draw: random.Random) -> Chain:
 
 
 def make_fetching(steps: int, draw: random.Random) -> Chain:
-    """Sums and differences of so many numbers, all of them different."""
+    """Sums and differences of so many numbers, at most 99, all of them different."""
     value, *numbers = draw.sample(range(10, 1000), steps + 1)
-    question, working = str(value), ""
-    for b in numbers:
+    question, working = f"{value:0{WIDTH}}", ""
+    for left, b in zip(range(steps, 0, -1), numbers, strict=True):
         sign = draw.choice("+-")
         if not 0 <= (value + b if sign == "+" else value - b) < 10**WIDTH:
             sign = "-" if sign == "+" else "+"
         line, value = _line(value, sign, b)
-        question += f"{sign}{b}"
-        working += line
+        asked = f"({left:02}{sign}{b:0{WIDTH}})"
+        question, working = question + asked, working + asked + line
     return Chain(question, f"{working}={value}", str(value), steps)
 
 
 def make_local(steps: int, draw: random.Random) -> Chain:
     """A sequence of sums from two numbers on, so many of them, at most 99."""
     a, b = draw.randrange(10**WIDTH), draw.randrange(10**WIDTH)
-    question, working = f"{steps:02}:{a:0{WIDTH}}+{b:0{WIDTH}}", ""
+    question, working = f"({steps:02}){a:0{WIDTH}}+{b:0{WIDTH}}", ""
     for left in range(steps, 0, -1):
         line, total = _line(a, "+", b)
-        working += f"{left:02}:{line}"
+        working += f"({left:02}){line}"
         a, b = b, total
     return Chain(question, f"{working}={b}", str(b), steps)
 
@@ -117,9 +118,8 @@ KINDS = {
 
 
 def line_is_right(line: str) -> bool:
-    """Whether a line of working is what its operands make it; how it is counted does not matter."""
-    if line[2:3] == ":" and line[:2].isdecimal():
-        line = line[3:]
+    """Whether a line of working is what its operands make it, whatever its number and what it found in the problem."""
+    line = re.sub(r"^\(\d\d([+-]\d{4})?\)", "", line)
     head, _, _ = line.partition(":")
     for sign in "+-*":
         a, found, b = head.partition(sign)
