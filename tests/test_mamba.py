@@ -29,7 +29,7 @@ from caprese.distill import Alignment, EndToEnd, HeldOut, Teacher, make_batches
 from caprese.distill.batches import completion_hidden, lm_logits, prefill
 from caprese.distill.fit import fit_end_to_end, joined
 from caprese.distill.sensitivity import select_layers
-from caprese.efficient_methods import only, untrained
+from caprese.efficient_methods import only, stand_in_parameters, untrained
 from caprese.efficient_methods.mamba import Mixer, MixerState, Replacement, replacements
 from caprese.efficient_methods.mamba.alignment import (
     alignment,
@@ -432,11 +432,76 @@ def test_recovered_saved_and_loaded(distilled, tiny_dir, tmp_path):
         caprese.load(tiny_llama(), tmp_path / "again")
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
+def test_all_of_a_student_is_recovered_saved_and_loaded(tiny_dir, tmp_path):
+    """Calibrated, rope kept, a window beside the mixers, FFNs and norms thawed; the base comes back as it was."""
+    model, tokenizer = caprese.load_base(str(tiny_dir))
+    ids = prompts(9)[0]
+    before = model(ids).logits
+    steps = {"epochs": 2, "batch_size": 4, "micro_batch": 4, "learning_rate": 1e-2}
+    recipe = caprese.Recipe(
+        model=str(tiny_dir),
+        method="mamba:keep_attention=0:start=calibrated:rope=true:silu=false:window=8:train=all",
+        rank=1,
+        output=str(tmp_path / "out"),
+        samples={"prompts": "gym:simple_equations", "train": 24, "validation": 6, "test": 6, "max_new_tokens": 16},
+        alignment=steps,
+        layerwise={"how": "none"},
+        end_to_end=steps,
+        evaluation={"latency_tokens": 8, "batch_size": 4},
+    )
+    report = caprese.recover(model, tokenizer, recipe)
+    assert report["quality"]["recovered"]["kl"] < report["quality"]["efficient"]["kl"]
+    assert torch.equal(model(ids).logits, before)
+    adapted = caprese.load(model, recipe.output)
+    own = stand_in_parameters(adapted)
+    layer = model.model.layers[0]
+    moved = own["0.thawed.mlp/up_proj/weight"] - layer.mlp.up_proj.weight
+    mixed = own["0.out_proj.weight"] - layer.self_attn.attention.o_proj.weight
+    assert 0 < moved.abs().max() < 0.5 * mixed.abs().max()  # at a tenth of the rate
+    with caprese.dense(adapted):
+        assert torch.equal(adapted(ids).logits, before)
+    how = {"max_new_tokens": 12, "do_sample": False}
+    tokens = adapted.generate(input_ids=ids, **how)
+    assert torch.equal(caprese.load(tiny_llama(), recipe.output, fused=True).generate(input_ids=ids, **how), tokens)
+    with pytest.raises(caprese.CapreseError, match="one trains the FFNs that the other takes from"):
+        caprese.apply(tiny_llama(), [caprese.Mamba(train="all"), caprese.Griffin()])
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
 @torch.no_grad()
-def test_a_hybrid_is_a_granite_checkpoint(kind, tmp_path):
+def test_thawed_ffns_and_norms_are_the_students_alone(kind):
+    base, ids = tiny(kind), prompts(9)[0]
+    before, prints = base(ids).logits, fingerprint(base)
+    kinds = [type(module) for module in base.modules()]
+    frozen = caprese.apply(base, caprese.Mamba())(ids).logits
+    caprese.remove(base)
+    model = caprese.apply(base, caprese.Mamba(train="all"))
+    assert torch.equal(model(ids).logits, frozen)
+    thawed = {name: p for name, p in stand_in_parameters(model).items() if ".thawed." in name}
+    assert sum("norm" in name or "ln_" in name for name in thawed) >= 2
+    for p in thawed.values():
+        old = p.clone()
+        p += 0.1
+        assert not torch.equal(model(ids).logits, frozen)
+        p.copy_(old)
+        assert torch.equal(model(ids).logits, frozen)
+    for p in thawed.values():
+        p += 0.1
+    with caprese.dense(model):
+        assert torch.equal(model(ids).logits, before)
+    assert fingerprint(model) == prints
+    caprese.remove(model)
+    assert torch.equal(base(ids).logits, before) and [type(module) for module in base.modules()] == kinds
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("llama", {}), ("qwen2", {"start": "calibrated"}), ("mistral", {}), ("llama", {"train": "all"})],
+)
+@torch.no_grad()
+def test_a_hybrid_is_a_granite_checkpoint(kind, settings, tmp_path):
     plain = {"mlp_bias": False} if kind == "llama" else {"sliding_window": None} if kind == "mistral" else {}
-    model = attach_adapter(caprese.apply(tiny(kind, **plain), caprese.Mamba()), 1).eval()
+    model = attach_adapter(caprese.apply(tiny(kind, **plain), caprese.Mamba(**settings)), 1).eval()
     for p in branch_parameters(model):
         p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     facts = caprese.export(model, None, tmp_path / "out")
@@ -465,6 +530,10 @@ def test_hybrids_that_no_checkpoint_holds_are_refused(tmp_path):
     refused(branched, "no place for a recovery branch")
     refused(attach_adapter(caprese.apply(tiny("gemma2"), caprese.Mamba()), 1), "no place for what 'gemma2' has")
     refused(attach_adapter(caprese.apply(tiny("mistral"), caprese.Mamba()), 1), "sliding window")
+    unlike = {"rope": True}, {"silu": False}
+    for how, why in ((unlike[0], "no rope"), (unlike[1], "SiLU behind"), ({"window": 8}, "some of both")):
+        plain = caprese.apply(tiny("llama", mlp_bias=False), caprese.Mamba(**how))
+        refused(attach_adapter(plain, 1), why)
 
 
 def test_alignment_goes_from_layer_to_attention_only():

@@ -93,7 +93,7 @@ def descend(
     accumulate = config.batch_size // config.micro_batch
     steps_per_epoch = -(-len(batches) // accumulate)
     total = steps_per_epoch * config.epochs
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(_by_rate(parameters, config.learning_rate), weight_decay=config.weight_decay)
     schedule = get_linear_schedule_with_warmup(optimizer, round(config.warmup * total), total)
     least, best = start, get_branches(model)
     curve: list[dict[str, float]] = []
@@ -143,7 +143,7 @@ def descend(
                     f"learning_rate (now {config.learning_rate:g})"
                 )
             nn.utils.clip_grad_norm_(parameters, config.clip)
-            rate = schedule.get_last_lr()[0]
+            rate = max(schedule.get_last_lr())
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
@@ -161,6 +161,14 @@ def descend(
         parameter.requires_grad_(False)
         broadcast(parameter.data)
     return Course(least, curve, checks)
+
+
+def _by_rate(parameters: Sequence[nn.Parameter], rate: float) -> list[dict[str, Any]]:
+    """Those that learn at a fraction of the rate apart from the others."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(getattr(parameter, "relative_rate", 1.0), []).append(parameter)
+    return [{"params": group, "lr": relative * rate} for relative, group in groups.items()]
 
 
 def _add_up(parameters: Sequence[nn.Parameter], device: torch.device) -> None:

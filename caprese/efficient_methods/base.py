@@ -29,7 +29,7 @@ from caprese.kernels import PackedFFN
 from caprese.models import FFN, Site
 
 Source = Literal["prompt", "samples"]
-Part = Literal["width", "weights", "rows", "neurons", "inputs", "attention", "projections", "head", "mixer"]
+Part = Literal["width", "weights", "rows", "neurons", "inputs", "attention", "projections", "head", "mixer", "ffn"]
 
 
 class Block(Protocol):
@@ -56,8 +56,8 @@ class Method(BaseModel):
     parts: ClassVar[frozenset[Part]] = frozenset()
     """What it acts on: width (one fixed set of neurons), weights (how they are stored), rows (neurons by sequence),
     neurons (by token), inputs (input channels by token), attention (the same of its linear layers), projections (how
-    their weights are stored), head (the language model head's), mixer (what stands in for attention). Two methods on
-    one part do not compose."""
+    their weights are stored), head (the language model head's), mixer (what stands in for attention), ffn (its weights
+    are trained). Two methods on one part do not compose."""
 
     trains: ClassVar[str] = ""
     """What it puts in the place of a part of the model and trains, in a report's words ("mixers"): that gives
@@ -247,7 +247,7 @@ class Method(BaseModel):
         """Why no ordinary checkpoint computes what it does; empty where one can."""
         if "weights" in self.acts_on:
             return "packs the FFN weights"
-        return "decides anew for each prompt or token" if self.acts_on - {"width", "mixer"} else ""
+        return "decides anew for each prompt or token" if self.acts_on - {"width", "mixer", "ffn"} else ""
 
     def in_words(self) -> str:
         """As a report says it: "griffin 50%"."""

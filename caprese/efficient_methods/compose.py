@@ -25,7 +25,7 @@ METHODS: dict[str, type[Method]] = {m.name: m for m in (Griffin, Cats, Teal, Sta
 #: Other packages add a method with an entry point in this group: name = "package.module:Class"
 GROUP = "caprese.methods"
 # what comes first is done first: weights are narrowed, then packed; inputs are dropped before neurons
-_ORDER = ("mixer", "width", "weights", "projections", "head", "attention", "inputs", "rows", "neurons")
+_ORDER = ("mixer", "ffn", "width", "weights", "projections", "head", "attention", "inputs", "rows", "neurons")
 
 
 @functools.cache
@@ -125,6 +125,10 @@ def refusal(one: Method, other: Method) -> str | None:
     both = one.acts_on | other.acts_on
     if "mixer" in both and both & {"attention", "projections"}:
         return "one replaces the attention that the other would make cheaper"
+    if "ffn" in both and both & {"width", "weights", "rows", "neurons", "inputs"}:
+        return (
+            "one trains the FFNs that the other takes from; leave out train=all, or export the hybrid and go on from it"
+        )
     for packed, selecting in ((one, other), (other, one)):
         if packed.packs and selecting.acts_on & {"rows", "neurons", "inputs"}:
             return f"{packed.name} packs the FFN weights, and {selecting.name} would select rows or columns of them"

@@ -6,7 +6,7 @@ The part itself stays, for the teacher.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,6 +53,10 @@ class StandIn(nn.Module):
 
     def settle(self, dtype: torch.dtype) -> None:
         """Nothing is to be trained any more: take the type in which it is to run beside a base of `dtype`."""
+
+    def shown(self) -> AbstractContextManager[None]:
+        """Inside, modules of the model that learned beside it have what they learned for their parameters."""
+        return nullcontext()
 
     def checkpoint_settings(self, config: Any) -> dict[str, Any]:
         """What it adds to the config of a checkpoint that holds it (see `Method.checkpoint`), of a base of `config`.

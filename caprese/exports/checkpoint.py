@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -297,7 +298,15 @@ def _take_place(made: Path, target: Path, before: Path) -> None:
         raise
 
 
-def _write(
+def _write(model: nn.Module, *how: Any) -> dict[str, Any]:
+    """The checkpoint itself, with all that was trained."""
+    with ExitStack() as stack:
+        for at in stand_ins(unwrap(model)):
+            stack.enter_context(at.shown())
+        return _write_shown(model, *how)
+
+
+def _write_shown(
     model: nn.Module, parts: Mapping[int, Branch | None], path: Path, dtype: torch.dtype, scheme: str | None
 ) -> dict[str, Any]:
     """The checkpoint itself, its linear weights by a scheme of compressed-tensors."""

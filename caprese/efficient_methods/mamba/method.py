@@ -16,6 +16,7 @@ from caprese.efficient_methods.base import Method, Part
 from caprese.efficient_methods.mamba.alignment import alignment, hidden_alignment, match_decay, match_scale
 from caprese.efficient_methods.mamba.mixer import Mixer
 from caprese.efficient_methods.mamba.replacement import Replacement
+from caprese.efficient_methods.mamba.thaw import parts_of
 from caprese.efficient_methods.stand_in import Acting, Objective
 from caprese.efficient_methods.tokens import Tokens
 from caprese.errors import CapreseError
@@ -83,12 +84,18 @@ class Mamba(Method):
     """Whether SiLU follows the convolution, as in Mamba-2."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of what is random in a mixer's start."""
+    train: Literal["mixers", "all"] = "mixers"
+    """What learns in replaced layers; all: FFNs and norms too, at a tenth of the mixers' rate."""
     window: Annotated[int, Field(ge=1)] | None = None
     """Tokens over which replaced layers also attend as they did, in bounded memory; null is none."""
     sinks: Annotated[int, Field(ge=0)] = 4
     """First tokens of a text that are seen beside a window."""
     keep_heads: Annotated[list[str], PlainValidator(_heads)] = []
     """Heads that stay attention in replaced layers, as "layer/head"."""
+
+    @property
+    def acts_on(self) -> frozenset[Part]:
+        return self.parts | ({"ffn"} if self.train == "all" else set())
 
     @model_validator(mode="after")
     def _one_selection(self) -> Self:
@@ -147,7 +154,14 @@ class Mamba(Method):
         replacement = Replacement(site, config, phases, self)
         replacement.train(site.layer.training)
         setattr(site.layer, site.attention_name, replacement)
-        return functools.partial(setattr, site.layer, site.attention_name, attention)
+        thawed = replacement.thaw()
+
+        def undo() -> None:
+            setattr(site.layer, site.attention_name, attention)
+            for each in thawed:
+                each()
+
+        return undo
 
     def _check_heads(self, site: Site, config: Any) -> None:
         stay, heads = self.heads_of(site.index), read_attention(site.attention(), config).heads
@@ -166,6 +180,8 @@ class Mamba(Method):
             rest = [head for head in range(whole.heads) if head not in stay]
             mixer = Mixer(whole.of(rest) if stay else whole, 1e-6, self)
         new, old = (sum(p.numel() for p in module.parameters()) for module in (mixer, attention))
+        if self.train == "all":
+            new += sum(p.numel() for part in parts_of(site).values() for p in part.parameters(recurse=False))
         return new + (old if self.window else old * len(stay) // whole.heads), old
 
     @property

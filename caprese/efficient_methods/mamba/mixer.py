@@ -50,6 +50,8 @@ class Settings(Protocol):
     @property
     def silu(self) -> bool: ...
     @property
+    def train(self) -> str: ...
+    @property
     def window(self) -> int | None: ...
     @property
     def sinks(self) -> int: ...
@@ -83,6 +85,7 @@ class Mixer(nn.Module):
         self.norm = nn.Module()
         self.norm.weight = nn.Parameter(torch.ones(inner, **kind))
         self.out_proj = nn.Linear(inner, hidden, **kind)
+        self.thawed: nn.ParameterDict | None = None  # what is trained beside it; see `thaw`
         self.norms: nn.ModuleList | None = None
         if a.norms is not None:
             self.norms = nn.ModuleList(copy.deepcopy(norm).float() for norm in a.norms)
@@ -152,8 +155,9 @@ class Mixer(nn.Module):
     def settle(self, dtype: torch.dtype) -> None:
         """When nothing is to be trained any more: the projections, nearly all of its weights, in the type of what they
         are multiplied by, so that it need not be made each time."""
-        self.in_proj.to(dtype)
-        self.out_proj.to(dtype)
+        for part in (self.in_proj, self.out_proj, self.thawed):
+            if part is not None:
+                part.to(dtype)
 
     def matrix(
         self, x: torch.Tensor, valid: torch.Tensor | None = None, rotation: Rotation | None = None
@@ -200,7 +204,7 @@ class Mixer(nn.Module):
         def by_head(t: torch.Tensor) -> torch.Tensor:
             return t.unflatten(0, (-1, self.size)).repeat_interleave(self.inner // self.shared, 0).flatten(0, 1)
 
-        made = {name: p.detach() for name, p in self.named_parameters()}
+        made = {name: p.detach() for name, p in self.named_parameters() if not name.startswith("thawed.")}
         convolved = [self.shared, self.shared, self.inner]
         for name, sizes, first in (("in_proj", [self.inner, *convolved, self.heads], 1), ("conv1d", convolved, 0)):
             for part in ("weight", "bias"):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from caprese.efficient_methods.mamba.attend import Attend
 from caprese.efficient_methods.mamba.mixer import Mixer, Rotation, Settings
 from caprese.efficient_methods.mamba.seen import Seen
 from caprese.efficient_methods.mamba.state import KERNEL, MixerState
+from caprese.efficient_methods.mamba.thaw import Thawed, copies_of, key_of, parts_of
 from caprese.efficient_methods.stand_in import Acting, StandIn
 from caprese.errors import CapreseError
 from caprese.kernels.scan import CHUNK
@@ -42,7 +43,31 @@ class Replacement(StandIn):
         self.attend = self._staying()
         self.lost = self._read().lost
         self.mixer = self._fresh()
+        self._parts = dict[str, nn.Module]()  # which it has not as modules of its own
+        if settings.train == "all":
+            self._parts = parts_of(site)
+            self.mixer.thawed = copies_of(self._parts)
         self._start: list[Mixer] = []  # and no module of it, which it would be by itself
+
+    def thaw(self) -> list[Callable[[], None]]:
+        """Have the FFN and norms compute with what is trained of them, if it is; returns the undoings."""
+        return [Thawed.put_on(module, self, name) for name, module in self._parts.items()]
+
+    def own(self, name: str) -> dict[str, torch.Tensor] | None:
+        """What was trained of the FFN's layer or norm of this name."""
+        thawed = self.mixer.thawed
+        if thawed is None or self.phases.dense or not self.phases.acts_on(self.layer):
+            return None
+        return {p: thawed[key_of(name, p)] for p, _ in self._parts[name].named_parameters(recurse=False)}
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, module in self._parts.items():
+                own = self.own(name)
+                assert isinstance(module, Thawed) and own is not None
+                stack.enter_context(module.shown(own))
+            yield
 
     @property
     def original(self) -> nn.Module:
