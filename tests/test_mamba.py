@@ -38,6 +38,7 @@ from caprese.efficient_methods.mamba.alignment import (
     match_scale,
     teacher_mixing,
 )
+from caprese.efficient_methods.mamba.replacement import near
 from caprese.evaluation.fidelity import fidelity
 from caprese.evaluation.latency import parameter_counts
 from caprese.exports import plan_export
@@ -800,23 +801,56 @@ def test_rounds_bring_mixers_in_and_leave_sparse_ffns_in_place(tmp_path):
     assert found == [[{0}, {0, 1, 3, 5}], [{0, 4}, {0, 1, 3, 4, 5}], [{0, 2, 4}, {0, 1, 2, 3, 4, 5}]]
 
 
-def test_attention_stays_where_a_mixer_costs_most():
+@pytest.mark.parametrize("selected", ["sensitivity", "restored", "far"])
+def test_attention_stays_where_a_mixer_costs_most(selected):
     torch.manual_seed(0)
     model = tiny_llama(num_hidden_layers=3).requires_grad_(False)
     with torch.no_grad():
         for layer in (0, 2):
             model.model.layers[layer].self_attn.o_proj.weight.mul_(0.002)  # what these say hardly matters
-    method = caprese.Mamba(keep_attention=0.34, selected="sensitivity")
+    near = {"window": 6} if selected == "far" else {}
+    method = caprese.Mamba(keep_attention=0.34, selected=selected, **near)
     rows = texts(12)
     config = Alignment(batch_size=3, micro_batch=3)
     chosen, cost = select_layers(model, method, rows, rows, config, 1.0)
-    assert max(cost, key=cost.get) == 1 and chosen == caprese.Mamba(keep_attention=[1])
+    best = min if selected == "restored" else max
+    assert len(cost) == 3 and best(cost, key=cost.get) == 1 and chosen == caprese.Mamba(keep_attention=[1], **near)
     assert not any(isinstance(m, Replacement) for m in model.modules())
     with pytest.raises(caprese.CapreseError, match="measured by caprese recover"):
         caprese.apply(model, method)
     for wrong in (0.0, [1]):
         with pytest.raises(ValueError, match="goes with keep_attention a fraction"):
-            caprese.Mamba(keep_attention=wrong, selected="sensitivity")
+            caprese.Mamba(keep_attention=wrong, selected=selected)
+
+
+def test_heads_that_see_what_is_far_stay():
+    """One head's output is all that its layer gives; what the near alone costs it is measured without training."""
+    model = tiny_llama().requires_grad_(False)
+    before = model(prompts(9)[0]).logits
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.002)
+        model.model.layers[1].self_attn.o_proj.weight[:, 8:16] *= 500
+    method = caprese.Mamba(keep_attention=0, keep_heads=0.25, selected="far")
+    with pytest.raises(caprese.CapreseError, match="keep_heads the heads"):
+        caprese.apply(model, method)
+    assert select_layers(model, method, texts(12), texts(12), Alignment(), 1.0)[1].keys() == {
+        f"{layer}/{head}" for layer in range(3) for head in range(4)
+    }
+    # texts of 20 tokens are near; and so that one head sees less, it is looked at by itself
+    tight = caprese.apply(model, caprese.Mamba(keep_attention=0, window=6))
+    cost = {}
+    held_out = HeldOut(tight, texts(12), 1.0)
+    with near(tight, {}):
+        assert held_out.kl() < 1e-6
+    for at in replacements(tight):
+        for head in range(4):
+            with near(tight, {at.layer: {head}}):
+                cost[f"{at.layer}/{head}"] = held_out.kl()
+    caprese.remove(model)
+    assert max(cost, key=cost.get) == "1/1" and cost["1/1"] > 10 * sorted(cost.values())[-2]
+    assert "1/1" in method.decided(cost, 3).keep_heads and len(method.decided(cost, 3).keep_heads) == 3
+    assert not torch.equal(model(prompts(9)[0]).logits, before)
 
 
 def test_the_report_and_the_plan_say_what_is_trained(distilled):

@@ -4,13 +4,13 @@ One layer at a time is made sparse at a few levels, and KL to the dense model me
 layer's lower convex hull of KL over weights saved, the cheapest steps of all layers are taken first, until the model
 reads few enough weights, or until the KL measured with all of them together reaches the target.
 
-Of a method that trains stand-ins, those of all layers are aligned a little, each alone, and KL is measured with one
-layer's at a time; the method says which layers are then best.
+Of a method that trains stand-ins, those of all layers are aligned a little, each alone, where that matters; KL is
+measured in what the method calls trials, and the method says which layers are then best.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -177,8 +177,8 @@ def select_layers(
     config: Alignment,
     cache_gigabytes: float,
     run: Checkpoints | None = None,
-) -> tuple[Method, dict[int, float]]:
-    """A method that is still undecided, on the layers that are best; and by layer the KL of that one alone.
+) -> tuple[Method, dict[Hashable, float]]:
+    """A method that is still undecided, on the layers that are best; and the KL of each of its trials.
 
     Args:
         model: without a method.
@@ -199,15 +199,16 @@ def select_layers(
     apply(model, candidates)
     try:
         prepare(model, [candidates], rows)
-        for objective in candidates.objectives(config.model_copy(update={"epochs": 1, "hidden_epochs": 0})):
-            align(model, replace(objective, name="sensitivity"), again, held_out, config, run)
+        if method.candidates_learn:
+            for objective in candidates.objectives(config.model_copy(update={"epochs": 1, "hidden_epochs": 0})):
+                align(model, replace(objective, name="sensitivity"), again, held_out, config, run)
         measured = HeldOut(model, held_out, cache_gigabytes)
-        cost = {}
-        layers = candidates.layer_indices(count)
-        with run.bar("sensitivity", len(layers), "layers") as advance:
-            for layer in layers:
-                with only(model, {layer}):
-                    cost[layer] = measured.kl()
+        cost: dict[Hashable, float] = {}
+        trials = list(method.trials(model))
+        with run.bar("sensitivity", len(trials), "trials") as advance:
+            for name, how in trials:
+                with how:
+                    cost[name] = measured.kl()
                 advance(1)
     finally:
         remove(model)

@@ -13,7 +13,8 @@ Every function has a default that does nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -28,6 +29,8 @@ from caprese.errors import CapreseError
 from caprese.kernels import PackedFFN
 from caprese.models import FFN, Site
 
+#: something that is measured, by what it is called
+Trial = tuple[Hashable, AbstractContextManager[None]]
 Source = Literal["prompt", "samples"]
 Part = Literal["width", "weights", "rows", "neurons", "inputs", "attention", "projections", "head", "mixer", "ffn"]
 
@@ -216,18 +219,28 @@ class Method(BaseModel):
 
     @property
     def undecided(self) -> bool:
-        """Whether its layers are still to be chosen, by what each of them costs alone; `recover` measures that."""
+        """Whether its layers are still to be chosen, by what `trials` cost; `recover` measures that."""
         return False
 
     def candidates(self) -> Method:
         """This method on every layer that may be chosen."""
         return self
 
-    def decided(self, cost: Mapping[int, float], count: int) -> Method:
+    @property
+    def candidates_learn(self) -> bool:
+        """Whether what `candidates` trains is aligned a little before trials."""
+        return True
+
+    def trials(self, model: nn.Module) -> Iterator[Trial]:
+        """What is measured of `model`, which has `candidates` applied: for each, KL(dense || efficient) is asked for
+        inside its context."""
+        yield from ()
+
+    def decided(self, cost: Mapping[Hashable, float], count: int) -> Method:
         """This method on the layers that are best, in a model of `count` layers.
 
         Args:
-            cost: KL(dense || efficient) per token with one layer of `candidates` alone, by layer.
+            cost: by what the trials are called, their KL per token.
         """
         return self
 

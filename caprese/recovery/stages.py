@@ -145,9 +145,9 @@ def _decide(
     alignment: Alignment,
     run: Checkpoints,
 ) -> Method:
-    """The method on the layers that are best, by what each of them costs alone."""
+    """The method on the layers that are best, by what its trials cost."""
     rows = make_batches(train, alignment.micro_batch)
     held_out = make_batches(validation, alignment.micro_batch, first=not method.dense_prompts)
     decided, cost = select_layers(model, method, rows, held_out, alignment, config.cache_gigabytes, run)
-    say(f"KL of each layer's {method.trains} alone: " + ", ".join(f"{layer} {kl:.3f}" for layer, kl in cost.items()))
+    say(f"KL of {method.trains}, by layer: " + ", ".join(f"{name} {kl:.4f}" for name, kl in cost.items()))
     return decided

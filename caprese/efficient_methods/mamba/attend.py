@@ -7,6 +7,7 @@ attention's own, and stay as they are.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,7 +20,13 @@ from caprese.models.attention import Attention
 
 
 class Attend(nn.Module):
-    """x [B, T, D] -> [B, T, D]: what some heads give, without the bias of the out projection."""
+    """x [B, T, D] -> [B, T, D]: what some heads give, without the bias of the out projection.
+
+    Attributes:
+        near: heads that the window is of; None is all of them. To see what a head's sight of what is far is worth.
+    """
+
+    near: Collection[int] | None = None
 
     def __init__(self, a: Attention, window: int | None, sinks: int) -> None:
         """
@@ -57,10 +64,14 @@ class Attend(nn.Module):
         seen = Seen(len(x), x.device) if seen is None else seen
         k, v, new = seen.add(k, v, valid)
         places, others = new[:, :, None], seen.places[:, None]
-        sees = (others <= places) & (others >= 0)
+        sees = ((others <= places) & (others >= 0)).unsqueeze(1)
         if self.window is not None:
-            sees &= (others > places - self.window) | (others < self.sinks)
-        sees |= places < 0  # what a pad gives is nobody's, but a number
+            within = ((others > places - self.window) | (others < self.sinks)).unsqueeze(1)
+            if self.near is not None:
+                heads = torch.tensor([head in self.near for head in range(q.shape[1])], device=x.device)
+                within = within | ~heads[:, None, None]
+            sees = sees & within
+        sees = sees | (places < 0).unsqueeze(1)  # what a pad gives is nobody's, but a number
         shared = q.shape[1] != k.shape[1]
-        y = F.scaled_dot_product_attention(q, k, v, sees[:, None], scale=self.scaling, enable_gqa=shared)
+        y = F.scaled_dot_product_attention(q, k, v, sees, scale=self.scaling, enable_gqa=shared)
         return F.linear(y.transpose(1, 2).flatten(-2), own.out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
@@ -12,11 +12,12 @@ import torch
 from pydantic import Field, PlainValidator, model_validator
 from torch import nn
 
-from caprese.efficient_methods.base import Method, Part
+from caprese.efficient_methods.base import Method, Part, Trial
 from caprese.efficient_methods.mamba.alignment import alignment, hidden_alignment, match_decay, match_scale
 from caprese.efficient_methods.mamba.mixer import Mixer
-from caprese.efficient_methods.mamba.replacement import Replacement
+from caprese.efficient_methods.mamba.replacement import Replacement, near, replacements
 from caprese.efficient_methods.mamba.thaw import parts_of
+from caprese.efficient_methods.passes import only
 from caprese.efficient_methods.stand_in import Acting, Objective
 from caprese.efficient_methods.tokens import Tokens
 from caprese.errors import CapreseError
@@ -32,12 +33,18 @@ def _keep(value: Any) -> float | list[int]:
     return float(value)
 
 
-def _heads(value: Any) -> list[str]:
+def _heads(value: Any) -> float | list[str]:
+    if isinstance(value, float) and 0 < value < 1:
+        return value
     found = value.split() if isinstance(value, str) else value
     fits = isinstance(found, list) and all(isinstance(v, str) and re.fullmatch(r"\d{1,4}/\d{1,4}", v) for v in found)
     if not fits:
-        raise ValueError('heads as "layer/head", such as "3/0" or "3/0 5/2"')
+        raise ValueError('heads as "layer/head", such as "3/0" or "3/0 5/2", or a fraction between 0 and 1')
     return sorted(set(found), key=_numbers)
+
+
+#: tokens that are near, where no window says it
+_NEAR = 64
 
 
 def _numbers(head: str) -> tuple[int, int]:
@@ -73,8 +80,10 @@ class Mamba(Method):
 
     keep_attention: Annotated[float | list[int], PlainValidator(_keep)] = 0.5
     """Fraction of the layers that keep their attention, or the numbers of those that do; 0 is none."""
-    selected: Literal["evenly", "sensitivity"] = "evenly"
-    """How that fraction is selected: spread evenly, or those layers where a mixer costs most, measured by `recover`."""
+    selected: Literal["evenly", "sensitivity", "restored", "far"] = "evenly"
+    """How that fraction is selected: spread evenly, or measured by `recover`: sensitivity, the layers whose mixer alone
+    costs most; restored, those whose attention gives back most beside mixers everywhere else (arXiv 2512.20569); far,
+    those that lose most where they see only what is near, without any training. Heads are selected by the last."""
     start: Literal["attention", "calibrated", "random"] = "attention"
     """What mixers start from: attention's weights; calibrated: also an open gate, a convolution that passes its input,
     and each head's mean attention distance, over which it forgets half."""
@@ -90,8 +99,8 @@ class Mamba(Method):
     """Tokens over which replaced layers also attend as they did, in bounded memory; null is none."""
     sinks: Annotated[int, Field(ge=0)] = 4
     """First tokens of a text that are seen beside a window."""
-    keep_heads: Annotated[list[str], PlainValidator(_heads)] = []
-    """Heads that stay attention in replaced layers, as "layer/head"."""
+    keep_heads: Annotated[float | list[str], PlainValidator(_heads)] = []
+    """Heads that stay attention in replaced layers, as "layer/head", or the fraction of all heads that does."""
 
     @property
     def acts_on(self) -> frozenset[Part]:
@@ -99,7 +108,10 @@ class Mamba(Method):
 
     @model_validator(mode="after")
     def _one_selection(self) -> Self:
-        if self.selected != "evenly" and not (isinstance(self.keep_attention, float) and self.keep_attention):
+        if isinstance(self.keep_heads, float):
+            if self.selected != "far":
+                raise ValueError("a fraction of heads is selected=far")
+        elif self.selected != "evenly" and not (isinstance(self.keep_attention, float) and self.keep_attention):
             raise ValueError(f"selected={self.selected} goes with keep_attention a fraction above 0")
         return self
 
@@ -111,7 +123,12 @@ class Mamba(Method):
 
     def heads_of(self, layer: int) -> list[int]:
         """The heads of a layer that stay attention."""
-        return [head for of, head in map(_numbers, self.keep_heads) if of == layer]
+        return [head for of, head in map(_numbers, self._known_heads) if of == layer]
+
+    @property
+    def _known_heads(self) -> list[str]:
+        """Those that are known."""
+        return [] if isinstance(self.keep_heads, float) else self.keep_heads
 
     def kept(self, count: int) -> int:
         """How many of its layers keep their attention: none only if the fraction is 0, or there is one layer."""
@@ -135,7 +152,7 @@ class Mamba(Method):
             many = self.kept(count)
             kept = {layers[int((i + 0.5) * len(layers) / many)] for i in range(many)}
         replaced = [layer for layer in layers if layer not in kept]
-        if lone := [head for head in self.keep_heads if _numbers(head)[0] not in replaced]:
+        if lone := [head for head in self._known_heads if _numbers(head)[0] not in replaced]:
             raise CapreseError(f"keep_heads {', '.join(lone)}: these layers are not replaced")
         if not replaced:
             raise CapreseError("keep_attention leaves no layer to replace; keep fewer")
@@ -147,7 +164,8 @@ class Mamba(Method):
         """A mixer in place of a layer's attention."""
         if self.undecided:
             raise CapreseError(
-                "mamba:selected=sensitivity is measured by caprese recover; here, give keep_attention the layers"
+                f"mamba:selected={self.selected} is measured by caprese recover; here, give keep_attention the layers, "
+                "or keep_heads the heads"
             )
         attention = site.attention()
         self._check_heads(site, config)
@@ -186,15 +204,40 @@ class Mamba(Method):
 
     @property
     def undecided(self) -> bool:
-        return self.selected == "sensitivity"
+        return self.selected != "evenly"
+
+    @property
+    def candidates_learn(self) -> bool:
+        return self.selected != "far"
 
     def candidates(self) -> Mamba:
-        return self.model_copy(update={"selected": "evenly", "keep_attention": 0.0})
+        everywhere: dict[str, Any] = {"selected": "evenly", "keep_attention": 0.0, "keep_heads": []}
+        return self.model_copy(
+            update={**everywhere, "window": self.window or _NEAR} if self.selected == "far" else everywhere
+        )
 
-    def decided(self, cost: Mapping[int, float], count: int) -> Mamba:
-        """Attention stays where a mixer costs most."""
-        kept = sorted(sorted(cost, key=cost.__getitem__)[len(cost) - self.kept(count) :])
-        return self.model_copy(update={"selected": "evenly", "keep_attention": kept})
+    def trials(self, model: nn.Module) -> Iterator[Trial]:
+        found = {at.layer: at for at in replacements(model)}
+        for layer, at in found.items():
+            if self.selected == "sensitivity":
+                yield layer, only(model, {layer})
+            elif self.selected == "restored":
+                yield layer, only(model, set(found) - {layer})
+            elif isinstance(self.keep_heads, float):
+                for head in range(at.mixer.heads):
+                    yield f"{layer}/{head}", near(model, {layer: {head}})
+            else:
+                yield layer, near(model, {layer: range(at.mixer.heads)})
+
+    def decided(self, cost: Mapping[Hashable, float], count: int) -> Mamba:
+        """Attention stays where a mixer costs most, or where giving attention back leaves least."""
+        rising = sorted(cost, key=cost.__getitem__)
+        if isinstance(self.keep_heads, float):
+            heads = rising[-max(1, round(self.keep_heads * len(rising))) :]
+            return self.model_copy(update={"selected": "evenly", "keep_heads": _heads(heads)})
+        many = self.kept(count)
+        kept = rising[:many] if self.selected == "restored" else rising[len(rising) - many :]
+        return self.model_copy(update={"selected": "evenly", "keep_attention": sorted(map(int, map(str, kept)))})
 
     def prepare(self, model: nn.Module, tokens: Tokens) -> None:
         if self.start == "calibrated":
@@ -210,6 +253,8 @@ class Mamba(Method):
         return [objective for objective in both if objective.epochs]
 
     def in_words(self) -> str:
-        kept = self.keep_attention
+        kept, heads = self.keep_attention, self.keep_heads
         of = f"{kept:.0%}" if isinstance(kept, float) else f"layers {', '.join(map(str, kept))}:"
-        return f"{self.name} ({of} attention)"
+        more = f", heads {', '.join(heads)}" if isinstance(heads, list) and heads else ""
+        more += "" if self.window is None else f", a window of {self.window}"
+        return f"{self.name} ({of} attention{more})"

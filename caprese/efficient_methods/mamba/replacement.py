@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -214,6 +214,21 @@ class Replacement(StandIn):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("attention"), name)
+
+
+@contextmanager
+def near(model: nn.Module, heads: Mapping[int, Collection[int]]) -> Iterator[None]:
+    """Inside, all is attention, and these heads, by layer, see only what is in their window."""
+    before = {at: (at.silent, at.attend.near) for at in replacements(model) if at.attend is not None}
+    for at in before:
+        assert at.attend is not None
+        at.silent, at.attend.near = True, heads.get(at.layer, ())
+    try:
+        yield
+    finally:
+        for at, (silent, limited) in before.items():
+            assert at.attend is not None
+            at.silent, at.attend.near = silent, limited
 
 
 def replacements(model: nn.Module) -> list[Replacement]:
