@@ -1,8 +1,8 @@
-"""What a mixer's start and its training are worth: held-out KL over tokens seen, at equal tokens.
+"""What a mixer's start, what stays beside it and its training are worth: held-out KL over tokens seen, at equal tokens.
 
 Settings of a cell: model; samples; count; method, a mamba with its settings; alignment, hidden_states and end_to_end,
 the passes over the samples of each part; matrices, the weight of mixing matrices in the alignment; rounds; batch; rate;
-seed.
+seed; problems, of chains:test, whose answers are marked (0: none).
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import Any
 
 import caprese
 from caprese.distill import Alignment, Branches, Checkpoints, Distillation, EndToEnd, Layerwise, fit, make_batches
+from caprese.distill.sensitivity import select_layers
 from caprese.evaluation import environment
-from measures.recovery import read_samples
+from measures.recovery import Answers, read_samples
 
 
 class Measure:
@@ -22,7 +23,7 @@ class Measure:
         return environment(self.model)
 
     def __call__(self, cell: dict[str, Any]) -> dict[str, Any]:
-        self.model, _ = caprese.load_base(cell["model"])
+        self.model, tokenizer = caprese.load_base(cell["model"])
         train = read_samples(cell["samples"], "train")[: cell["count"]]
         validation = read_samples(cell["samples"], "validation")[:64]
         (method,) = caprese.resolve_recipe(method=cell["method"]).methods
@@ -33,6 +34,10 @@ class Measure:
             Layerwise(how="none", batch_size=cell["batch"]),
             EndToEnd(epochs=cell["end_to_end"] // cell["rounds"], rounds=cell["rounds"], **how),
         )
+        if method.undecided:
+            first = not method.dense_prompts
+            rows, held_out = (make_batches(some, cell["batch"], first) for some in (train, validation))
+            method, _ = select_layers(self.model, method, rows, held_out, config.alignment, 1.0)
         caprese.apply(self.model, method)
         fitted = fit(self.model, train, validation, config, Checkpoints(cell["seed"]))
         tokens = sum(batch.tokens for batch in make_batches(train, cell["batch"], True))
@@ -40,4 +45,7 @@ class Measure:
         first, _, *epochs = fitted.curves["validation"]
         curve = [{"tokens": passed * tokens, "kl": first["kl"]}]
         curve += [{"tokens": (passed + i) * tokens, "kl": point["kl"]} for i, point in enumerate(epochs, 1)]
-        return {"kl": curve[-1]["kl"], "best": fitted.kl["end_to_end"], "curve": curve}
+        result = {"kl": curve[-1]["kl"], "best": fitted.kl["end_to_end"], "curve": curve, "kept": method.in_words()}
+        if cell["problems"]:
+            result["answers"] = Answers(tokenizer, cell["problems"]).of(fitted.model)
+        return result
