@@ -154,7 +154,7 @@ def test_it_starts_as_linear_attention():
     attention = read_attention(model.model.layers[0].self_attn, model.config)
     made = Mixer(attention, 1e-6, caprese.Mamba())
     x = torch.randn(1, 7, 32)
-    _, v, k, q, _ = made.in_proj(x).split([made.inner, made.shared, made.shared, made.inner, made.heads], -1)
+    _, v, k, q, _ = made.in_proj(x).split([made.inner, *made.convolved, made.heads], -1)
     expected = model.model.layers[0].self_attn
     assert torch.allclose(q * attention.head_dim**0.5, expected.q_proj(x), atol=1e-6)
     for ours, theirs in ((k, expected.k_proj(x)), (v, expected.v_proj(x))):
@@ -227,16 +227,17 @@ def test_biases_of_the_attention_are_the_convolutions():
         (0, {}),
         (0, {"rope": True, "silu": False}),
         (0, {"window": 3, "sinks": 1}),
+        (0, {"state": 3, "per_head": True, "rope": True}),
         (0, {"keep_heads": ["0/1", "1/0"], "rope": True}),
     ],
-    ids=["half", "pure", "rope", "window", "heads"],
+    ids=["half", "pure", "rope", "window", "wide", "heads"],
 )
 @torch.no_grad()
 def test_every_family(kind, keep, more):
     base = tiny(kind)
     ids = prompts(9)[0]
     before, prints = base(ids).logits, fingerprint(base)
-    if kind == "olmo2" and "keep_heads" in more:
+    if kind == "olmo2" and more.keys() & {"keep_heads", "per_head"} and more.get("rope"):
         with pytest.raises(caprese.CapreseError, match="normed over all heads"):
             caprese.apply(base, caprese.Mamba(keep_attention=keep, **more))
         return
@@ -497,7 +498,13 @@ def test_thawed_ffns_and_norms_are_the_students_alone(kind):
 
 @pytest.mark.parametrize(
     ("kind", "settings"),
-    [("llama", {}), ("qwen2", {"start": "calibrated"}), ("mistral", {}), ("llama", {"train": "all"})],
+    [
+        ("llama", {}),
+        ("qwen2", {"start": "calibrated"}),
+        ("mistral", {"state": 2}),
+        ("mistral", {"per_head": True}),
+        ("llama", {"train": "all"}),
+    ],
 )
 @torch.no_grad()
 def test_a_hybrid_is_a_granite_checkpoint(kind, settings, tmp_path):
@@ -507,7 +514,7 @@ def test_a_hybrid_is_a_granite_checkpoint(kind, settings, tmp_path):
         p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     facts = caprese.export(model, None, tmp_path / "out")
     assert facts["architecture"] == "GraniteMoeHybridForCausalLM" and facts["largest_logit_difference"] < 1e-4
-    planned = plan_export(tiny(kind, **plain).config, [caprese.Mamba()], lambda layer: 0)
+    planned = plan_export(tiny(kind, **plain).config, [caprese.Mamba(**settings)], lambda layer: 0)
     assert planned.items() <= {**facts, "bytes": planned["bytes"]}.items()
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = prompts(9)[0]

@@ -41,7 +41,7 @@ def filled(model: Any, length: int, mixed: set[int], batch: int) -> DynamicCache
             state = MixerState()
             m = mixers[i]
             state.window = torch.randn(batch, KERNEL - 1, m.channels, **like)
-            state.state = torch.randn(batch, m.heads, m.size, m.size, device=model.device)
+            state.state = torch.randn(batch, m.heads, m.size, m.width, device=model.device)
             state.length = length
             cache.layers[i] = state
         else:

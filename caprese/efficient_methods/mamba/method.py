@@ -15,7 +15,7 @@ from torch import nn
 from caprese.efficient_methods.base import Method, Part, Trial
 from caprese.efficient_methods.mamba.alignment import alignment, hidden_alignment, match_decay, match_scale
 from caprese.efficient_methods.mamba.mixer import Mixer
-from caprese.efficient_methods.mamba.replacement import Replacement, near, replacements
+from caprese.efficient_methods.mamba.replacement import Replacement, near, replacements, taken_over
 from caprese.efficient_methods.mamba.thaw import parts_of
 from caprese.efficient_methods.passes import only
 from caprese.efficient_methods.stand_in import Acting, Objective
@@ -91,6 +91,10 @@ class Mamba(Method):
     """Whether B and C are rotated and normed as keys and queries were."""
     silu: bool = True
     """Whether SiLU follows the convolution, as in Mamba-2."""
+    state: Annotated[int, Field(ge=1, le=16)] = 1
+    """How many times as wide as a head its state is; what goes beyond attention's keys and queries starts at random."""
+    per_head: bool = False
+    """Whether heads that share keys and values get x and B of their own."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of what is random in a mixer's start."""
     train: Literal["mixers", "all"] = "mixers"
@@ -195,8 +199,7 @@ class Mamba(Method):
         with torch.device("meta"):
             whole = replace(facts, **tensors)
             stay = self.heads_of(site.index)
-            rest = [head for head in range(whole.heads) if head not in stay]
-            mixer = Mixer(whole.of(rest) if stay else whole, 1e-6, self)
+            mixer = Mixer(taken_over(whole, self, site.index), 1e-6, self)
         new, old = (sum(p.numel() for p in module.parameters()) for module in (mixer, attention))
         if self.train == "all":
             new += sum(p.numel() for part in parts_of(site).values() for p in part.parameters(recurse=False))

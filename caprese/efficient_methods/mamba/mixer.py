@@ -50,6 +50,10 @@ class Settings(Protocol):
     @property
     def silu(self) -> bool: ...
     @property
+    def state(self) -> int: ...
+    @property
+    def per_head(self) -> bool: ...
+    @property
     def train(self) -> str: ...
     @property
     def window(self) -> int | None: ...
@@ -71,8 +75,11 @@ class Mixer(nn.Module):
         like = a.q
         self.silu, self.rotate, self.scaling = settings.silu, a.rotate, a.scaling
         self.heads, self.size, self.eps = a.heads, a.head_dim, eps
-        self.inner, self.shared = a.heads * a.head_dim, a.groups * a.head_dim
-        self.channels = self.inner + 2 * self.shared  # x, B and C
+        self.width = settings.state * a.head_dim  # of B and C
+        self.inner = a.heads * a.head_dim
+        self.convolved = [a.groups * self.size, a.groups * self.width, a.heads * self.width]  # x, B and C
+        self.repeats = a.heads // a.groups
+        self.channels = sum(self.convolved)
         inner, hidden, channels = self.inner, like.shape[1], self.channels
         # float32 whatever the base is: Adam's small steps are lost in bfloat16. See `settle` for running it
         kind: dict[str, Any] = {"device": like.device, "dtype": torch.float32}
@@ -117,14 +124,15 @@ class Mixer(nn.Module):
             weight[self.inner + self.channels :] *= _QUIET
             self.conv1d.weight.zero_()[..., -1] = 1
             self.A_log.zero_()
-        begin = 0
         scaling = 1.0 if self.norms is not None else a.scaling
-        for rows, extra, factor in ((a.v, a.v_bias, 1.0), (a.k, a.k_bias, 1.0), (a.q, a.q_bias, scaling)):
-            part = slice(begin, begin + len(rows))
-            weight[self.inner :][part] = factor * rows
+        starts = (a.v, a.v_bias, 1.0), (a.k, a.k_bias, 1.0), (a.q, a.q_bias, scaling)
+        places = torch.arange(self.channels).split(self.convolved)
+        for (rows, extra, factor), own in zip(starts, places, strict=True):
+            # of a state wider than its head, what is beyond stays random
+            part = own.unflatten(0, (len(rows) // self.size, -1))[:, : self.size].flatten()
+            weight[self.inner + part] = (factor * rows).to(weight)
             if extra is not None:
-                bias[part] = factor * extra * self.conv1d.weight[part].sum((1, 2))
-            begin += len(rows)
+                bias[part] = factor * extra.to(bias) * self.conv1d.weight[part].sum((1, 2))
         self.out_proj.weight.copy_(a.out)
         if a.out_bias is not None:
             self.out_proj.bias.copy_(a.out_bias)
@@ -186,31 +194,40 @@ class Mixer(nn.Module):
             window = mixed.new_zeros(len(mixed), KERNEL - 1, self.channels)
         seen = torch.cat([window, mixed], 1)
         mixed = convolve(seen, self.conv1d.weight, self.conv1d.bias, self.silu)
-        v, b, c = (
-            t.unflatten(-1, (-1, self.size)) for t in mixed.split([self.shared, self.shared, self.inner], dim=-1)
-        )
+        sizes = self.size, self.width, self.width
+        v, b, c = (t.unflatten(-1, (-1, n)) for t, n in zip(mixed.split(self.convolved, -1), sizes, strict=True))
+        b, c = self._as_keys_and_queries(b, c, rotation)
+        if self.repeats > 1:
+            v, b = (t.repeat_interleave(self.repeats, -2) for t in (v, b))
+        return z, v, dt, -self.A_log.exp(), b, c, seen
+
+    def _as_keys_and_queries(
+        self, b: torch.Tensor, c: torch.Tensor, rotation: Rotation | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """B and C normed and rotated, in the part of them that attention's weights are in."""
+        (b, *more), (c, *others) = (t.split(self.size, -1) for t in (b, c))
         if self.norms is not None:
             c, b = (normed(norm, t) for norm, t in zip(self.norms, (c, b), strict=True))
             c = self.scaling * c
         if self.rotate is not None and rotation is not None:
             c, b = self.rotate(c, b, *rotation, unsqueeze_dim=2)
-        if self.shared != self.inner:
-            v, b = (t.repeat_interleave(self.inner // self.shared, -2) for t in (v, b))
-        return z, v, dt, -self.A_log.exp(), b, c, seen
+        return (torch.cat([b, *more], -1), torch.cat([c, *others], -1)) if more else (b, c)
 
     def unshared(self) -> dict[str, torch.Tensor]:
         """The parameters of the same mixer without shared heads, as GraniteMoeHybridMambaLayer has them."""
 
-        def by_head(t: torch.Tensor) -> torch.Tensor:
-            return t.unflatten(0, (-1, self.size)).repeat_interleave(self.inner // self.shared, 0).flatten(0, 1)
+        def by_head(t: torch.Tensor, size: int) -> torch.Tensor:
+            return t.unflatten(0, (-1, size)).repeat_interleave(self.repeats, 0).flatten(0, 1)
 
         made = {name: p.detach() for name, p in self.named_parameters() if not name.startswith("thawed.")}
-        convolved = [self.shared, self.shared, self.inner]
-        for name, sizes, first in (("in_proj", [self.inner, *convolved, self.heads], 1), ("conv1d", convolved, 0)):
+        for name, sizes, first in (
+            ("in_proj", [self.inner, *self.convolved, self.heads], 1),
+            ("conv1d", self.convolved, 0),
+        ):
             for part in ("weight", "bias"):
                 if f"{name}.{part}" in made:
                     pieces = list(made[f"{name}.{part}"].split(sizes))
-                    pieces[first : first + 2] = map(by_head, pieces[first : first + 2])
+                    pieces[first : first + 2] = map(by_head, pieces[first : first + 2], (self.size, self.width))
                     made[f"{name}.{part}"] = torch.cat(pieces)
         rows = made["in_proj.weight"]
         bias = rows.new_zeros(len(rows))  # one setting has it with that of out_proj

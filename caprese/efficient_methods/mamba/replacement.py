@@ -109,8 +109,7 @@ class Replacement(StandIn):
     def _read(self) -> Attention:
         """Of the heads that the mixer takes over."""
         read = read_attention(self.attention, self.config, self.settings.rope)
-        stay = self.settings.heads_of(self.layer)
-        return read.of([head for head in range(read.heads) if head not in stay]) if stay else read
+        return taken_over(read, self.settings, self.layer)
 
     def _staying(self) -> Attend | None:
         stay, window = self.settings.heads_of(self.layer), self.settings.window
@@ -143,7 +142,7 @@ class Replacement(StandIn):
             "mamba_n_heads": mixer.heads,
             "mamba_n_groups": mixer.heads,
             "mamba_d_head": mixer.size,
-            "mamba_d_state": mixer.size,
+            "mamba_d_state": mixer.width,
             "mamba_d_conv": KERNEL,
             "mamba_expand": mixer.inner // config.hidden_size,
             "mamba_chunk_size": CHUNK,
@@ -214,6 +213,13 @@ class Replacement(StandIn):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("attention"), name)
+
+
+def taken_over(whole: Attention, settings: Settings, layer: int) -> Attention:
+    """Of a layer's attention, the heads that a mixer takes over."""
+    stay = settings.heads_of(layer)
+    rest = [head for head in range(whole.heads) if head not in stay]
+    return whole.of(rest) if stay or (settings.per_head and whole.groups != whole.heads) else whole
 
 
 @contextmanager
