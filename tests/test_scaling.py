@@ -100,6 +100,9 @@ def test_times_between_measurements() -> None:
     assert found["seconds_to_reach_dense"]["majority"]["recovered"] is None
 
 
+HEADS = {"keep_heads": ["0/0", "2/3"]}
+
+
 def test_the_time_of_dense_with_its_interval() -> None:
     """Problems whose answers are alike: the ratio is that of the times, whichever problems are resampled."""
     problems = 16
@@ -117,19 +120,22 @@ def test_the_time_of_dense_with_its_interval() -> None:
     assert found["ratio"] is None and found["interval"] is None and found["reached"] < 0.1
 
 
-@pytest.mark.parametrize("keep", [None, 0.5, 0.0])
-def test_bytes_of_a_cache(keep) -> None:
+@pytest.mark.parametrize(("keep", "more"), [(None, {}), (0.5, {}), (0.0, {}), (0.0, {"window": 4}), (0.0, HEADS)])
+def test_bytes_of_a_cache(keep, more) -> None:
     """What is foreseen from a short text is what a long one takes."""
     model = tiny_llama()
     if keep is not None:
-        model = caprese.apply(model, caprese.Mamba(keep_attention=keep))
+        model = caprese.apply(model, caprese.Mamba(keep_attention=keep, **more))
     caches = []
     for length in (5, 37):
         cache = roomy_cache(model)
         model(torch.full((1, length), 3), past_key_values=cache, use_cache=True)
         caches.append(cache)
     assert cache_bytes(caches[0], 37) == cache_bytes(caches[1], 37)
-    assert (cache_bytes(caches[0], 74) == cache_bytes(caches[0], 37)) == (keep == 0.0)
+    assert (cache_bytes(caches[0], 74) == cache_bytes(caches[0], 37)) == (keep == 0.0 and more is not HEADS)
+    if more is HEADS:  # two heads of 8, keys and values in float32
+        grown = cache_bytes(caches[0], 74) - cache_bytes(caches[0], 37)
+        assert grown == 37 * 2 * 2 * 8 * 4
     if keep is None:
         assert cache_bytes(caches[1], 37) == sum(layer.keys.nbytes + layer.values.nbytes for layer in caches[1].layers)
 
@@ -210,6 +216,7 @@ def test_chains_are_right_and_disjoint() -> None:
 def test_a_wrong_digit_is_found(seed: int, data: st.DataObject) -> None:
     lines = make_chain(3, random.Random(seed)).working.split("\n")[:-1]
     line = data.draw(st.sampled_from(lines))
+    assert not line_is_right("0001-0002:19191919>9999") and not line_is_right("(05+0009)0100+0007:07000100>0107")
     place = data.draw(st.integers(line.index(":") + 1, len(line) - 1))
     if line[place] == ">":
         return

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 import caprese
 from caprese.evaluation import environment
+from caprese.models import device_of
 from caprese.studies.prompts import some_prompts
 
 
@@ -47,7 +48,10 @@ class Measure:
         self.texts = []
         for prompt in some_prompts(prompts, count, self.model, tokenizer, new_tokens):
             ids = self.model.generate(
-                torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+                torch.tensor([prompt], device=device_of(self.model)),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
             )
             start = len(prompt) - 1
             judges = {"wide": self.model, "float32": exact}

@@ -32,10 +32,12 @@ class Chain:
     steps: int
 
 
-def _line(a: int, sign: str, b: int) -> tuple[str, int]:
-    """One line: operands, columns from the right as carry and digit, result."""
+def _line(a: int, sign: str, b: int, wraps: bool = False) -> tuple[str, int]:
+    """One line: operands, columns from the right as carry and digit, result, which may leave out what overflows."""
     columns, carry = [], 0
-    result = {"+": a + b, "-": a - b, "*": a * b}[sign] % 10**WIDTH
+    result = {"+": a + b, "-": a - b, "*": a * b}[sign]
+    if wraps:
+        result %= 10**WIDTH
     for place in range(WIDTH):
         x, y = a // 10**place % 10, b // 10**place % 10
         if sign == "*":
@@ -97,7 +99,7 @@ def make_local(steps: int, draw: random.Random) -> Chain:
     a, b = draw.randrange(10**WIDTH), draw.randrange(10**WIDTH)
     question, working = f"({steps:02}){a:0{WIDTH}}+{b:0{WIDTH}}", ""
     for left in range(steps, 0, -1):
-        line, total = _line(a, "+", b)
+        line, total = _line(a, "+", b, wraps=True)
         working += f"({left:02}){line}"
         a, b = b, total
     return Chain(question, f"{working}={b}", str(b), steps)
@@ -118,13 +120,17 @@ KINDS = {
 
 
 def line_is_right(line: str) -> bool:
-    """Whether a line of working is what its operands make it, whatever its number and what it found in the problem."""
-    line = re.sub(r"^\(\d\d([+-]\d{4})?\)", "", line)
+    """Whether a line of working is what its operands make it, whatever its number is."""
+    before = re.match(r"\((\d\d)([+-]\d{4})?\)", line)
+    asked = before and before[2]
+    line = line[before.end() :] if before else line
     head, _, _ = line.partition(":")
+    if asked and not head.endswith(asked):
+        return False
     for sign in "+-*":
         a, found, b = head.partition(sign)
         if found and a.isdecimal() and b.isdecimal() and len(a) == WIDTH and len(b) in (1, WIDTH):
-            return line + "\n" == _line(int(a), sign, int(b))[0]
+            return line + "\n" == _line(int(a), sign, int(b), wraps=bool(before and not asked))[0]
     return False
 
 

@@ -19,6 +19,7 @@ from transformers import get_linear_schedule_with_warmup
 from caprese.adapters import branch_parameters, get_branches, set_branches
 from caprese.distill.batches import Batch
 from caprese.distill.checkpoints import Checkpoints, shared
+from caprese.efficient_methods import stand_ins
 from caprese.errors import CapreseError
 from caprese.models import device_of
 
@@ -93,7 +94,7 @@ def descend(
     accumulate = config.batch_size // config.micro_batch
     steps_per_epoch = -(-len(batches) // accumulate)
     total = steps_per_epoch * config.epochs
-    optimizer = torch.optim.AdamW(_by_rate(parameters, config.learning_rate), weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(_by_rate(model, parameters, config.learning_rate), weight_decay=config.weight_decay)
     schedule = get_linear_schedule_with_warmup(optimizer, round(config.warmup * total), total)
     least, best = start, get_branches(model)
     curve: list[dict[str, float]] = []
@@ -163,11 +164,12 @@ def descend(
     return Course(least, curve, checks)
 
 
-def _by_rate(parameters: Sequence[nn.Parameter], rate: float) -> list[dict[str, Any]]:
+def _by_rate(model: nn.Module, parameters: Sequence[nn.Parameter], rate: float) -> list[dict[str, Any]]:
     """Those that learn at a fraction of the rate apart from the others."""
+    known = {id(p): at.rate_of(name) for at in stand_ins(model) for name, p in at.trained.named_parameters()}
     groups: dict[float, list[nn.Parameter]] = {}
     for parameter in parameters:
-        groups.setdefault(getattr(parameter, "relative_rate", 1.0), []).append(parameter)
+        groups.setdefault(known.get(id(parameter), 1.0), []).append(parameter)
     return [{"params": group, "lr": relative * rate} for relative, group in groups.items()]
 
 

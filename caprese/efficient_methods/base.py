@@ -23,7 +23,7 @@ from torch import nn
 
 from caprese.efficient_methods.reads import Reads
 from caprese.efficient_methods.settings import Layers, Sparsity
-from caprese.efficient_methods.stand_in import Acting, Objective
+from caprese.efficient_methods.stand_in import Acting, Objective, StandInWeights
 from caprese.efficient_methods.tokens import Tokens
 from caprese.errors import CapreseError
 from caprese.kernels import PackedFFN
@@ -213,9 +213,9 @@ class Method(BaseModel):
         """
         return lambda: None
 
-    def stand_in_weights(self, site: Site, config: Any) -> tuple[int, int]:
-        """Weights of what `install` puts into one layer, and of what it takes the place of."""
-        return 0, 0
+    def stand_in_weights(self, site: Site, config: Any) -> StandInWeights:
+        """Weights of what `install` puts into one layer."""
+        return StandInWeights(0, 0, 0)
 
     @property
     def undecided(self) -> bool:

@@ -83,8 +83,8 @@ def cost(
         site = sites[index]
         spared += weights_saved(site, own)
         for method in own:
-            new, old = method.stand_in_weights(site, unwrap(model).config)
-            trained, spared = trained + new, spared + old - new
+            weights = method.stand_in_weights(site, unwrap(model).config)
+            trained, spared = trained + weights.trained, spared + weights.spared - weights.read
         if rank:
             adapter += site.ffn.hidden_size * (2 * rank + bias)
             lora += _lora(site.ffn, own, rank)
@@ -101,7 +101,7 @@ def cost_of(model: nn.Module) -> Cost:
     spared = sum(weights_saved(w.site, w.methods) for w in wrappers)
     spared += head_saved(model, phases_of(model).methods) if wrappers else 0
     new = sum(_count(at.trained) for at in stand_ins(model))
-    spared += sum(_count(at.original) for at in stand_ins(model)) - new
+    spared += sum(_count(at.original) - at.reads for at in stand_ins(model))
     adapter = sum(p.numel() for w in wrappers for p in _active(w.recovery))
     every = phases_of(model).reselect_every if wrappers else None
     return Cost(base, dense, spared, new, adapter, 0 if every is None else round(dense / every))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -30,6 +30,16 @@ class Acting(Protocol):
         ...
 
 
+class StandInWeights(NamedTuple):
+    """How many weights there are of what stands in for a part of a layer."""
+
+    trained: int
+    read: int
+    """By a token, what stays of the part among them."""
+    spared: int
+    """Of the part itself."""
+
+
 class StandIn(nn.Module):
     """Called as the original is; runs what is trained in its place, or the original where the layer is not to act."""
 
@@ -46,6 +56,15 @@ class StandIn(nn.Module):
     def trained(self) -> nn.Module:
         """What is trained, and saved beside the adapter."""
         raise NotImplementedError
+
+    @property
+    def reads(self) -> int:
+        """Weights that a token reads of it, in the place of `original`'s."""
+        return sum(p.numel() for p in self.trained.parameters())
+
+    def rate_of(self, name: str) -> float:
+        """At which part of the learning rate a parameter of `trained` learns."""
+        return 1.0
 
     def untrained(self) -> AbstractContextManager[None]:
         """Inside, it is as it was before anything trained."""

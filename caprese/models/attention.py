@@ -39,6 +39,16 @@ class Attention:
     """Of queries and keys, where they are read apart from the rows."""
     rotate: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
     """Rope: (q, k, cos, sin, unsqueeze_dim=1) -> q and k [B, H, T, d], where it is read."""
+    sliding: int | None = None
+    """Tokens that a token sees, where that is not all."""
+    cap: float | None = None
+    """Of the scores before softmax, if they have one."""
+
+    @property
+    def weights(self) -> int:
+        """How many there are, biases of q, k and v included."""
+        parts = self.q, self.k, self.v, self.out, self.q_bias, self.k_bias, self.v_bias
+        return sum(t.numel() for t in parts if t is not None)
 
     def of(self, heads: Sequence[int]) -> Attention:
         """These heads alone, each with keys and values of its own.
@@ -113,11 +123,13 @@ def read_attention(module: nn.Module, config: Any, rope: bool = False) -> Attent
         if rotate is None:
             lost.append("rope")
     everywhere = None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
-    if getattr(m, "sliding_window", everywhere) or getattr(m, "is_sliding", False):
+    sliding = getattr(m, "sliding_window", everywhere) or None
+    if sliding:
         lost.append("sliding window")
-    if getattr(m, "attn_logit_softcapping", None):
+    cap = getattr(m, "attn_logit_softcapping", None)
+    if cap:
         lost.append("soft cap")
     scaling = getattr(m, "scaling", None)
     scaling = head_dim**-0.5 if scaling is None else float(scaling)
     sizes = len(q) // head_dim, len(k) // head_dim, head_dim
-    return Attention(q, k, v, out, qb, kb, vb, ob, *sizes, scaling, tuple(lost), norms, rotate)
+    return Attention(q, k, v, out, qb, kb, vb, ob, *sizes, scaling, tuple(lost), norms, rotate, sliding, cap)

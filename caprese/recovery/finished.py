@@ -216,7 +216,11 @@ def _over(opened: Adapter, sampling: Sampling) -> list[Contender]:
     if every is None:
         chooses = any("prompt" in method.learns for method in opened.methods)
         every = RESELECT_EVERY if chooses and not refused else 0
-    return contenders(every or None, sampling.contenders)
+    over = contenders(every or None, sampling.contenders)
+    for other in over:
+        if other.adapter is not None:
+            Adapter.open(other.adapter)
+    return over
 
 
 def _problems(

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from caprese.adapters.hub import is_hub_id
 from caprese.data_gen import Prompt, Samples
 from caprese.efficient_methods import reselection
+from caprese.efficient_methods.mamba import MixerState
 from caprese.errors import CapreseError
 from caprese.evaluation.accuracy import Marker
 from caprese.evaluation.estimators import estimate, pass_at, vote
@@ -289,9 +290,8 @@ def cache_bytes(cache: Any, tokens: int) -> int:
     """Bytes that a sequence's KV cache takes when it holds `tokens`, of the cache of one sequence that holds some."""
     total = 0.0
     for layer in cache.layers:
-        fixed = getattr(layer, "nbytes", None)
-        if fixed is not None:
-            total += fixed
+        if isinstance(layer, MixerState):
+            total += layer.bytes_at(tokens)
             continue
         held = min(tokens, getattr(layer, "sliding_window", None) or tokens)
         total += (layer.keys.nbytes + layer.values.nbytes) / layer.keys.shape[-2] * held

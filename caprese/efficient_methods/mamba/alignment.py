@@ -23,7 +23,7 @@ from caprese.models import device_of, unwrap
 from caprese.models.private import needed
 
 
-class Seen(NamedTuple):
+class Observed(NamedTuple):
     """What a replaced attention saw and gave in the dense model."""
 
     x: torch.Tensor
@@ -42,14 +42,18 @@ def _whole(model: nn.Module, tokens: Tokens, **more: Any) -> Any:
         return unwrap(model).get_decoder()(**inputs, use_cache=False, **more)
 
 
+# of the attention's size, where what stays of it leaves nothing to mixers
+_LEAST = 0.01
+
+
 @torch.no_grad()
-def teacher_mixing(model: nn.Module, tokens: Tokens, matrices: bool = False) -> dict[int, Seen]:
+def teacher_mixing(model: nn.Module, tokens: Tokens, matrices: bool = False) -> dict[int, Observed]:
     """What each replaced attention saw and gave in the dense model."""
-    seen: dict[int, Seen] = {}
+    seen: dict[int, Observed] = {}
 
     def see(at: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any) -> None:
         x = args[0] if args else kwargs["hidden_states"]
-        seen[at.layer] = Seen(x, given[0], given[1], kwargs.get("position_embeddings"))
+        seen[at.layer] = Observed(x, given[0], given[1], kwargs.get("position_embeddings"))
 
     base = unwrap(model)
     how = needed(base.config, "_attn_implementation")
@@ -75,9 +79,10 @@ def match_scale(model: nn.Module, tokens: Tokens) -> None:
     for at in replacements(model):
         x, out, _, rotation = seen[at.layer]
         bias = at.mixer.out_proj.bias
-        if at.attend is not None:
-            out = out - at.attend(x, mask, rotation=rotation)
         wanted, given = ((t[mask].float() - bias).norm() for t in (out, at.mixer(x, mask, rotation=rotation)))
+        if at.attend is not None:  # and not to nothing, where all that these texts ask for is near
+            left = out - at.attend(x, mask, rotation=rotation)
+            wanted = (left[mask].float() - bias).norm().clamp(min=_LEAST * wanted)
         if wanted and given:
             at.mixer.norm.get_parameter("weight").mul_(wanted / given)
 

@@ -7,7 +7,7 @@ attention's own, and stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import nn
 
 from caprese.efficient_methods.mamba.mixer import Rotation, normed
 from caprese.efficient_methods.mamba.seen import Seen
-from caprese.models.attention import Attention
+from caprese.errors import CapreseError
+from caprese.models.attention import read_attention
 
 
 class Attend(nn.Module):
@@ -28,20 +29,49 @@ class Attend(nn.Module):
 
     near: Collection[int] | None = None
 
-    def __init__(self, a: Attention, window: int | None, sinks: int) -> None:
+    def __init__(
+        self, attention: nn.Module, config: Any, heads: Sequence[int] | None, window: int | None, sinks: int
+    ) -> None:
         """
         Args:
-            a: of these heads (see `Attention.of`).
-            window: tokens that a token sees, itself among them; None is all before it.
+            attention: whose weights they are; no module of this one.
+            heads: by number; None is all.
+            window: tokens that a token sees, itself among them; None is all that the attention sees.
             sinks: first tokens that are seen beside a window.
+
+        Raises:
+            CapreseError: scores with a soft cap, or norms over all heads where some stay.
         """
         super().__init__()
         self.window, self.sinks = window, sinks
-        self.size, self.scaling, self.rotate = a.head_dim, a.scaling, a.rotate
-        self.norms = a.norms and tuple(a.norms)  # the attention's own, which are no modules of this one
-        for name in ("q", "k", "v", "q_bias", "k_bias", "v_bias", "out"):
-            weight = getattr(a, name)
-            self.register_buffer(name, None if weight is None else weight.detach(), persistent=False)
+        self._of = attention, config, heads
+        self._take()
+        if self.facts.cap:
+            raise CapreseError(
+                "the attention scores of this model have a soft cap, which windows and heads that stay have not; leave "
+                "out window and keep_heads"
+            )
+
+    def _take(self) -> None:
+        attention, config, heads = self._of
+        whole = read_attention(attention, config, rope=True)
+        self.facts = whole if heads is None else whole.of(heads)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Attend:
+        """Where the attention's weights go, or what they become, is seen when it is told so."""
+        super()._apply(fn, recurse)
+        self._take()
+        return self
+
+    @property
+    def reads(self) -> int:
+        """Weights that a token reads."""
+        return self.facts.weights
+
+    @property
+    def bias(self) -> torch.Tensor | float:
+        """Of the attention's out projection."""
+        return 0.0 if self.facts.out_bias is None else self.facts.out_bias
 
     def forward(
         self,
@@ -51,17 +81,15 @@ class Attend(nn.Module):
         rotation: Rotation | None = None,
     ) -> torch.Tensor:
         """Tokens that are not `valid` [B, T] are seen by none."""
-        own: Any = self
-        q, k, v = (
-            F.linear(x, getattr(own, name), getattr(own, f"{name}_bias")).unflatten(-1, (-1, self.size))
-            for name in "qkv"
-        )
-        if self.norms is not None:
-            q, k = (normed(norm, t) for norm, t in zip(self.norms, (q, k), strict=True))
+        a = self.facts
+        rows = (a.q, a.q_bias), (a.k, a.k_bias), (a.v, a.v_bias)
+        q, k, v = (F.linear(x, weight, bias).unflatten(-1, (-1, a.head_dim)) for weight, bias in rows)
+        if a.norms is not None:
+            q, k = (normed(norm, t) for norm, t in zip(a.norms, (q, k), strict=True))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        if self.rotate is not None and rotation is not None:
-            q, k = self.rotate(q, k, *rotation)
-        seen = Seen(len(x), x.device) if seen is None else seen
+        if a.rotate is not None and rotation is not None:
+            q, k = a.rotate(q, k, *rotation)
+        seen = Seen(len(x), x.device, self.window, self.sinks) if seen is None else seen
         k, v, new = seen.add(k, v, valid)
         places, others = new[:, :, None], seen.places[:, None]
         sees = ((others <= places) & (others >= 0)).unsqueeze(1)
@@ -71,7 +99,9 @@ class Attend(nn.Module):
                 heads = torch.tensor([head in self.near for head in range(q.shape[1])], device=x.device)
                 within = within | ~heads[:, None, None]
             sees = sees & within
+        if a.sliding is not None:
+            sees = sees & (others > places - a.sliding).unsqueeze(1)
         sees = sees | (places < 0).unsqueeze(1)  # what a pad gives is nobody's, but a number
         shared = q.shape[1] != k.shape[1]
-        y = F.scaled_dot_product_attention(q, k, v, sees, scale=self.scaling, enable_gqa=shared)
-        return F.linear(y.transpose(1, 2).flatten(-2), own.out)
+        y = F.scaled_dot_product_attention(q, k, v, sees, scale=a.scaling, enable_gqa=shared)
+        return F.linear(y.transpose(1, 2).flatten(-2), a.out)

@@ -18,7 +18,7 @@ from caprese.efficient_methods.mamba.mixer import Mixer
 from caprese.efficient_methods.mamba.replacement import Replacement, near, replacements, taken_over
 from caprese.efficient_methods.mamba.thaw import parts_of
 from caprese.efficient_methods.passes import only
-from caprese.efficient_methods.stand_in import Acting, Objective
+from caprese.efficient_methods.stand_in import Acting, Objective, StandInWeights
 from caprese.efficient_methods.tokens import Tokens
 from caprese.errors import CapreseError
 from caprese.models import Site
@@ -40,7 +40,7 @@ def _heads(value: Any) -> float | list[str]:
     fits = isinstance(found, list) and all(isinstance(v, str) and re.fullmatch(r"\d{1,4}/\d{1,4}", v) for v in found)
     if not fits:
         raise ValueError('heads as "layer/head", such as "3/0" or "3/0 5/2", or a fraction between 0 and 1')
-    return sorted(set(found), key=_numbers)
+    return [f"{layer}/{head}" for layer, head in sorted({_numbers(each) for each in found})]
 
 
 #: tokens that are near, where no window says it
@@ -110,6 +110,10 @@ class Mamba(Method):
     def acts_on(self) -> frozenset[Part]:
         return self.parts | ({"ffn"} if self.train == "all" else set())
 
+    @property
+    def reads_weights(self) -> bool:
+        return self.train == "all"
+
     @model_validator(mode="after")
     def _one_selection(self) -> Self:
         if isinstance(self.keep_heads, float):
@@ -121,6 +125,8 @@ class Mamba(Method):
 
     @model_validator(mode="after")
     def _one_way_of_staying(self) -> Self:
+        if self.keep_heads and self.selected in ("sensitivity", "restored"):
+            raise ValueError(f"selected={self.selected} is of whole layers; leave out keep_heads")
         if self.keep_heads and self.window is not None:
             raise ValueError("keep_heads and window do not go together: heads that stay see all of a text")
         return self
@@ -171,19 +177,12 @@ class Mamba(Method):
                 f"mamba:selected={self.selected} is measured by caprese recover; here, give keep_attention the layers, "
                 "or keep_heads the heads"
             )
-        attention = site.attention()
         self._check_heads(site, config)
         replacement = Replacement(site, config, phases, self)
         replacement.train(site.layer.training)
-        setattr(site.layer, site.attention_name, replacement)
-        thawed = replacement.thaw()
-
-        def undo() -> None:
-            setattr(site.layer, site.attention_name, attention)
-            for each in thawed:
-                each()
-
-        return undo
+        replacement.put_on(site)
+        # and no closure: a deep copy of the model then has its own
+        return functools.partial(replacement.take_off, site.layer, site.attention_name)
 
     def _check_heads(self, site: Site, config: Any) -> None:
         stay, heads = self.heads_of(site.index), read_attention(site.attention(), config).heads
@@ -192,18 +191,20 @@ class Mamba(Method):
         if len(stay) == heads:
             raise CapreseError(f"keep_heads has all heads of layer {site.index}; name it in keep_attention")
 
-    def stand_in_weights(self, site: Site, config: Any) -> tuple[int, int]:
+    def stand_in_weights(self, site: Site, config: Any) -> StandInWeights:
+        self._check_heads(site, config)
         attention = site.attention()
         facts = read_attention(attention, config, self.rope)
         tensors: dict[str, Any] = {name: t.to("meta") for name, t in vars(facts).items() if isinstance(t, torch.Tensor)}
+        stay = self.heads_of(site.index)
         with torch.device("meta"):
             whole = replace(facts, **tensors)
-            stay = self.heads_of(site.index)
             mixer = Mixer(taken_over(whole, self, site.index), 1e-6, self)
+            stays = [whole.of(stay)] if stay else [whole] if self.window is not None else []
         new, old = (sum(p.numel() for p in module.parameters()) for module in (mixer, attention))
-        if self.train == "all":
-            new += sum(p.numel() for part in parts_of(site).values() for p in part.parameters(recurse=False))
-        return new + (old if self.window else old * len(stay) // whole.heads), old
+        parts = parts_of(site).values() if self.train == "all" else ()
+        thawed = sum(p.numel() for part in parts for p in part.parameters(recurse=False))
+        return StandInWeights(new + thawed, new + sum(each.weights for each in stays), old)
 
     @property
     def undecided(self) -> bool:

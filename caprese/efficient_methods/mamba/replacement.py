@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from caprese.efficient_methods.mamba.attend import Attend
 from caprese.efficient_methods.mamba.mixer import Mixer, Rotation, Settings
 from caprese.efficient_methods.mamba.seen import Seen
 from caprese.efficient_methods.mamba.state import KERNEL, MixerState
-from caprese.efficient_methods.mamba.thaw import Thawed, copies_of, key_of, parts_of
+from caprese.efficient_methods.mamba.thaw import RATE, Thawed, copies_of, key_of, parts_of
 from caprese.efficient_methods.stand_in import Acting, StandIn
 from caprese.errors import CapreseError
 from caprese.kernels.scan import CHUNK
@@ -49,14 +49,23 @@ class Replacement(StandIn):
             self.mixer.thawed = copies_of(self._parts)
         self._start: list[Mixer] = []  # and no module of it, which it would be by itself
 
-    def thaw(self) -> list[Callable[[], None]]:
-        """Have the FFN and norms compute with what is trained of them, if it is; returns the undoings."""
-        return [Thawed.put_on(module, self, name) for name, module in self._parts.items()]
+    def put_on(self, site: Site) -> None:
+        """Take the attention's place, and have the FFN and norms compute with what is trained of them, if it is."""
+        setattr(site.layer, site.attention_name, self)
+        for name, module in self._parts.items():
+            Thawed.put_on(module, self, name)
+
+    def take_off(self, layer: nn.Module, attention_name: str) -> None:
+        """Undo `put_on`."""
+        setattr(layer, attention_name, self.attention)
+        for module in self._parts.values():
+            assert isinstance(module, Thawed)
+            module.take_off()
 
     def own(self, name: str) -> dict[str, torch.Tensor] | None:
         """What was trained of the FFN's layer or norm of this name."""
         thawed = self.mixer.thawed
-        if thawed is None or self.phases.dense or not self.phases.acts_on(self.layer):
+        if thawed is None or self.silent or self.phases.dense or not self.phases.acts_on(self.layer):
             return None
         return {p: thawed[key_of(name, p)] for p, _ in self._parts[name].named_parameters(recurse=False)}
 
@@ -68,6 +77,14 @@ class Replacement(StandIn):
                 assert isinstance(module, Thawed) and own is not None
                 stack.enter_context(module.shown(own))
             yield
+
+    @property
+    def reads(self) -> int:
+        own = sum(p.numel() for name, p in self.mixer.named_parameters() if not name.startswith("thawed."))
+        return own + (0 if self.attend is None else self.attend.reads)  # what is thawed stands for what is not read
+
+    def rate_of(self, name: str) -> float:
+        return RATE if name.startswith("thawed.") else 1.0
 
     @property
     def original(self) -> nn.Module:
@@ -115,8 +132,7 @@ class Replacement(StandIn):
         stay, window = self.settings.heads_of(self.layer), self.settings.window
         if not stay and window is None:
             return None
-        read = read_attention(self.attention, self.config, rope=True)
-        return Attend(read.of(stay) if stay else read, window, self.settings.sinks)
+        return Attend(self.attention, self.config, stay or None, window, self.settings.sinks)
 
     def _fresh(self) -> Mixer:
         names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
@@ -179,12 +195,14 @@ class Replacement(StandIn):
             return self.mixer(x, valid, state, rotation)
         seen = None
         if state is not None:
-            seen = state.seen = state.seen or Seen(len(x), x.device)
-            if stays.window is not None and state.block is None:  # what is read now may be taken back, not before it
-                seen.let_go(stays.window, stays.sinks)
+            seen = state.seen = state.seen or Seen(len(x), x.device, stays.window, stays.sinks)
+            if state.block is None:  # what is read now may be taken back, not what was before it
+                seen.let_go()
         given = stays(x, valid, seen, rotation)
         mixed = self.mixer(x, valid, state, rotation)  # also where it is silent: its state is read
-        return given + (self.mixer.out_proj.bias.to(given.dtype) if self.silent else mixed)
+        if seen is not None and state is not None and state.block is None:
+            seen.let_go()
+        return given + (stays.bias if self.silent else mixed)
 
     def _valid(self, x: torch.Tensor) -> torch.Tensor | None:
         current = self.phases.current

@@ -16,7 +16,12 @@ class Seen:
     """Keys and values of tokens that are still attended to, and their `places` [B, T] in their texts, -1 for what is
     none: pads, and tokens taken back."""
 
-    def __init__(self, batch: int, device: torch.device) -> None:
+    def __init__(self, batch: int, device: torch.device, window: int | None = None, sinks: int = 0) -> None:
+        """
+        Args:
+            window: how far back a token sees, beside the first `sinks`; None is all before it.
+        """
+        self.window, self.sinks = window, sinks
         self.layer = RoomyLayer()
         self.places = torch.zeros(batch, 0, dtype=torch.long, device=device)
         self.count = torch.zeros(batch, dtype=torch.long, device=device)
@@ -35,15 +40,23 @@ class Seen:
         begin = self.places.shape[1] - block
         goes = (torch.arange(block, device=taken.device) >= taken[:, None]) & (self.places[:, begin:] >= 0)
         self.count = self.count - goes.sum(-1)
-        self.places = torch.cat([self.places[:, :begin], self.places[:, begin:].masked_fill(goes, -1)], 1)
+        end = begin + int(taken.max())  # what nobody keeps is cut off; what some do not, a hole
+        self.places = torch.cat([self.places[:, :begin], self.places[:, begin:].masked_fill(goes, -1)], 1)[:, :end]
+        self._change(lambda t: t[:, :, :end])
 
-    def let_go(self, window: int, sinks: int) -> None:
-        """Drop what no later token sees; now and then, so that it is not copied with each of them."""
-        if self.places.shape[1] <= 2 * window + sinks:
+    def let_go(self) -> None:
+        """Drop what no later token sees, and close holes; now and then, so that little is copied for it.
+
+        A prompt's keys and values are all there until it was read."""
+        seen = self.places >= 0
+        width = int(self.count.max())
+        if self.window is not None:
+            seen = seen & ((self.places < self.sinks) | (self.places >= self.count[:, None] - self.window))
+            width = min(width, self.window + self.sinks)
+        if self.places.shape[1] <= 2 * width + self.sinks:
             return
-        stays = (self.places >= 0) & ((self.places < sinks) | (self.places >= self.count[:, None] - window))
-        which = (~stays).long().argsort(dim=1, stable=True)[:, : window + sinks]
-        self.places = torch.where(stays, self.places, -1).gather(1, which)
+        which = (~seen).long().argsort(dim=1, stable=True)[:, :width]
+        self.places = torch.where(seen, self.places, -1).gather(1, which)
         self._change(lambda t: t.gather(2, which[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[-1])))
 
     def each(self, how: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -61,6 +74,8 @@ class Seen:
         twin.layer = copy.copy(self.layer)
         return twin
 
-    @property
-    def nbytes(self) -> int:
-        return self.layer.keys.nbytes + self.layer.values.nbytes
+    def bytes_at(self, tokens: int) -> float:
+        """Bytes of the keys and values of a sequence of so many tokens."""
+        held = tokens if self.window is None else min(tokens, self.window + self.sinks)
+        keys, values = self.layer.keys, self.layer.values
+        return (keys.nbytes + values.nbytes) / max(1, keys.shape[0] * keys.shape[-2]) * held

@@ -164,10 +164,10 @@ class MixerState(DynamicLayer):
     def get_seq_length(self, *_: Any) -> int:
         return self.length
 
-    @property
-    def nbytes(self) -> int:
-        """Of what it holds while nothing is marked, without keys and values."""
-        return sum(t.nbytes for t in (self.window, self.state) if t is not None)
+    def bytes_at(self, tokens: int) -> float:
+        """Bytes of what a sequence of so many tokens holds while nothing is marked."""
+        fixed = sum(t.nbytes / len(t) for t in (self.window, self.state) if t is not None)
+        return fixed + (0 if self.seen is None else self.seen.bytes_at(tokens))
 
     def update(self, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
         raise CapreseError("this KV cache was filled by a hybrid; the dense model starts with an empty one")

@@ -6,17 +6,17 @@ them. They are kept in float32 as mixers are, at a fraction of whose learning ra
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from caprese.efficient_methods.hooks import mixed
 from caprese.models import Site
 
-#: of the mixers' learning rate
+#: of the mixers' learning rate; as arXiv 2512.20569 trains the rest of a student, and tuned on nothing here
 RATE = 0.1
 
 
@@ -29,42 +29,50 @@ class Owner(Protocol):
 
 
 class Thawed(nn.Module):
-    """Mixed into the class of a linear layer or a norm."""
+    """Mixed into the class of a linear layer or a norm.
 
-    own_class: ClassVar[type[nn.Module]]
-    by: tuple[Owner, str]
+    Attributes:
+        by: the owner, which is no module of it, the name it has there, its own class, and the `forward` that accelerate
+            set on it, if it did.
+    """
+
+    by: tuple[Owner, str, type[nn.Module], Any]
 
     @staticmethod
-    def put_on(module: nn.Module, owner: Owner, name: str) -> Callable[[], None]:
-        """Have a module compute with what `owner` has of it; returns the undoing."""
+    def put_on(module: nn.Module, owner: Owner, name: str) -> None:
+        """Have a module compute with what `owner` has of it."""
         self: Any = module
-        before: Any = type(self)
-        self.__class__ = _thawed(before)
-        vars(self)["by"] = (owner, name)  # and the owner is no module of it
+        kind: Any = type(self)
+        hooked = vars(self).pop("forward", None)
+        self.__class__ = mixed(Thawed, kind)
+        vars(self)["by"] = owner, name, kind, hooked
 
-        def undo() -> None:
-            self.__class__ = before
-            del vars(self)["by"]
-
-        return undo
+    def take_off(self) -> None:
+        """Undo `put_on`."""
+        *_, kind, hooked = vars(self).pop("by")
+        self.__class__ = kind
+        if hooked is not None:
+            vars(self)["forward"] = hooked
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        owner, name = self.by
+        owner, name, _, hooked = self.by
+        forward = super().forward if hooked is None else hooked
         own = owner.own(name)
         if own is None:
-            return super().forward(*args, **kwargs)
+            return forward(*args, **kwargs)
         with _replaced(self, own):
-            return super().forward(*args, **kwargs)
+            return forward(*args, **kwargs)
 
     @contextmanager
     def shown(self, own: Mapping[str, torch.Tensor]) -> Iterator[None]:
         """Inside, it is an ordinary module with these parameters."""
-        thawed, self.__class__ = type(self), self.own_class  # type: ignore[assignment]
+        self_: Any = self
+        thawed, self_.__class__ = type(self), self.by[2]
         try:
             with _replaced(self, own):
                 yield
         finally:
-            self.__class__ = thawed
+            self_.__class__ = thawed
 
 
 @contextmanager
@@ -76,13 +84,6 @@ def _replaced(module: Any, own: Mapping[str, torch.Tensor]) -> Iterator[None]:
         yield
     finally:
         module._parameters = known
-
-
-@functools.cache
-def _thawed(kind: Hashable) -> type[Thawed]:
-    """The class of a module of this kind, thawed."""
-    assert isinstance(kind, type)
-    return type(kind.__name__, (Thawed, kind), {"__module__": kind.__module__, "own_class": kind})
 
 
 def parts_of(site: Site) -> dict[str, nn.Module]:
@@ -105,9 +106,10 @@ def key_of(name: str, parameter: str) -> str:
 
 def copies_of(parts: Mapping[str, nn.Module]) -> nn.ParameterDict:
     """What is trained of these modules, as it starts."""
-    made = nn.ParameterDict()
-    for name, module in parts.items():
-        for own, parameter in module.named_parameters(recurse=False):
-            made[key_of(name, own)] = nn.Parameter(parameter.detach().float().clone(), requires_grad=False)
-            made[key_of(name, own)].relative_rate = RATE
-    return made
+    return nn.ParameterDict(
+        {
+            key_of(name, own): nn.Parameter(parameter.detach().float().clone(), requires_grad=False)
+            for name, module in parts.items()
+            for own, parameter in module.named_parameters(recurse=False)
+        }
+    )
