@@ -648,7 +648,7 @@ def test_alignment_goes_from_layer_to_attention_only():
     after = alignment(model, batch)
     assert torch.equal(before[1:], after[1:]) and before[0] != after[0]
     for at in others:
-        at.mixer.forward = lambda x, valid, rotation: 0 * x  # type: ignore[method-assign]
+        at.mixer.forward = lambda x, *_: 0 * x  # type: ignore[method-assign]
     assert torch.allclose(alignment(model, batch)[1:], torch.ones(len(others)))
 
 
@@ -661,7 +661,7 @@ def texts(count: int, size: int = 20):
 @torch.no_grad()
 def test_a_mixing_matrix_is_the_mixer():
     made, x = mixer()
-    z, v, *_ = made._project(x, None, None)
+    z, v, *_ = made._project(x, None, None, None)
     y = (made.matrix(x) @ v.transpose(1, 2)).transpose(1, 2)
     y = y * torch.nn.functional.silu(z).unflatten(-1, (made.heads, made.size))
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + made.eps)
@@ -675,11 +675,13 @@ def test_mixing_matrices_are_measured_beside_what_is_given():
     with_matrices = alignment(model, batch, matrices=1.0)
     assert (with_matrices > alignment(model, batch)).all() and model.config._attn_implementation == "sdpa"
     seen, mask = teacher_mixing(model, batch, matrices=True), batch.valid()
-    for _, _, probabilities in seen.values():  # of each real token, one, on real tokens before it
-        assert torch.allclose(probabilities.sum(-1)[mask[:, None].expand(-1, 4, -1)], torch.ones(()), atol=1e-5)
+    for observed in seen.values():  # of each real token, one, on real tokens before it
+        assert torch.allclose(
+            observed.probabilities.sum(-1)[mask[:, None].expand(-1, 4, -1)], torch.ones(()), atol=1e-5
+        )
     for at in replacements(model):
-        wanted = seen[at.layer][2]
-        at.mixer.matrix = lambda x, valid, wanted=wanted: wanted  # type: ignore[method-assign]
+        wanted = seen[at.layer].probabilities
+        at.mixer.matrix = lambda *_, wanted=wanted: wanted  # type: ignore[method-assign]
     assert torch.allclose(alignment(model, batch, matrices=1.0), alignment(model, batch))
 
 

@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 from caprese.adapters.hub import is_hub_id
 from caprese.data_gen import Prompt, Samples
 from caprese.efficient_methods import reselection
-from caprese.efficient_methods.mamba import MixerState
 from caprese.errors import CapreseError
 from caprese.evaluation.accuracy import Marker
 from caprese.evaluation.estimators import estimate, pass_at, vote
@@ -290,8 +289,9 @@ def cache_bytes(cache: Any, tokens: int) -> int:
     """Bytes that a sequence's KV cache takes when it holds `tokens`, of the cache of one sequence that holds some."""
     total = 0.0
     for layer in cache.layers:
-        if isinstance(layer, MixerState):
-            total += layer.bytes_at(tokens)
+        own = getattr(layer, "bytes_at", None)  # of what stands in for attention
+        if own is not None:
+            total += own(tokens)
             continue
         held = min(tokens, getattr(layer, "sliding_window", None) or tokens)
         total += (layer.keys.nbytes + layer.values.nbytes) / layer.keys.shape[-2] * held
