@@ -57,6 +57,11 @@ def test_bench(tiny_dir: Path, tmp_path: Path) -> None:
         "bench", "--lossless", *flags, "--draft", "lookup", "--draft-tokens", "2", "--new-tokens", "8", "--json"
     )
     assert fixed["adapting"] is None and fixed["identical"] == "2 of 2"
+    few = made("bench", "--lossless", *flags, "--draft", "lookup", "--new-tokens", "4", "--json")  # hardly any draft
+    assert few["identical"] == "2 of 2"
+    for wrong in (("--new-tokens", "1"), ("--batch", "0")):
+        code, _, said = run("bench", "--lossless", *flags, "--method", "q8", *wrong)
+        assert code == 1 and "a --batch of 1 or more and 4 --new-tokens or more" in " ".join(said.split()), said
     code, out, said = run("bench", "--lossless", *flags, "--method", "q8", "--new-tokens", "8")
     assert code == 0 and "speed-up, measured" in said + out and "adapting, down to none" in said + out
 

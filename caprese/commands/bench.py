@@ -189,13 +189,15 @@ def _lossless(flags: Flags, name: str, batches: list[int]) -> None:
     from caprese.models import device_of, load_base, random_model, shape_config
     from caprese.models.loading import pick_device, pick_dtype
     from caprese.report.lossless import describe_lossless
-    from caprese.studies.lossless import bench_lossless
+    from caprese.studies.lossless import LEAST, bench_lossless
     from caprese.studies.prompts import EVERYDAY, some_prompts
 
     if flags.dry_run or (flags.random_weights and flags.adapter):
         raise CapreseError("--lossless times real tokens: leave out --dry-run, and --adapter with --random-weights")
     if len(batches) > 1 or flags.engine or flags.gguf or flags.checkpoint:
         raise CapreseError("--lossless is measured at one --batch, and in no other engine (see docs/lossless.md)")
+    if batches[0] < 1 or flags.new_tokens < LEAST:
+        raise CapreseError(f"--lossless is measured with a --batch of 1 or more and {LEAST} --new-tokens or more")
     if flags.output is not None:
         check_writable(Path(flags.output))
     how: dict[str, Any] = {"dtype": parse_quick(flags.dtype), "device": flags.device}

@@ -28,6 +28,8 @@ _FIRST, _LATER = 7, 2
 _DRAFTED = 4
 # Groups of prompts, at most, on which the number of drafts settles before it is measured.
 _SETTLING = 2
+#: new tokens that it is measured over
+LEAST = 4
 
 
 def bench_lossless(
@@ -49,8 +51,8 @@ def bench_lossless(
     Raises:
         CapreseError: no prompts, or see `Lossless`.
     """
-    if not prompts or new_tokens < 4:
-        raise CapreseError("lossless is measured on at least one prompt and 4 `new_tokens`")
+    if not prompts or new_tokens < LEAST or batch < 1:
+        raise CapreseError(f"lossless is measured on at least one prompt, {LEAST} `new_tokens` and a `batch` of 1")
     groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
     if lossless.compiled:  # for one static cache, as long as any run wants it
         widest = max(*lossless.pace.choices, 2 * new_tokens)

@@ -174,8 +174,11 @@ def _medians(times: Mapping[int, Sequence[float]]) -> dict[int, float]:
 
 
 def _at(count: int, known: Mapping[int, float]) -> float:
-    """The time of `count`, of which two or more are known: on the line of its neighbours, or on from the last two."""
+    """The time of `count`: on the line of its neighbours, or on from the last two; the one that is known, if it is
+    alone."""
     at = sorted(known)
+    if len(at) == 1:
+        return known[at[0]]
     i = min(max(1, bisect.bisect_left(at, count)), len(at) - 1)
     x, x1 = at[i - 1], at[i]
     slope = max(0.0, (known[x1] - known[x]) / (x1 - x))
