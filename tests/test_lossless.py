@@ -650,6 +650,9 @@ def test_refusals():
     refused("context is 8 tokens", draft=tiny_llama(max_position_embeddings=8))
     with pytest.raises(caprese.CapreseError, match="ends with a pad"):
         applied.generate(ids, attention_mask=torch.tensor([[1, 1, 1, 1, 0, 0]]), custom_generate=caprese.Lossless())
+    for wrong in ("x", True, 2.5):
+        with pytest.raises(caprese.CapreseError, match=f"reselect_every {wrong!r}: use a number"):
+            caprese.Lossless(reselect_every=wrong)  # type: ignore[arg-type]
     with pytest.raises(caprese.CapreseError, match="reselect_every 0"):
         caprese.Lossless(reselect_every=0)
     with pytest.raises(caprese.CapreseError, match="leave out `compiled`"):

@@ -418,7 +418,6 @@ def test_rejected_drafts_do_not_stay():
     seen = Seen(2, torch.device("cpu"))
     seen.add(torch.zeros(2, 1, 6, 4), torch.zeros(2, 1, 6, 4), None)
     for _ in range(200):
-        seen.let_go()
         seen.add(torch.ones(2, 1, 5, 4), torch.ones(2, 1, 5, 4), None)
         seen.take_back(5, torch.tensor([1, 3]))
     assert seen.count.tolist() == [206, 606] and seen.places.shape[1] <= 2 * 606 + 5

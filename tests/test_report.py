@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import re
 import struct
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from caprese.progress import show
 from caprese.report.card import render_card
@@ -19,7 +21,7 @@ from caprese.report.html import render_html
 from caprese.report.plots import plot_names, plot_uris, write_plots
 from caprese.report.sources import source_warning
 from caprese.report.summary import portable, summary_lines, summary_table
-from caprese.report.tables import describe_recovery
+from caprese.report.tables import describe_recovery, figures_table
 
 LAYERS = list(range(30))
 VOID = {"meta", "img", "source", "br", "hr", "link", "input"}
@@ -387,3 +389,10 @@ def test_too_little_elsewhere_is_warned_of(report: dict[str, Any], elsewhere: fl
 
 def test_a_report_without_kinds_has_no_such_table(report: dict[str, Any]) -> None:
     assert "By kind of prompts" not in render_html(report) and "elsewhere" not in render_card(report)
+
+
+def test_figures_are_shown_as_what_they_are():
+    console = Console(width=60, file=io.StringIO())
+    console.print(figures_table("of", {"fits": True, "fused": False, "tokens": 12345, "why_not": None}))
+    shown = console.file.getvalue()
+    assert "yes" in shown and "no" in shown.split("fused")[1] and "12,345" in shown and "why" not in shown

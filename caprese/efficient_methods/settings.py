@@ -17,10 +17,10 @@ def check_reselect(every: int | None) -> int | None:
     """`every` itself, if generated tokens can be counted by it.
 
     Raises:
-        CapreseError: below 1.
+        CapreseError: no such number.
     """
-    if every is not None and every < 1:
-        raise CapreseError(f"reselect_every {every}: use a number of tokens from 1, or none")
+    if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+        raise CapreseError(f"reselect_every {every!r}: use a number of tokens from 1, or none")
     return every
 
 

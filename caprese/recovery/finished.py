@@ -206,7 +206,8 @@ class Sampling:
     seed: int = 0
 
 
-def _over(opened: Adapter, sampling: Sampling) -> list[Contender]:
+def _over(opened: Adapter, sampling: Sampling) -> tuple[list[Contender], dict[str, Adapter]]:
+    """The contenders, and those adapters among them that are others, opened."""
     refused = next((why for method in opened.methods if (why := method.no_reselection)), None)
     if opened.sidecar.prefill != "dense":
         refused = "the prompts of this adapter do not run dense, and reselection runs tokens dense"
@@ -217,10 +218,7 @@ def _over(opened: Adapter, sampling: Sampling) -> list[Contender]:
         chooses = any("prompt" in method.learns for method in opened.methods)
         every = RESELECT_EVERY if chooses and not refused else 0
     over = contenders(every or None, sampling.contenders)
-    for other in over:
-        if other.adapter is not None:
-            Adapter.open(other.adapter)
-    return over
+    return over, {each.adapter: Adapter.open(each.adapter) for each in over if each.adapter is not None}
 
 
 def _problems(
@@ -244,7 +242,7 @@ def plan_scaling(adapter: str, sampling: Sampling) -> dict[str, Any]:
         CapreseError: the adapter, a contender or the prompts cannot be used.
     """
     opened = Adapter.open(adapter)
-    over = _over(opened, sampling)
+    over, _ = _over(opened, sampling)
     samples, trained = beside(opened)
     config = _asked(samples, sampling.given, "scale")
     config, rows = _problems(config, sampling, trained)
@@ -282,7 +280,7 @@ def scale_adapter(
         CapreseError: the adapter, the base, the prompts or the reward cannot be used, or samples of other settings.
     """
     opened = Adapter.open(adapter)
-    over = _over(opened, sampling)
+    over, others = _over(opened, sampling)
     samples, trained = beside(opened)
     config = _asked(samples, sampling.given, "scale")
     check_writable(Path(output))
@@ -295,7 +293,6 @@ def scale_adapter(
     # samples of one problem share its choice, so its rows are gathered once for all of them
     fused: dict[str, Any] = {"fused": True, "form": "packed", "reselect_every": None}
     models: dict[str | None, Any] = {None: load(base, opened, **fused)}
-    others = {c.adapter: Adapter.open(c.adapter) for c in over if c.adapter is not None}
     for name, other in others.items():
         models[name] = load(other.load_base(model, device=device, **how)[0], other, **fused)
     scorer = None if sampling.reward is None else reward_scorer(sampling.reward, device)
@@ -304,7 +301,7 @@ def scale_adapter(
     scaling = Scaling(models, tokenizer, rows, config, budget, Path(output), scorer)
     identity = {
         "adapter": opened.digest,
-        "others": [other.digest for other in others.values()],
+        **({"others": [other.digest for other in others.values()]} if others else {}),
         "type": f"{base.dtype} on {base.device.type}",
         "settings": config.model_dump(mode="json", exclude={"train", "validation", "test", "batch_size", "shard_size"}),
     }

@@ -30,6 +30,8 @@ def _shown(key: str, value: Any) -> str:
         return "\n".join(f"{name} {_shown(key, each)}" for name, each in value.items())
     if key.endswith("seconds"):
         return duration(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

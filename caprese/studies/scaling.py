@@ -194,7 +194,8 @@ class Scaling:
     def samples(self, over: Sequence[Contender], identity: dict[str, Any], overwrite: bool) -> list[dict[str, Any]]:
         """What `_problem` gives for each; files that are there are read."""
         settings = {**identity, "contenders": [c.name for c in over], "count": self.count, "seed": self.seed}
-        settings["memory"] = self.budget.memory
+        if self.budget.memory is not None:
+            settings["memory"] = self.budget.memory
         paths = [self.directory / "samples" / f"{i:05d}.json" for i in range(len(self.problems))]
         kept = [_read(path) for path in paths]
         for i, each in enumerate(kept):

@@ -97,12 +97,14 @@ def match_decay(model: nn.Module, tokens: Tokens) -> None:
     mask = tokens.valid()
     places = torch.arange(mask.shape[1], device=mask.device)
     distance = (places[:, None] - places).clamp(min=0).float()
-    for layer, seen in teacher_mixing(model, tokens, matrices=True).items():
-        if seen.probabilities is None:
-            raise CapreseError(f"the attention of layer {layer} does not give its probabilities; use start=attention")
-        mean = (seen.probabilities.float() * distance).sum(-1).transpose(1, 2)[mask].mean(0)
-        at = next(at for at in replacements(model) if at.layer == layer)
-        stay = at.settings.heads_of(layer)
+    seen = teacher_mixing(model, tokens, matrices=True)
+    for at in replacements(model):
+        probabilities, stay = seen[at.layer].probabilities, at.settings.heads_of(at.layer)
+        if probabilities is None:
+            raise CapreseError(
+                f"the attention of layer {at.layer} does not give its probabilities; use start=attention"
+            )
+        mean = (probabilities.float() * distance).sum(-1).transpose(1, 2)[mask].mean(0)
         at.mixer.forget(torch.stack([m for head, m in enumerate(mean) if head not in stay]).clamp(min=1))
 
 

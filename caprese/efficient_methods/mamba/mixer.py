@@ -29,7 +29,7 @@ from caprese.models.attention import Attention
 
 # dt from 1/1000 to 1/10, log-uniform, and A from 1 to 16, as in Mamba-2: heads remember from a token to a thousand
 _DT, _A = (1e-3, 1e-1), (1.0, 16.0)
-# how much smaller what moves a neutral gate and decay starts
+# how much smaller what moves a neutral gate and decay starts; tuned on nothing
 _QUIET = 0.1
 # where SiLU is 1
 _OPEN = 1.2784645427610738

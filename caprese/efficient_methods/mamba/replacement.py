@@ -99,8 +99,8 @@ class Replacement(StandIn):
 
     @contextmanager
     def untrained(self) -> Iterator[None]:
-        """Inside, the mixer is as mapped from its attention, its size not matched either; beside a window it is silent,
-        since windows with sinks alone are better than that."""
+        """Inside, the mixer is as mapped from its attention, its size not matched either; beside a window it is silent:
+        the window alone needs no training, and is what a student is compared with."""
         if self.settings.window is not None:
             self.silent = True
             try:
@@ -196,11 +196,9 @@ class Replacement(StandIn):
         seen = None
         if state is not None:
             seen = state.seen = state.seen or Seen(len(x), x.device, stays.window, stays.sinks)
-            if state.block is None:  # what is read now may be taken back, not what was before it
-                seen.let_go()
         given = stays(x, valid, seen, rotation)
         mixed = self.mixer(x, valid, state, rotation)  # also where it is silent: its state is read
-        if seen is not None and state is not None and state.block is None:
+        if seen is not None and state is not None and state.block is None:  # nothing may be taken back
             seen.let_go()
         return given + (stays.bias if self.silent else mixed)
 

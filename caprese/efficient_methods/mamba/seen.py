@@ -43,20 +43,25 @@ class Seen:
         end = begin + int(taken.max())  # what nobody keeps is cut off; what some do not, a hole
         self.places = torch.cat([self.places[:, :begin], self.places[:, begin:].masked_fill(goes, -1)], 1)[:, :end]
         self._change(lambda t: t[:, :, :end])
+        if self.window is not None:
+            self.let_go()
+        elif end > 2 * (width := int(self.count.max())):
+            self._keep(self.places >= 0, width)
 
     def let_go(self) -> None:
-        """Drop what no later token sees, and close holes; now and then, so that little is copied for it.
+        """Drop what no later token sees behind a window; now and then, so that little is copied for it.
 
-        A prompt's keys and values are all there until it was read."""
-        seen = self.places >= 0
-        width = int(self.count.max())
-        if self.window is not None:
-            seen = seen & ((self.places < self.sinks) | (self.places >= self.count[:, None] - self.window))
-            width = min(width, self.window + self.sinks)
-        if self.places.shape[1] <= 2 * width + self.sinks:
+        Not while tokens may be taken back: then a window reaches further. All of a prompt is here until it was read.
+        """
+        if self.window is None or self.places.shape[1] <= 2 * self.window + self.sinks:
             return
-        which = (~seen).long().argsort(dim=1, stable=True)[:, :width]
-        self.places = torch.where(seen, self.places, -1).gather(1, which)
+        near = (self.places < self.sinks) | (self.places >= self.count[:, None] - self.window)
+        self._keep((self.places >= 0) & near, self.window + self.sinks)
+
+    def _keep(self, stays: torch.Tensor, width: int) -> None:
+        """Of each sequence, those that stay [B, T], at most `width`, in their order."""
+        which = (~stays).long().argsort(dim=1, stable=True)[:, :width]
+        self.places = torch.where(stays, self.places, -1).gather(1, which)
         self._change(lambda t: t.gather(2, which[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[-1])))
 
     def each(self, how: Callable[[torch.Tensor], torch.Tensor]) -> None:
