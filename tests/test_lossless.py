@@ -79,7 +79,15 @@ def test_it_writes_what_the_dense_model_writes(name, tokens):
     assert lossless.tally.drafted > 0 and lossless.tally.accepted <= lossless.tally.drafted
 
 
-@pytest.mark.parametrize("mixers", [None, {}, {"window": 9}, {"keep_heads": ["0/0"]}])
+@pytest.mark.parametrize(
+    "mixers",
+    [
+        None,
+        {"window": 9},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"keep_heads": ["0/0"]}, marks=pytest.mark.slow),
+    ],
+)
 def test_holes_are_closed(mixers):
     """Sequences of a batch go on at their own pace for long; states beside keys and values too."""
     methods = [] if mixers is None else [caprese.Mamba(keep_attention=[1], **mixers)]

@@ -593,8 +593,7 @@ def test_thawed_ffns_and_norms_are_the_students_alone(kind):
     [
         ("llama", {}),
         ("qwen2", {"start": "calibrated"}),
-        ("mistral", {"state": 2}),
-        ("mistral", {"per_head": True}),
+        ("mistral", {"state": 2, "per_head": True}),
         ("llama", {"train": "all"}),
     ],
 )
