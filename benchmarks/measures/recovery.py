@@ -39,14 +39,14 @@ def read_samples(directory: str, split: str) -> list[Sample]:
 
 
 class Answers:
-    """Problems of chains:test, and how a model answers them."""
+    """Problems of a kind's test split, and how a model answers them."""
 
-    def __init__(self, tokenizer: Any, count: int) -> None:
+    def __init__(self, tokenizer: Any, count: int, kind: str = "chains") -> None:
         self.tokenizer = tokenizer
-        self.problems = load_prompts("chains:test", count, 1)
+        self.problems = load_prompts(f"{kind}:test", count, 1)
         self.markers = [Marker(problem) for problem in self.problems]
         self.encoded = [encode_prompt(tokenizer, problem.text, "", True) for problem in self.problems]
-        self.sampling = Samples(max_new_tokens=220, batch_size=100)
+        self.sampling = Samples(max_new_tokens=220 if kind == "chains" else 1600, batch_size=100)
 
     def of(self, model: nn.Module) -> dict[str, Any]:
         """Accuracy with a 95% interval, by number of steps, and the length of the answers."""

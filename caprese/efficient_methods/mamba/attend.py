@@ -73,6 +73,10 @@ class Attend(nn.Module):
         """Of the attention's out projection."""
         return 0.0 if self.facts.out_bias is None else self.facts.out_bias
 
+    def sight(self, x: torch.Tensor) -> Seen:
+        """Of texts [B, ...] that begin."""
+        return Seen(len(x), x.device, self.window if self.near is None else None, self.sinks)
+
     def forward(
         self,
         x: torch.Tensor,
@@ -89,7 +93,7 @@ class Attend(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if a.rotate is not None and rotation is not None:
             q, k = a.rotate(q, k, *rotation)
-        seen = Seen(len(x), x.device, self.window, self.sinks) if seen is None else seen
+        seen = self.sight(x) if seen is None else seen
         k, v, new = seen.add(k, v, valid)
         places, others = new[:, :, None], seen.places[:, None]
         sees = ((others <= places) & (others >= 0)).unsqueeze(1)

@@ -43,14 +43,14 @@ def _heads(value: Any) -> float | list[str]:
     return [f"{layer}/{head}" for layer, head in sorted({_numbers(each) for each in found})]
 
 
-#: tokens that are near, where no window says it
-_NEAR = 64
-
-
 def _numbers(head: str) -> tuple[int, int]:
     """The numbers of a head's layer and of itself."""
     layer, _, number = head.partition("/")
     return int(layer), int(number)
+
+
+#: tokens that are near, where no window says it
+_NEAR = 64
 
 
 class Settings(Protocol):

@@ -14,7 +14,6 @@ from transformers.cache_utils import StaticLayer
 from caprese.efficient_methods.hooks import proposed
 from caprese.efficient_methods.mamba.attend import Attend
 from caprese.efficient_methods.mamba.mixer import Mixer, Rotation, Settings
-from caprese.efficient_methods.mamba.seen import Seen
 from caprese.efficient_methods.mamba.state import KERNEL, MixerState
 from caprese.efficient_methods.mamba.thaw import RATE, Thawed, copies_of, key_of, parts_of
 from caprese.efficient_methods.stand_in import Acting, StandIn
@@ -99,22 +98,20 @@ class Replacement(StandIn):
 
     @contextmanager
     def untrained(self) -> Iterator[None]:
-        """Inside, the mixer is as mapped from its attention, its size not matched either; beside a window it is silent:
-        the window alone needs no training, and is what a student is compared with."""
-        if self.settings.window is not None:
-            self.silent = True
-            try:
-                yield
-            finally:
-                self.silent = False
-            return
-        trained = self.mixer
-        self.mixer = self.start()
-        self.mixer.settle(trained.in_proj.weight.dtype)
+        """Inside, what a student is compared with, since it is free: attention over a window and its sinks that take
+        the memory of the mixer's state, and by the heads that stay. Where a window cannot be, the mixer as mapped from
+        its attention, its size not matched either."""
+        before = self.mixer, self.attend, self.silent
+        free = self._free()
+        if free is None:
+            self.mixer = self.start()
+            self.mixer.settle(before[0].in_proj.weight.dtype)
+        else:
+            self.attend, self.silent = free, True
         try:
             yield
         finally:
-            self.mixer = trained
+            self.mixer, self.attend, self.silent = before
 
     def start(self) -> Mixer:
         """The mixer as mapped from its attention, before its size was matched and anything trained; made once, since it
@@ -122,6 +119,20 @@ class Replacement(StandIn):
         if not self._start:
             self._start.append(self._fresh())
         return self._start[0]
+
+    def _free(self) -> Attend | None:
+        """The window alone: the student's own, where it has one."""
+        if self.attend is not None and self.settings.window is not None:
+            return self.attend
+        facts = read_attention(self.attention, self.config, rope=True)
+        if facts.cap:
+            return None
+        tokens = self.mixer.repeats * self.mixer.width // 2  # whose keys and values are as many numbers as its state
+        window = max(1, tokens - self.settings.sinks)
+        free = Attend(self.attention, self.config, None, window, self.settings.sinks)
+        if stay := self.settings.heads_of(self.layer):
+            free.near = [head for head in range(facts.heads) if head not in stay]
+        return free
 
     def _read(self) -> Attention:
         """Of the heads that the mixer takes over."""
@@ -195,7 +206,7 @@ class Replacement(StandIn):
             return self.mixer(x, valid, state, rotation)
         seen = None
         if state is not None:
-            seen = state.seen = state.seen or Seen(len(x), x.device, stays.window, stays.sinks)
+            seen = state.seen = state.seen or stays.sight(x)
         given = stays(x, valid, seen, rotation)
         mixed = self.mixer(x, valid, state, rotation)  # also where it is silent: its state is read
         if seen is not None and state is not None and state.block is None:  # nothing may be taken back
