@@ -949,6 +949,41 @@ def test_attention_stays_where_a_mixer_costs_most(selected):
             caprese.Mamba(keep_attention=wrong, selected=selected)
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_layers_are_measured_on_retrieval_where_there_is_some(asked, tiny_dir, tmp_path, monkeypatch):
+    model, tokenizer = caprese.load_base(str(tiny_dir))
+    monkeypatch.setattr("caprese.distill.sensitivity.ALIGNED", 2)
+    recipe = caprese.Recipe(
+        model=str(tiny_dir),
+        method="mamba:keep_attention=0.34:selected=restored:probe=retrieval",
+        rank=1,
+        output=str(tmp_path / "out"),
+        samples={
+            "prompts": "gym:simple_equations=0.5,retrieval:distil=0.5" if asked else "gym:simple_equations",
+            **{"train": 8, "validation": 4, "test": 2, "max_new_tokens": 8},
+        },
+        alignment={"epochs": 0, "batch_size": 4, "micro_batch": 4},
+        layerwise={"how": "none"},
+        end_to_end={"epochs": 1, "batch_size": 4, "micro_batch": 4},
+        evaluation={"latency_tokens": 4, "batch_size": 4},
+    )
+    seen = []
+    measure = select_layers
+
+    def follow(model, method, rows, held_out, *rest):
+        seen.extend(batch.prompt_lengths for batch in held_out)
+        return measure(model, method, rows, held_out, *rest)
+
+    monkeypatch.setattr("caprese.recovery.stages.select_layers", follow)
+    if not asked:
+        with pytest.raises(caprese.CapreseError, match=r"such as --prompts .*retrieval:distil"):
+            caprese.recover(model, tokenizer, recipe)
+        return
+    report = caprese.recover(model, tokenizer, recipe)
+    assert torch.cat(seen).shape == (2,) and torch.cat(seen).min() > 100  # equations are short
+    assert report["methods"][0]["selected"] == "evenly"
+
+
 def test_heads_that_see_what_is_far_stay():
     """One head's output is all that its layer gives; what the near alone costs it is measured without training."""
     model = tiny_llama().requires_grad_(False)

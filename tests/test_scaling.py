@@ -194,6 +194,19 @@ def test_long_chains(kind: str) -> None:
     assert (asked.text, asked.answer) == (rows[0].question, rows[0].answer)
 
 
+def test_retrieval() -> None:
+    """What is asked for is in the question, once, beside its key; right answers are marked so, in any words."""
+    for row in itertools.islice(chains("test", 0, kind="retrieval"), 40):
+        known = dict(re.findall(r"^(\w+): (\d+)$", row.question, re.MULTILINE))
+        [asked] = re.findall(r"\((.+)\)", row.question)
+        assert row.answer == f"({', '.join(known[key] for key in asked.split(', '))})"
+        assert 8 <= row.steps <= 32 and len(known) == len(set(known.values())) == row.steps
+    [problem] = load_prompts("retrieval:test", 1, 0)
+    assert problem.answer is not None
+    marker = Marker(problem)
+    assert marker(f"The values are {problem.answer}.")[1] and not marker("(1000, 1001, 1002, 1003)")[1]
+
+
 def test_chains_are_right_and_disjoint() -> None:
     seen: dict[str, set[str]] = {}
     for split in SPLITS:

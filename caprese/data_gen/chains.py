@@ -1,4 +1,4 @@
-"""Arithmetic in several steps, written out: problems whose answers are exactly checkable, however many are wanted.
+"""Problems whose answers are exactly checkable, however many are wanted: most are arithmetic in several steps.
 
 A problem is a chain of + - * on numbers of two and three digits, bracketed so that it is worked from left to right.
 Its working has a line for each step, and in a line the columns from the right, each as carry (or borrow) and digit; a
@@ -7,6 +7,8 @@ product is two lines of one digit each and their sum. So a mistake anywhere goes
 Two kinds have long workings, whose lines are counted down. *fetching*: sums and differences of many numbers, each
 numbered in the problem, which is the only place where a line finds it; no number occurs twice. *local*: a sequence in
 which each number is the sum of the two before it, modulo 10,000; a line needs the line before it alone.
+
+And *retrieval*, in words for any language model: keys with their values, and some of them asked for.
 """
 
 from __future__ import annotations
@@ -105,6 +107,22 @@ def make_local(steps: int, draw: random.Random) -> Chain:
     return Chain(question, f"{working}={b}", str(b), steps)
 
 
+_ASKED = 4
+
+
+def make_retrieval(pairs: int, draw: random.Random) -> Chain:
+    """So many keys, made up of syllables, with numbers for values, and 4 of the keys asked for."""
+    keys = set[str]()
+    while len(keys) < pairs:
+        keys.add("".join(draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(3)))
+    known = dict(zip(draw.sample(sorted(keys), pairs), draw.sample(range(1000, 10**WIDTH), pairs), strict=True))
+    asked = draw.sample(list(known), _ASKED)
+    table = "".join(f"{key}: {value}\n" for key, value in known.items())
+    question = f"{table}\nWrite the values of ({', '.join(asked)}) in the same way: in brackets, separated by commas."
+    answer = f"({', '.join(str(known[key]) for key in asked)})"
+    return Chain(question, answer, answer, pairs)
+
+
 @dataclass(frozen=True)
 class _Kind:
     make: Callable[[int, random.Random], Chain]
@@ -115,6 +133,7 @@ KINDS = {
     "chains": _Kind(make_chain, range(3, 7)),
     "fetching": _Kind(make_fetching, range(21, 41)),
     "local": _Kind(make_local, range(21, 41)),
+    "retrieval": _Kind(make_retrieval, range(8, 33)),
 }
 """How a kind's problems are made, and of how many steps."""
 
@@ -150,7 +169,7 @@ def chains(split: str, seed: int, steps: int | range | None = None, kind: str = 
     """Problems of one kind and split without end, the same for the same seed.
 
     Args:
-        steps: of every problem; of a range, or None for the kind's own, in equal parts.
+        steps: of every problem (of retrieval, pairs); of a range, or None for the kind's own, in equal parts.
 
     Raises:
         CapreseError: no such split, or steps out of range.

@@ -58,8 +58,8 @@ def load_prompts(
     """Up to `count` distinct prompts, drawn and ordered by the seed; a smaller count gives the first of a larger one's.
 
     Args:
-        source: "gym:TASK", "chains:SPLIT" (or "fetching:SPLIT", "local:SPLIT"), a .jsonl or .parquet file, or the
-            name of a dataset ("openai/gsm8k:train").
+        source: "gym:TASK", "chains:SPLIT" (or fetching, local, retrieval), a .jsonl or .parquet file, or the name
+            of a dataset ("openai/gsm8k:train").
         column: where a file or dataset has the prompt, as text or as a list of one user message; the answer is in
             "answer" if there is such a column.
         exclude: prompts not to give.

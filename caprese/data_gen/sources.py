@@ -23,8 +23,8 @@ class Source(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
     source: str
-    """gym:TASK (reasoning-gym), chains:SPLIT (also fetching:SPLIT, local:SPLIT), a .jsonl or .parquet file, a
-    `datasets` name, optionally with :SPLIT, or self: the model writes them as its user would."""
+    """gym:TASK (reasoning-gym), chains:SPLIT (also fetching, local, retrieval), a .jsonl or .parquet file, a `datasets`
+    name, optionally with :SPLIT, or self: the model writes them as its user would."""
     share: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Part of the prompts that are of this kind, relative to the others'."""
     column: str | None = None

@@ -231,6 +231,11 @@ class Method(BaseModel):
         """Whether what `candidates` trains is aligned a little before trials."""
         return True
 
+    @property
+    def measured_on(self) -> str | None:
+        """The kind of prompts ("retrieval") whose held-out samples trials are measured on; None is all of them."""
+        return None
+
     def trials(self, model: nn.Module) -> Iterator[Trial]:
         """What is measured of `model`, which has `candidates` applied: for each, KL(dense || efficient) is asked for
         inside its context."""

@@ -146,6 +146,13 @@ def _decide(
     run: Checkpoints,
 ) -> Method:
     """The method on the layers that are best, by what its trials cost."""
+    if kind := method.measured_on:
+        validation = [sample for sample in validation if sample.source.partition(":")[0] == kind]
+        if not validation:
+            raise CapreseError(
+                f"{method.name} is to be measured on {kind}, of which no held-out sample is; give some of its prompts "
+                f"beside the others, such as --prompts gym:gsm_symbolic=0.9,{kind}:distil=0.1"
+            )
     rows = make_batches(train, alignment.micro_batch)
     held_out = make_batches(validation, alignment.micro_batch, first=not method.dense_prompts)
     decided, cost = select_layers(model, method, rows, held_out, alignment, config.cache_gigabytes, run)

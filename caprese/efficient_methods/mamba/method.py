@@ -84,6 +84,9 @@ class Mamba(Method):
     """How that fraction is selected: spread evenly, or measured by `recover`: sensitivity, the layers whose mixer alone
     costs most; restored, those whose attention gives back most beside mixers everywhere else (arXiv 2512.20569); far,
     those that lose most where they see only what is near, without any training. Heads are selected by the last."""
+    probe: Literal["samples", "retrieval"] = "samples"
+    """What that is measured on: all held-out samples, or those of retrieval (keys and values) alone, in which what
+    fetches shows (arXiv 2602.11374); then prompts have to have some, such as retrieval:distil=0.1."""
     start: Literal["attention", "calibrated", "random"] = "attention"
     """What mixers start from: attention's weights; calibrated: also an open gate, a convolution that passes its input,
     and each head's mean attention distance, over which it forgets half."""
@@ -209,6 +212,10 @@ class Mamba(Method):
     @property
     def undecided(self) -> bool:
         return self.selected != "evenly"
+
+    @property
+    def measured_on(self) -> str | None:
+        return None if self.probe == "samples" else self.probe
 
     @property
     def candidates_learn(self) -> bool:
