@@ -406,6 +406,26 @@ def test_every_student_is_compared_with_a_window_that_needs_no_training(stay):
     assert torch.allclose(near, wanted, atol=1e-5) == (not stay)
 
 
+def test_windows_are_hidden_of_some_texts_while_mixers_learn():
+    """Wholly or not at all, the same ones again for the same texts, and never when nothing learns."""
+    x = torch.randn(40, 5, 32, generator=torch.Generator().manual_seed(0))
+    caprese.apply(model := tiny_llama(), caprese.Mamba(keep_attention=0, window=4, window_dropout=0.3))
+    (at, *_) = replacements(model)
+    with torch.no_grad():
+        mixed, both = at.mixer(x), at.mix(x)
+        assert torch.equal(both, at.mix(x))
+    assert torch.equal(at.mix(x), both)
+    at.mixer.requires_grad_(True)
+    given = at.mix(x)
+    hidden = torch.tensor([torch.allclose(a, b) for a, b in zip(given, mixed, strict=True)])
+    assert 3 <= hidden.sum() <= 20 and torch.allclose(given[~hidden], both[~hidden])
+    assert torch.equal(at.mix(x), given)
+    with torch.no_grad():
+        assert torch.equal(at.mix(x), both)
+    with pytest.raises(ValueError, match="window_dropout is of a window"):
+        caprese.Mamba(window_dropout=0.3)
+
+
 @torch.no_grad()
 def test_a_window_alone_has_nothing_that_was_trained():
     model = caprese.apply(tiny("gpt2"), caprese.Mamba(keep_attention=0, window=8, train="all"))

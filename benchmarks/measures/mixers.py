@@ -2,7 +2,8 @@
 
 Settings of a cell: model; samples; count; method, a mamba with its settings; alignment, hidden_states and end_to_end,
 the passes over the samples of each part; matrices, the weight of mixing matrices in the alignment; rounds; batch; rate;
-seed; problems, whose answers are marked (0: none); kind, of these problems (chains); free, whether nothing is trained
+seed; problems, whose answers are marked (0: none); kind, of these problems (chains); temperature,
+of end_to_end (1); free, whether nothing is trained
 and what is measured is the window alone that a student is compared with.
 """
 
@@ -36,7 +37,12 @@ class Measure:
             Branches(1),
             Alignment(epochs=cell["alignment"], hidden_epochs=cell["hidden_states"], matrices=cell["matrices"], **how),
             Layerwise(how="none", batch_size=cell["batch"]),
-            EndToEnd(epochs=cell["end_to_end"] // cell["rounds"], rounds=cell["rounds"], **how),
+            EndToEnd(
+                epochs=cell["end_to_end"] // cell["rounds"],
+                rounds=cell["rounds"],
+                temperature=cell.get("temperature", 1.0),
+                **how,
+            ),
         )
         if method.undecided:
             first = not method.dense_prompts

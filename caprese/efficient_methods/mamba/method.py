@@ -106,6 +106,9 @@ class Mamba(Method):
     """Tokens over which replaced layers also attend as they did, in bounded memory; null is none."""
     sinks: Annotated[int, Field(ge=0)] = 4
     """First tokens of a text that are seen beside a window."""
+    window_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Part of the texts for which a layer's window is hidden while mixers learn, which may else be ignored (arXiv
+    2510.05901)."""
     keep_heads: Annotated[float | list[str], PlainValidator(_heads)] = []
     """Heads that stay attention in replaced layers, as "layer/head", or the fraction of all heads that does."""
 
@@ -130,6 +133,8 @@ class Mamba(Method):
     def _one_way_of_staying(self) -> Self:
         if self.keep_heads and self.selected in ("sensitivity", "restored"):
             raise ValueError(f"selected={self.selected} is of whole layers; leave out keep_heads")
+        if self.window_dropout and self.window is None:
+            raise ValueError("window_dropout is of a window; give one")
         if self.keep_heads and self.window is not None:
             raise ValueError("keep_heads and window do not go together: heads that stay see all of a text")
         return self

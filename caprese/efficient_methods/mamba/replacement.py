@@ -211,7 +211,19 @@ class Replacement(StandIn):
         mixed = self.mixer(x, valid, state, rotation)  # also where it is silent: its state is read
         if seen is not None and state is not None and state.block is None:  # nothing may be taken back
             seen.let_go()
-        return given + (stays.bias if self.silent else mixed)
+        if self.silent:
+            return given + stays.bias
+        return mixed + given * self._shown(x)
+
+    def _shown(self, x: torch.Tensor) -> torch.Tensor | float:
+        """Whether a text's window is seen, [B, 1, 1]: while mixers learn, of some it is not."""
+        part = self.settings.window_dropout
+        if not part or not torch.is_grad_enabled() or not self.mixer.out_proj.weight.requires_grad:
+            return 1.0
+        # drawn by what is seen: a run that was interrupted, or a layer that is recomputed, hides the same
+        seed = int(x.detach().float().sum().view(torch.int32))
+        shown = torch.rand(len(x), generator=torch.Generator().manual_seed(seed)) >= part
+        return shown.to(x)[:, None, None]
 
     def _valid(self, x: torch.Tensor) -> torch.Tensor | None:
         current = self.phases.current
