@@ -410,6 +410,7 @@ def test_samples_of_a_recovered_model_are_those_drawn_alone(made: Path) -> None:
         (["--temperature", "0"], "temperature: input should be greater than 0"),
     ],
 )
-def test_bad_input(made: Path, tmp_path: Path, more: list[str], says: str) -> None:
+def test_bad_input(made: Path, tmp_path: Path, more: list[str], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # with which huggingface_hub waits for a hub, 40 s
     code, out = run(made, tmp_path / "out", *more)
     assert code == 1 and says in " ".join(out.split())
