@@ -178,7 +178,9 @@ def test_long_chains(kind: str) -> None:
         assert 21 <= row.steps <= 40 and len(lines) == row.steps + 1 and lines[-1] == f"={row.answer}"
         assert soundness(row.working) == 1 and split_of(row.question) == "test"
         if kind == "fetching":
-            value, numbers = int(row.question[:4]), re.findall(r"\((\d\d)([+-])(\d{4})\)", row.question)
+            value, given = int(row.question[:4]), re.findall(r"\((\d\d)([+-])(\d{4})\)", row.question)
+            numbers = sorted(given, reverse=True)
+            assert numbers != given
             assert len(numbers) == row.steps and len({n for *_, n in numbers}) == row.steps
             for left, line, (number, sign, b) in zip(range(row.steps, 0, -1), lines, numbers, strict=False):
                 assert int(number) == left and line.startswith(f"({number}{sign}{b}){value:04}{sign}{b}:")

@@ -2,13 +2,15 @@
 
     python examples/reasoner/train.py --output examples/reasoner
 
-Or reasoner-long from it, whose workings have 600 to 1,400 tokens; its problems grow longer as training goes on:
+Or reasoner-long from it, whose workings have 600 to 1,400 tokens:
 
-    python examples/reasoner/train.py --kinds fetching,local --start examples/reasoner --shortest 5 --batch 16 \\
-        --rate 1e-3 --context 2048 --output examples/reasoner-long --state out-reasoner-long
+    python examples/reasoner/train.py --kinds fetching,fetching,fetching,local --start examples/reasoner --shortest 5 \\
+        --batch 16 --rate 1e-3 --steps 1400 --context 2048 --output examples/reasoner-long --state out-reasoner-long
+
+For half of the training its problems are short, until it finds what is asked for wherever it stands; then they grow.
 
 Problems are drawn from the split "train" as long as training lasts. The loss is on the working alone.
-A checkpoint every 500 steps: an interrupted run goes on.
+A checkpoint every 100 steps: an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -82,6 +84,7 @@ def batches(kinds: list[str], size: int, seed: int, steps_at: Callable[[str, int
     """Batches without end of problems of one kind and like length, in random order.
 
     Args:
+        size: of a batch of the longest problems; twice as many of those half as long.
         steps_at: of how many steps a kind's problems are after so many batches.
     """
     draw, given = random.Random(seed), 0
@@ -90,9 +93,10 @@ def batches(kinds: list[str], size: int, seed: int, steps_at: Callable[[str, int
         parts = []
         for kind in kinds:
             steps = steps_at(kind, given)
-            problems = streams.setdefault((kind, steps), chains("train", seed, steps, kind))
-            rows = sorted(itertools.islice(problems, 8 * size), key=lambda row: len(row.question) + len(row.working))
-            parts += [rows[i : i + size] for i in range(0, len(rows), size)]
+            problems = streams.setdefault((kind, steps), chains("train", 100 * seed + steps[-1], steps, kind))
+            many = size * min(2, KINDS[kind].steps[-1] // steps[-1])
+            rows = sorted(itertools.islice(problems, 8 * many), key=lambda row: len(row.question) + len(row.working))
+            parts += [rows[i : i + many] for i in range(0, len(rows), many)]
         draw.shuffle(parts)
         given += len(parts)
         yield from parts
@@ -135,10 +139,10 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--problems", type=int, default=400, help="test problems at the end")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", default="chains", help="of problems, with commas: chains, fetching, local")
+    parser.add_argument("--kinds", default="chains", help="of problems, with commas: chains, fetching, local; in turns")
     parser.add_argument("--start", type=Path, help="a model to go on from")
     parser.add_argument(
-        "--shortest", type=int, help="begin with so many steps, and reach all after half of the training"
+        "--shortest", type=int, help="so many steps for half of the training, all of them in its last sixth"
     )
     parser.add_argument("--context", type=int, default=512)
     args = parser.parse_args()
@@ -166,10 +170,11 @@ def main() -> None:
     kinds = args.kinds.split(",")
 
     def steps_at(kind: str, given: int) -> range:
-        last = KINDS[kind].steps[-1]
-        if args.shortest is None:
-            return KINDS[kind].steps
-        longest = min(last, args.shortest + int((last - args.shortest) * 2 * given / args.steps))
+        known = KINDS[kind].steps
+        grown = min(1.0, max(0.0, 3 * given / args.steps - 1.5))
+        if args.shortest is None or grown == 1:
+            return known
+        longest = args.shortest + int((known[-1] - args.shortest) * grown)
         return range(longest // 2, longest + 1)
 
     problems = batches(kinds, args.batch, args.seed, steps_at)
@@ -194,8 +199,9 @@ def main() -> None:
             spent = seconds + time.perf_counter() - begin
             left = spent / (step + 1) * (args.steps - step - 1)
             print(f"step {step + 1}/{args.steps}  loss {loss.item():.4f}  {spent:.0f} s, {left:.0f} s left", flush=True)
-        if (step + 1) % 500 == 0:
+        if (step + 1) % 500 == 0 and args.shortest is None:
             print({kind: accuracy(model, tokenizer, rows[:100])["all"] for kind, rows in tests.items()}, flush=True)
+        if (step + 1) % 100 == 0:
             spent = seconds + time.perf_counter() - begin
             tensors = {}
             for name, parameter in model.named_parameters():
