@@ -24,7 +24,7 @@ from caprese.commands.verb import in_flags
 from caprese.data_gen import read_shard
 from caprese.evaluation import VARIANTS
 from caprese.models import ALIASES
-from caprese.models.loading import YARDSTICK, pick_device
+from caprese.models.loading import YARDSTICKS, pick_device
 from caprese.recipes import Recipe, names, resolve_recipe
 
 runner = CliRunner()
@@ -88,7 +88,7 @@ def test_recipes(tmp_path):
 @pytest.mark.parametrize("name", names())
 def test_shipped_recipes_are_valid_and_named_for_their_model(name):
     recipe = resolve_recipe(name)
-    assert recipe.model == name.removesuffix("-quick").removesuffix("-mamba") and recipe.model in (*ALIASES, YARDSTICK)
+    assert recipe.model == name.removesuffix("-quick").removesuffix("-mamba") and recipe.model in (*ALIASES, *YARDSTICKS)
     if name in ALIASES and name != "smollm2-135m":
         assert recipe.rank == 256 and recipe.samples.train == 20_000
 

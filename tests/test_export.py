@@ -47,9 +47,9 @@ def difference(model, path) -> float:
 def here(monkeypatch):
     """Reads back in this process, which takes a moment instead of seconds; the other tests start one of its own."""
 
-    def read_back(path, ids, base):
+    def read_back(path, batch, base):
         with torch.no_grad():
-            return AutoModelForCausalLM.from_pretrained(path)(ids).logits
+            return AutoModelForCausalLM.from_pretrained(path)(**batch).logits
 
     monkeypatch.setattr(checkpoint, "_read_back", read_back)
 

@@ -5,8 +5,8 @@ Its working has a line for each step, and in a line the columns from the right, 
 product is two lines of one digit each and their sum. So a mistake anywhere goes on to the end.
 
 Two kinds have long workings, whose lines are counted down. *fetching*: sums and differences of many numbers, each
-numbered in the problem, in any order, which is the only place where a line finds it; no number occurs twice. *local*: a sequence in
-which each number is the sum of the two before it, modulo 10,000; a line needs the line before it alone.
+numbered in the problem, in any order, which is the only place where a line finds it; no number occurs twice. *local*:
+a sequence in which each number is the sum of the two before it, modulo 10,000; a line needs the line before it alone.
 
 And *retrieval*, in words for any language model: keys with their values, and some of them asked for.
 """

@@ -70,10 +70,11 @@ sys.modules["caprese"] = None
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-path, ids, out, dtype, device = sys.argv[1:]
+path, given, out, dtype, device = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval().to(device)
 with torch.no_grad():
-    save_file({"logits": model(load_file(ids)["ids"].to(device)).logits.float().cpu()}, out)
+    inputs = {name: t.to(device) for name, t in load_file(given).items()}
+    save_file({"logits": model(**inputs).logits.float().cpu()}, out)
 """
 
 
@@ -237,9 +238,9 @@ def export(
     elif outtype is not None:
         check_scheme(outtype)
     check_writable(target.parent)
-    ids = _ids(base, tokenizer)
-    with phases(model, [0] * len(ids)):
-        expected = model(input_ids=ids.to(base.device)).logits.float().cpu()
+    batch = _batch(base, tokenizer)
+    with phases(model, [0] * len(batch["input_ids"])):
+        expected = model(**{name: t.to(base.device) for name, t in batch.items()}).logits.float().cpu()
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as name:
             made = Path(name) / "hf"
@@ -248,7 +249,8 @@ def export(
             if tokenizer is not None:
                 tokenizer.save_pretrained(made)
             say("reading it back in a process without caprese")
-            facts["largest_logit_difference"] = float((_read_back(made, ids, base) - expected).abs().max())
+            apart = (_read_back(made, batch, base) - expected)[batch["attention_mask"].bool()]
+            facts["largest_logit_difference"] = float(apart.abs().max())
             facts["largest_logit"] = float(expected.abs().max())
             facts["fidelity"] = None if measure is None else measure(made)
             facts["gguf"] = None
@@ -364,18 +366,23 @@ def _write_shown(
     }
 
 
-def _ids(base: Any, tokenizer: PreTrainedTokenizerBase | None) -> torch.Tensor:
-    """Tokens to compare logits on, [2, T]."""
+def _batch(base: Any, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, torch.Tensor]:
+    """Tokens to compare logits on, [2, T], one text longer than the other: pads before it are to change nothing."""
     if tokenizer is None:
-        return torch.randint(0, base.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
-    rows = [encode_text(tokenizer, text) for text in _SENTENCES]
-    return torch.tensor([row[: min(map(len, rows))] for row in rows])
+        drawn = torch.randint(0, base.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0)).tolist()
+        rows = [drawn[0], drawn[1][:17]]
+    else:
+        rows = [encode_text(tokenizer, text) for text in _SENTENCES]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
 
 
-def _read_back(path: Path, ids: torch.Tensor, base: Any) -> torch.Tensor:
+def _read_back(path: Path, batch: dict[str, torch.Tensor], base: Any) -> torch.Tensor:
     """Logits of the checkpoint, from a process without caprese."""
-    given, out = path.with_name("ids.safetensors"), path.with_name("logits.safetensors")
-    save_file({"ids": ids}, given)
+    given, out = path.with_name("batch.safetensors"), path.with_name("logits.safetensors")
+    save_file(batch, given)
     kind = str(base.dtype).removeprefix("torch.")
     run = [sys.executable, "-c", _READ_BACK, str(path), str(given), str(out), kind, str(base.device)]
     done = subprocess.run(run, capture_output=True, text=True)

