@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -101,12 +102,12 @@ def test_chunks_are_steps_are_one_pass(length, chunk, cut, seed):
         assert torch.allclose(torch.cat(parts, 1), y, atol=1e-9) and torch.allclose(known, state, atol=1e-9)
 
 
-def mixer(kind: str = "llama", layer: int = 0) -> tuple[Mixer, torch.Tensor]:
+def mixer(kind: str = "llama", layer: int = 0, **settings: Any) -> tuple[Mixer, torch.Tensor]:
     """A mixer of a tiny model, and an input for it."""
     model = tiny(kind)
     place = model.get_submodule(FAMILIES[kind].layers)[layer]
     attention = read_attention(getattr(place, FAMILIES[kind].attention[0].split(".")[0]), model.config)
-    made = Mixer(attention, 1e-6, caprese.Mamba())
+    made = Mixer(attention, 1e-6, caprese.Mamba(**settings))
     with torch.no_grad():
         for p in made.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
@@ -115,7 +116,7 @@ def mixer(kind: str = "llama", layer: int = 0) -> tuple[Mixer, torch.Tensor]:
 
 @torch.no_grad()
 def test_it_is_the_layer_that_transformers_has():
-    made, x = mixer()
+    made, x = mixer(start="attention")
     names = {
         "mamba_proj_bias": True,
         "mamba_conv_bias": True,
@@ -157,7 +158,7 @@ def test_it_starts_as_linear_attention():
     """x, B and C are the attention's v, k and q."""
     model = tiny_llama()
     attention = read_attention(model.model.layers[0].self_attn, model.config)
-    made = Mixer(attention, 1e-6, caprese.Mamba())
+    made = Mixer(attention, 1e-6, caprese.Mamba(start="attention"))
     x = torch.randn(1, 7, 32)
     _, v, k, q, _ = made.in_proj(x).split([made.inner, *made.convolved, made.heads], -1)
     expected = model.model.layers[0].self_attn
@@ -176,7 +177,7 @@ def test_a_calibrated_mixer_mixes_as_attention_does_before_softmax(kind):
         if "attn" in name or "attention" in name:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
     batch = texts(3)[0].whole()
-    made = caprese.apply(model, caprese.Mamba(keep_attention=0, start="calibrated", rope=True, silu=False))
+    made = caprese.apply(model, caprese.Mamba(keep_attention=0))
     match_decay(made, batch)
     seen = teacher_mixing(made, batch, matrices=True)
     for at in replacements(made):
@@ -230,12 +231,12 @@ def test_biases_of_the_attention_are_the_convolutions():
     [
         (0.5, {}),
         (0, {}),
-        (0, {"rope": True, "silu": False}),
+        (0, {"start": "attention"}),
         (0, {"window": 3, "sinks": 1}),
-        (0, {"state": 3, "per_head": True, "rope": True}),
-        (0, {"keep_heads": ["0/1", "1/0"], "rope": True}),
+        (0, {"state": 3, "per_head": True}),
+        (0, {"keep_heads": ["0/1", "1/0"]}),
     ],
-    ids=["half", "pure", "rope", "window", "wide", "heads"],
+    ids=["half", "pure", "paper", "window", "wide", "heads"],
 )
 @torch.no_grad()
 def test_every_family(kind, keep, more):
@@ -488,14 +489,14 @@ def test_which_layers_keep_their_attention():
 
 
 def test_what_a_mixer_has_no_place_for_is_named():
-    model = caprese.apply(tiny("qwen3"), caprese.Mamba(keep_attention=0))
+    model = caprese.apply(tiny("qwen3"), caprese.Mamba(keep_attention=0, start="attention"))
     lost = next(m for m in model.modules() if isinstance(m, Replacement)).lost
     assert any("q_norm" in each for each in lost) and "rope" in lost
     for kind, more, lost in (
-        ("gpt2", {}, ()),
-        ("mistral", {}, ("rope", "sliding window")),
-        ("mistral", {"rope": True}, ("sliding window",)),
-        ("qwen3", {"rope": True}, ()),
+        ("gpt2", {"start": "attention"}, ()),
+        ("mistral", {"start": "attention"}, ("rope", "sliding window")),
+        ("mistral", {}, ("sliding window",)),
+        ("qwen3", {}, ()),
     ):
         model = caprese.apply(tiny(kind), caprese.Mamba(keep_attention=0, **more))
         assert next(m for m in model.modules() if isinstance(m, Replacement)).lost == lost
@@ -532,7 +533,7 @@ def distilled(tiny_dir, tmp_path):
     model, tokenizer = caprese.load_base(str(tiny_dir))
     recipe = caprese.Recipe(
         model=str(tiny_dir),
-        method="mamba:keep_attention=0.34+griffin:0.5",
+        method="mamba:keep_attention=0.34:start=attention+griffin:0.5",
         rank=4,
         output=str(tmp_path / "out"),
         samples={"prompts": "gym:simple_equations", "train": 24, "validation": 6, "test": 6, "max_new_tokens": 16},
@@ -637,10 +638,10 @@ def test_thawed_ffns_and_norms_are_the_students_alone(kind):
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        ("llama", {}),
-        ("qwen2", {"start": "calibrated"}),
-        ("mistral", {"state": 2, "per_head": True}),
-        ("llama", {"train": "all"}),
+        ("llama", {"start": "attention"}),
+        ("qwen2", {"start": "calibrated", "rope": False, "silu": True}),
+        ("mistral", {"start": "attention", "state": 2, "per_head": True}),
+        ("llama", {"start": "random", "train": "all"}),
     ],
 )
 @torch.no_grad()
@@ -675,7 +676,7 @@ def test_hybrids_that_no_checkpoint_holds_are_refused(tmp_path):
     refused(branched, "no place for a recovery branch")
     refused(attach_adapter(caprese.apply(tiny("gemma2"), caprese.Mamba()), 1), "no place for what 'gemma2' has")
     refused(attach_adapter(caprese.apply(tiny("mistral"), caprese.Mamba()), 1), "sliding window")
-    unlike = {"rope": True}, {"silu": False}
+    unlike = {"silu": True}, {"rope": False}
     for how, why in ((unlike[0], "no rope"), (unlike[1], "SiLU behind"), ({"window": 8}, "some of both")):
         plain = caprese.apply(tiny("llama", mlp_bias=False), caprese.Mamba(**how))
         refused(attach_adapter(plain, 1), why)
@@ -1181,7 +1182,7 @@ def test_conv_kernels_are_called_as_they_want(monkeypatch):
         padded = torch.nn.functional.pad(x, (3, 0))
         return torch.nn.functional.silu(torch.nn.functional.conv1d(padded, weight[:, None], bias, groups=len(weight)))
 
-    made, x = mixer()
+    made, x = mixer(start="attention")
     wanted = made(x)
     monkeypatch.setattr(scan, "_causal_conv1d", lambda device: causal_conv1d_fn)
     assert torch.allclose(made(x), wanted, atol=1e-6)

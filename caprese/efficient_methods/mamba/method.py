@@ -87,13 +87,13 @@ class Mamba(Method):
     probe: Literal["samples", "retrieval"] = "samples"
     """What that is measured on: all held-out samples, or those of retrieval (keys and values) alone, in which what
     fetches shows (arXiv 2602.11374); then prompts have to have some, such as retrieval:distil=0.1."""
-    start: Literal["attention", "calibrated", "random"] = "attention"
+    start: Literal["attention", "calibrated", "random"] = "calibrated"
     """What mixers start from: attention's weights; calibrated: also an open gate, a convolution that passes its input,
-    and each head's mean attention distance, over which it forgets half."""
-    rope: bool = False
-    """Whether B and C are rotated and normed as keys and queries were."""
-    silu: bool = True
-    """Whether SiLU follows the convolution, as in Mamba-2."""
+    and each head's mean attention distance, over which it forgets half; random: nothing."""
+    rope: bool = True
+    """Whether B and C are rotated and normed as keys and queries were; if not said, beside start=calibrated alone."""
+    silu: bool = False
+    """Whether SiLU follows the convolution, as in Mamba-2; if not said, beside the other starts."""
     state: Annotated[int, Field(ge=1, le=16)] = 1
     """How many times as wide as a head its state is; what goes beyond attention's keys and queries starts at random."""
     per_head: bool = False
@@ -111,6 +111,14 @@ class Mamba(Method):
     2510.05901)."""
     keep_heads: Annotated[float | list[str], PlainValidator(_heads)] = []
     """Heads that stay attention in replaced layers, as "layer/head", or the fraction of all heads that does."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _beside_its_start(cls, given: Any) -> Any:
+        """A calibrated start needs rope and no SiLU; others are what they were before there was one."""
+        if not isinstance(given, dict) or given.get("start", "calibrated") == "calibrated":
+            return given
+        return {"rope": False, "silu": True, **given}
 
     @property
     def acts_on(self) -> frozenset[Part]:

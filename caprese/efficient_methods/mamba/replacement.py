@@ -158,7 +158,7 @@ class Replacement(StandIn):
         if mixer.rotate is not None or mixer.norms is not None or not mixer.silu:
             raise CapreseError(
                 "a GraniteMoeHybrid's mixers have no rope and no norms of queries and keys, and SiLU behind their "
-                "convolution; for a checkpoint of transformers, recover with mamba:rope=false:silu=true"
+                "convolution; for a checkpoint of transformers, recover with mamba:start=attention"
             )
         if mixer.inner % config.hidden_size:
             raise CapreseError(
