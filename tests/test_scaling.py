@@ -178,12 +178,13 @@ def test_long_chains(kind: str) -> None:
         assert 21 <= row.steps <= 40 and len(lines) == row.steps + 1 and lines[-1] == f"={row.answer}"
         assert soundness(row.working) == 1 and split_of(row.question) == "test"
         if kind == "fetching":
-            value, given = int(row.question[:4]), re.findall(r"\((\d\d)([+-])(\d{4})\)", row.question)
+            first, last, value = map(int, re.findall(r"^\((\d\d)>(\d\d)\)(\d{4})\(", row.question)[0])
+            given = re.findall(r"\((\d\d)([+-])(\d{4})\)", row.question)
             numbers = sorted(given, reverse=True)
-            assert numbers != given
-            assert len(numbers) == row.steps and len({n for *_, n in numbers}) == row.steps
-            for left, line, (number, sign, b) in zip(range(row.steps, 0, -1), lines, numbers, strict=False):
-                assert int(number) == left and line.startswith(f"({number}{sign}{b}){value:04}{sign}{b}:")
+            assert numbers != given and len(numbers) == row.steps and len({n for *_, n in numbers}) == row.steps
+            assert [int(number) for number, *_ in numbers] == list(range(first, last - 1, -1))
+            for line, (number, sign, b) in zip(lines, numbers, strict=False):
+                assert line.startswith(f"({number}{sign}{b}){value:04}{sign}{b}:")
                 value += int(sign + b)
             assert value == int(row.answer)
         else:

@@ -4,9 +4,9 @@ A problem is a chain of + - * on numbers of two and three digits, bracketed so t
 Its working has a line for each step, and in a line the columns from the right, each as carry (or borrow) and digit; a
 product is two lines of one digit each and their sum. So a mistake anywhere goes on to the end.
 
-Two kinds have long workings, whose lines are counted down. *fetching*: sums and differences of many numbers, each
-numbered in the problem, in any order, which is the only place where a line finds it; no number occurs twice. *local*:
-a sequence in which each number is the sum of the two before it, modulo 10,000; a line needs the line before it alone.
+Two kinds have long workings, whose lines are counted down. *fetching*: sums and differences of many numbers, which are
+numbered, from the first asked for to the last, and stand in any order in the problem, the only place where a line finds
+its own; no number occurs twice. *local*: a sequence in which each number is the sum of the two before it, modulo 10,000; a line needs the line before it alone.
 
 And *retrieval*, in words for any language model: keys with their values, and some of them asked for.
 """
@@ -83,19 +83,21 @@ def make_chain(steps: int, draw: random.Random) -> Chain:
 
 
 def make_fetching(steps: int, draw: random.Random) -> Chain:
-    """Sums and differences of so many numbers, at most 99, all of them different."""
+    """Sums and differences of so many numbers, less than 99, all of them different."""
     value, *numbers = draw.sample(range(10, 1000), steps + 1)
-    first, given, working = f"{value:0{WIDTH}}", list[str](), ""
-    for left, b in zip(range(steps, 0, -1), numbers, strict=True):
+    last = draw.randint(1, 99 - steps)
+    first = last + steps - 1
+    question, given, working = f"({first:02}>{last:02}){value:0{WIDTH}}", list[str](), ""
+    for number, b in zip(range(first, last - 1, -1), numbers, strict=True):
         sign = draw.choice("+-")
         if not 0 <= (value + b if sign == "+" else value - b) < 10**WIDTH:
             sign = "-" if sign == "+" else "+"
         line, value = _line(value, sign, b)
-        asked = f"({left:02}{sign}{b:0{WIDTH}})"
+        asked = f"({number:02}{sign}{b:0{WIDTH}})"
         given.append(asked)
         working += asked + line
     draw.shuffle(given)  # in their order, models learn places and not to find what a line asks for
-    return Chain(first + "".join(given), f"{working}={value}", str(value), steps)
+    return Chain(question + "".join(given), f"{working}={value}", str(value), steps)
 
 
 def make_local(steps: int, draw: random.Random) -> Chain:

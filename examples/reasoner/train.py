@@ -185,7 +185,11 @@ def main() -> None:
     begin = time.perf_counter()
     for step in range(done, args.steps):
         warm = min(1.0, (step + 1) / 100)
-        rate = args.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+        if args.shortest is None:
+            decay = 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        else:  # what is learned last is as much as what was learned first
+            decay = min(1.0, 6 * (1 - step / args.steps))
+        rate = args.rate * warm * (0.02 + 0.98 * decay)
         for group in optimizer.param_groups:
             group["lr"] = rate
         ids, mask = encode(tokenizer, next(problems))
