@@ -6,7 +6,8 @@ product is two lines of one digit each and their sum. So a mistake anywhere goes
 
 Two kinds have long workings, whose lines are counted down. *fetching*: sums and differences of many numbers, which are
 numbered, from the first asked for to the last, and stand in any order in the problem, the only place where a line finds
-its own; no number occurs twice. *local*: a sequence in which each number is the sum of the two before it, modulo 10,000; a line needs the line before it alone.
+its own; no number occurs twice. *local*: a sequence in which each number is the sum of the two before it, modulo
+10,000; a line needs the line before it alone.
 
 And *retrieval*, in words for any language model: keys with their values, and some of them asked for.
 """
