@@ -407,6 +407,19 @@ def test_every_student_is_compared_with_a_window_that_needs_no_training(stay):
     assert torch.allclose(near, wanted, atol=1e-5) == (not stay)
 
 
+@torch.no_grad()
+def test_what_a_window_holds_counts_as_memory():
+    model = caprese.apply(tiny_llama(), caprese.Mamba(keep_attention=0, window=8))
+    cache = DynamicCache(config=model.config)
+    model(prompts(24)[0], past_key_values=cache)
+    held = bench._held(SimpleNamespace(model=model, cache=cache))
+    seen = [layer.seen.layer for layer in cache.layers]
+    keys = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for s in seen for t in (s.keys, s.values)}
+    for layer in cache.layers:
+        layer.seen = None
+    assert held - bench._held(SimpleNamespace(model=model, cache=cache)) == sum(keys.values()) > 0
+
+
 def test_windows_are_hidden_of_some_texts_while_mixers_learn():
     """Wholly or not at all, the same ones again for the same texts, and never when nothing learns."""
     x = torch.randn(40, 5, 32, generator=torch.Generator().manual_seed(0))

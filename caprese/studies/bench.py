@@ -314,7 +314,9 @@ class Bench:
 def _held(contender: Contender) -> int:
     """Bytes of the weights, buffers and KV cache that this row needs; shared ones counted once."""
     tensors = [*contender.model.parameters(), *contender.model.buffers()]
-    for layer in contender.cache.layers:
+    layers: list[Any] = list(contender.cache.layers)
+    layers += [seen.layer for layer in layers if (seen := getattr(layer, "seen", None)) is not None]  # beside a mixer
+    for layer in layers:
         tensors += [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]
     memory = memory_of(contender.cache)
     for known in memory.layers.values() if memory is not None else ():
