@@ -55,7 +55,7 @@ from caprese.models.attention import read_attention
 from caprese.plan import config_of, plan
 from caprese.recovery.run import Run
 from caprese.studies import bench
-from caprese.studies.bench import rows_of
+from caprese.studies.bench import _held, rows_of
 
 
 def drawn(length: int, heads: int = 3, size: int = 4, width: int = 5, seed: int = 0):
@@ -412,12 +412,12 @@ def test_what_a_window_holds_counts_as_memory():
     model = caprese.apply(tiny_llama(), caprese.Mamba(keep_attention=0, window=8))
     cache = DynamicCache(config=model.config)
     model(prompts(24)[0], past_key_values=cache)
-    held = bench._held(SimpleNamespace(model=model, cache=cache))
+    held = _held(SimpleNamespace(model=model, cache=cache))
     seen = [layer.seen.layer for layer in cache.layers]
     keys = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for s in seen for t in (s.keys, s.values)}
     for layer in cache.layers:
         layer.seen = None
-    assert held - bench._held(SimpleNamespace(model=model, cache=cache)) == sum(keys.values()) > 0
+    assert held - _held(SimpleNamespace(model=model, cache=cache)) == sum(keys.values()) > 0
 
 
 def test_windows_are_hidden_of_some_texts_while_mixers_learn():
