@@ -317,7 +317,8 @@ def _held(contender: Contender) -> int:
     layers: list[Any] = list(contender.cache.layers)
     layers += [seen.layer for layer in layers if (seen := getattr(layer, "seen", None)) is not None]  # beside a mixer
     for layer in layers:
-        tensors += [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+        own = [*vars(layer).values(), *getattr(layer, "rooms", {}).values()]
+        tensors += [t for t in own if isinstance(t, torch.Tensor)]
     memory = memory_of(contender.cache)
     for known in memory.layers.values() if memory is not None else ():
         tensors += known.packed.buffers() if known.packed is not None else ()
