@@ -4,10 +4,10 @@ A problem is a chain of + - * on numbers of two and three digits, bracketed so t
 Its working has a line for each step, and in a line the columns from the right, each as carry (or borrow) and digit; a
 product is two lines of one digit each and their sum. So a mistake anywhere goes on to the end.
 
-Two kinds have long workings, whose lines are counted down. *fetching*: sums and differences of many numbers, which are
-numbered, from the first asked for to the last, and stand in any order in the problem, the only place where a line finds
-its own; no number occurs twice. *local*: a sequence in which each number is the sum of the two before it, modulo
-10,000; a line needs the line before it alone.
+Two kinds have long workings. *fetching*: sums and differences of many numbers, each of which has a letter, from the
+first asked for to the last; they stand in any order in the problem, the only place where a line finds its own, and no
+number occurs twice. *local*: a sequence in which each number is the sum of the two before it, modulo 10,000; lines are
+counted down, and a line needs the line before it alone.
 
 And *retrieval*, in words for any language model: keys with their values, and some of them asked for.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ from caprese.errors import CapreseError
 SPLITS = {"test": range(0, 1), "validation": range(1, 2), "distil": range(2, 6), "train": range(6, 16)}
 """A problem belongs to one split by the hash of its text, so that no seed makes them overlap."""
 WIDTH = 4
+LETTERS = string.ascii_letters
+"""What numbers are fetched by: names of one token, since a model that compares two of them learns it too late."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +87,17 @@ def make_chain(steps: int, draw: random.Random) -> Chain:
 
 
 def make_fetching(steps: int, draw: random.Random) -> Chain:
-    """Sums and differences of so many numbers, less than 99, all of them different."""
+    """Sums and differences of so many numbers, at most 52, all of them different."""
     value, *numbers = draw.sample(range(10, 1000), steps + 1)
-    last = draw.randint(1, 99 - steps)
-    first = last + steps - 1
-    question, given, working = f"({first:02}>{last:02}){value:0{WIDTH}}", list[str](), ""
-    for number, b in zip(range(first, last - 1, -1), numbers, strict=True):
+    begin = draw.randint(0, len(LETTERS) - steps)
+    letters = LETTERS[begin : begin + steps]
+    question, given, working = f"({letters[0]}>{letters[-1]}){value:0{WIDTH}}", list[str](), ""
+    for letter, b in zip(letters, numbers, strict=True):
         sign = draw.choice("+-")
         if not 0 <= (value + b if sign == "+" else value - b) < 10**WIDTH:
             sign = "-" if sign == "+" else "+"
         line, value = _line(value, sign, b)
-        asked = f"({number:02}{sign}{b:0{WIDTH}})"
+        asked = f"({letter}{sign}{b:0{WIDTH}})"
         given.append(asked)
         working += asked + line
     draw.shuffle(given)  # in their order, models learn places and not to find what a line asks for
@@ -145,7 +148,7 @@ KINDS = {
 
 def line_is_right(line: str) -> bool:
     """Whether a line of working is what its operands make it, whatever its number is."""
-    before = re.match(r"\((\d\d)([+-]\d{4})?\)", line)
+    before = re.match(r"\((\d\d|[a-zA-Z])([+-]\d{4})?\)", line)
     asked = before and before[2]
     line = line[before.end() :] if before else line
     head, _, _ = line.partition(":")

@@ -5,7 +5,7 @@
 Or reasoner-long from it, whose workings have 600 to 1,400 tokens:
 
     python examples/reasoner/train.py --kinds fetching,fetching,fetching,local --start examples/reasoner --shortest 5 \\
-        --batch 16 --rate 1e-3 --steps 1400 --context 2048 --output examples/reasoner-long --state out-reasoner-long
+        --batch 16 --rate 1e-3 --steps 1000 --context 2048 --output examples/reasoner-long --state out-reasoner-long
 
 For half of the training its problems are short, until it finds what is asked for wherever it stands; then they grow.
 
@@ -29,15 +29,15 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from caprese.data_gen.chains import KINDS, Chain, chains
+from caprese.data_gen.chains import KINDS, LETTERS, Chain, chains
 from caprese.files import read_tensors, write_json, write_tensors
 
 ALPHABET = "0123456789+-*():>=\n"
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(letters: str = "") -> PreTrainedTokenizerFast:
     """One token a character."""
-    vocab = {"<pad>": 0, "<end>": 1, "<unk>": 2, **{c: i + 3 for i, c in enumerate(ALPHABET)}}
+    vocab = {"<pad>": 0, "<end>": 1, "<unk>": 2, **{c: i + 3 for i, c in enumerate(ALPHABET + letters)}}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     inner.decoder = decoders.Fuse()
@@ -80,8 +80,10 @@ def encode(tokenizer: PreTrainedTokenizerFast, rows: list[Chain]) -> tuple[torch
     return ids, mask
 
 
-def batches(kinds: list[str], size: int, seed: int, steps_at: Callable[[str, int], range]) -> Iterator[list[Chain]]:
-    """Batches without end of problems of one kind and like length, in random order.
+def batches(
+    kinds: list[str], size: int, seed: int, steps_at: Callable[[str, int], range]
+) -> Iterator[tuple[str, list[Chain]]]:
+    """Batches without end of problems of one kind, which is named, and like length, in random order.
 
     Args:
         size: of a batch of the longest problems; twice as many of those half as long.
@@ -90,13 +92,13 @@ def batches(kinds: list[str], size: int, seed: int, steps_at: Callable[[str, int
     draw, given = random.Random(seed), 0
     streams: dict[tuple[str, range], Iterator[Chain]] = {}
     while True:
-        parts = []
+        parts = list[tuple[str, list[Chain]]]()
         for kind in kinds:
             steps = steps_at(kind, given)
             problems = streams.setdefault((kind, steps), chains("train", 100 * seed + steps[-1], steps, kind))
             many = size * min(2, KINDS[kind].steps[-1] // steps[-1])
             rows = sorted(itertools.islice(problems, 8 * many), key=lambda row: len(row.question) + len(row.working))
-            parts += [rows[i : i + many] for i in range(0, len(rows), many)]
+            parts += [(kind, rows[i : i + many]) for i in range(0, len(rows), many)]
         draw.shuffle(parts)
         given += len(parts)
         yield from parts
@@ -146,12 +148,14 @@ def main() -> None:
     )
     parser.add_argument("--context", type=int, default=512)
     args = parser.parse_args()
-    tokenizer = make_tokenizer()
+    kinds = args.kinds.split(",")
+    tokenizer = make_tokenizer(LETTERS if "fetching" in kinds else "")
     torch.manual_seed(args.seed)
     if args.start is None:
         model = make_model(args.hidden, args.ffn, args.layers, args.heads, args.context)
     else:
         model = LlamaForCausalLM.from_pretrained(args.start, max_position_embeddings=args.context)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.01)
     args.state.mkdir(parents=True, exist_ok=True)
@@ -167,7 +171,6 @@ def main() -> None:
                 "exp_avg": tensors[f"{name}|avg"],
                 "exp_avg_sq": tensors[f"{name}|square"],
             }
-    kinds = args.kinds.split(",")
 
     def steps_at(kind: str, given: int) -> range:
         known = KINDS[kind].steps
@@ -182,7 +185,7 @@ def main() -> None:
         next(problems)
     tests = {kind: list(itertools.islice(chains("test", 0, kind=kind), args.problems)) for kind in kinds}
     model.train()
-    begin = time.perf_counter()
+    begin, losses = time.perf_counter(), dict[str, list[float]]()
     for step in range(done, args.steps):
         warm = min(1.0, (step + 1) / 100)
         if args.shortest is None:
@@ -192,17 +195,21 @@ def main() -> None:
         rate = args.rate * warm * (0.02 + 0.98 * decay)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        ids, mask = encode(tokenizer, next(problems))
+        kind, rows = next(problems)
+        ids, mask = encode(tokenizer, rows)
         hidden = model.model(input_ids=ids).last_hidden_state  # what is padded comes last, so no token sees it
         loss = F.cross_entropy(model.lm_head(hidden[:, :-1][mask[:, 1:]]), ids[:, 1:][mask[:, 1:]])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        losses.setdefault(kind, []).append(loss.item())
         if (step + 1) % 100 == 0:
+            means = "  ".join(f"{kind} {sum(some) / len(some):.4f}" for kind, some in sorted(losses.items()))
+            losses = {}
             spent = seconds + time.perf_counter() - begin
             left = spent / (step + 1) * (args.steps - step - 1)
-            print(f"step {step + 1}/{args.steps}  loss {loss.item():.4f}  {spent:.0f} s, {left:.0f} s left", flush=True)
+            print(f"step {step + 1}/{args.steps}  loss: {means}  {spent:.0f} s, {left:.0f} s left", flush=True)
         if (step + 1) % 500 == 0 and args.shortest is None:
             print({kind: accuracy(model, tokenizer, rows[:100])["all"] for kind, rows in tests.items()}, flush=True)
         if (step + 1) % 100 == 0:
