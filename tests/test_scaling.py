@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import caprese
 from caprese.cli import app
 from caprese.data_gen import Prompt, load_prompts
-from caprese.data_gen.chains import LETTERS, SPLITS, chains, line_is_right, make_chain, soundness, split_of
+from caprese.data_gen.chains import SPLITS, chains, line_is_right, make_chain, soundness, split_of
 from caprese.evaluation.accuracy import Marker, is_correct
 from caprese.evaluation.estimators import interval, pass_at, vote
 from caprese.evaluation.fidelity import variant
@@ -178,15 +178,15 @@ def test_long_chains(kind: str) -> None:
         assert 21 <= row.steps <= 40 and len(lines) == row.steps + 1 and lines[-1] == f"={row.answer}"
         assert soundness(row.working) == 1 and split_of(row.question) == "test"
         if kind == "fetching":
-            [(first, last, value)] = re.findall(r"^\((\w)>(\w)\)(\d{4})\(", row.question)
-            value = int(value)
-            given = re.findall(r"\((\w)([+-])(\d{4})\)", row.question)
-            numbers = sorted(given, key=lambda one: LETTERS.index(one[0]))
-            assert numbers != given and len(numbers) == row.steps and len({n for *_, n in numbers}) == row.steps
-            assert "".join(name for name, *_ in numbers) == LETTERS[LETTERS.index(first) : LETTERS.index(last) + 1]
-            for line, (name, sign, b) in zip(lines, numbers, strict=False):
-                assert line.startswith(f"({name}{sign}{b}){value:04}{sign}{b}:")
-                value += int(sign + b)
+            [(count, first)] = re.findall(r"^\((\d\d)\)(\d{4})\(", row.question)
+            given = re.findall(r"\((\d)([+-])(\d{4})\)", row.question)
+            table = {digit: (sign, b) for digit, sign, b in given}
+            assert int(count) == row.steps and len(given) == len(table) == 10 and given != sorted(given)
+            value = int(first)
+            for left, line in zip(range(row.steps, 0, -1), lines, strict=False):
+                sign, b = table[f"{value:04}"[1]]
+                assert line.startswith(f"({left:02})({f'{value:04}'[1]}{sign}{b}){value:04}{sign}{b}:")
+                value = (value + int(sign + b)) % 10_000
             assert value == int(row.answer)
         else:
             a, b = map(int, row.question[4:].split("+"))

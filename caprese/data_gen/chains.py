@@ -4,10 +4,9 @@ A problem is a chain of + - * on numbers of two and three digits, bracketed so t
 Its working has a line for each step, and in a line the columns from the right, each as carry (or borrow) and digit; a
 product is two lines of one digit each and their sum. So a mistake anywhere goes on to the end.
 
-Two kinds have long workings. *fetching*: sums and differences of many numbers, each of which has a letter, from the
-first asked for to the last; they stand in any order in the problem, the only place where a line finds its own, and no
-number occurs twice. *local*: a sequence in which each number is the sum of the two before it, modulo 10,000; lines are
-counted down, and a line needs the line before it alone.
+Two kinds have long workings, whose lines are counted down; results are modulo 10,000. *fetching*: the problem has a
+table of ten numbers, each with a digit, in any order, and a line adds or subtracts the one that its value's second digit
+names. *local*: each number is the sum of the two before it, and a line needs the line before it alone.
 
 And *retrieval*, in words for any language model: keys with their values, and some of them asked for.
 """
@@ -17,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -26,8 +24,6 @@ from caprese.errors import CapreseError
 SPLITS = {"test": range(0, 1), "validation": range(1, 2), "distil": range(2, 6), "train": range(6, 16)}
 """A problem belongs to one split by the hash of its text, so that no seed makes them overlap."""
 WIDTH = 4
-LETTERS = string.ascii_letters
-"""What numbers are fetched by: names of one token, since a model that compares two of them learns it too late."""
 
 
 @dataclass(frozen=True)
@@ -87,21 +83,17 @@ def make_chain(steps: int, draw: random.Random) -> Chain:
 
 
 def make_fetching(steps: int, draw: random.Random) -> Chain:
-    """Sums and differences of so many numbers, at most 52, all of them different."""
-    value, *numbers = draw.sample(range(10, 1000), steps + 1)
-    begin = draw.randint(0, len(LETTERS) - steps)
-    letters = LETTERS[begin : begin + steps]
-    question, given, working = f"({letters[0]}>{letters[-1]}){value:0{WIDTH}}", list[str](), ""
-    for letter, b in zip(letters, numbers, strict=True):
-        sign = draw.choice("+-")
-        if not 0 <= (value + b if sign == "+" else value - b) < 10**WIDTH:
-            sign = "-" if sign == "+" else "+"
-        line, value = _line(value, sign, b)
-        asked = f"({letter}{sign}{b:0{WIDTH}})"
-        given.append(asked)
-        working += asked + line
-    draw.shuffle(given)  # in their order, models learn places and not to find what a line asks for
-    return Chain(question + "".join(given), f"{working}={value}", str(value), steps)
+    """So many sums and differences, at most 99, with the numbers of a table."""
+    value = draw.randrange(10**WIDTH)
+    table = [(draw.choice("+-"), b) for b in draw.sample(range(10, 1000), 10)]
+    entries = [f"({digit}{sign}{b:0{WIDTH}})" for digit, (sign, b) in enumerate(table)]
+    # in their order, models learn places and not to find what a line asks for
+    question, working = f"({steps:02}){value:0{WIDTH}}{''.join(draw.sample(entries, 10))}", ""
+    for left in range(steps, 0, -1):
+        digit = value // 100 % 10
+        line, value = _line(value, *table[digit], wraps=True)
+        working += f"({left:02}){entries[digit]}{line}"
+    return Chain(question, f"{working}={value}", str(value), steps)
 
 
 def make_local(steps: int, draw: random.Random) -> Chain:
@@ -148,8 +140,8 @@ KINDS = {
 
 def line_is_right(line: str) -> bool:
     """Whether a line of working is what its operands make it, whatever its number is."""
-    before = re.match(r"\((\d\d|[a-zA-Z])([+-]\d{4})?\)", line)
-    asked = before and before[2]
+    before = re.match(r"\(\d\d\)(?:\(\d([+-]\d{4})\))?", line)
+    asked = before and before[1]
     line = line[before.end() :] if before else line
     head, _, _ = line.partition(":")
     if asked and not head.endswith(asked):
@@ -157,7 +149,7 @@ def line_is_right(line: str) -> bool:
     for sign in "+-*":
         a, found, b = head.partition(sign)
         if found and a.isdecimal() and b.isdecimal() and len(a) == WIDTH and len(b) in (1, WIDTH):
-            return line + "\n" == _line(int(a), sign, int(b), wraps=bool(before and not asked))[0]
+            return line + "\n" == _line(int(a), sign, int(b), wraps=bool(before))[0]
     return False
 
 

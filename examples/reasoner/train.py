@@ -29,15 +29,15 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from caprese.data_gen.chains import KINDS, LETTERS, Chain, chains
+from caprese.data_gen.chains import KINDS, Chain, chains
 from caprese.files import read_tensors, write_json, write_tensors
 
 ALPHABET = "0123456789+-*():>=\n"
 
 
-def make_tokenizer(letters: str = "") -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character."""
-    vocab = {"<pad>": 0, "<end>": 1, "<unk>": 2, **{c: i + 3 for i, c in enumerate(ALPHABET + letters)}}
+    vocab = {"<pad>": 0, "<end>": 1, "<unk>": 2, **{c: i + 3 for i, c in enumerate(ALPHABET)}}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     inner.decoder = decoders.Fuse()
@@ -149,13 +149,12 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     args = parser.parse_args()
     kinds = args.kinds.split(",")
-    tokenizer = make_tokenizer(LETTERS if "fetching" in kinds else "")
+    tokenizer = make_tokenizer()
     torch.manual_seed(args.seed)
     if args.start is None:
         model = make_model(args.hidden, args.ffn, args.layers, args.heads, args.context)
     else:
         model = LlamaForCausalLM.from_pretrained(args.start, max_position_embeddings=args.context)
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.01)
     args.state.mkdir(parents=True, exist_ok=True)
