@@ -5,7 +5,7 @@ Its working has a line for each step, and in a line the columns from the right, 
 product is two lines of one digit each and their sum. So a mistake anywhere goes on to the end.
 
 Two kinds have long workings, whose lines are counted down; results are modulo 10,000. *fetching*: the problem has a
-table of ten numbers, each with a digit, in any order, and a line adds or subtracts the one that its value's second digit
+table of ten numbers, each with a digit, in any order; a line adds or subtracts the one that its value's second digit
 names. *local*: each number is the sum of the two before it, and a line needs the line before it alone.
 
 And *retrieval*, in words for any language model: keys with their values, and some of them asked for.
