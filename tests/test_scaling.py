@@ -173,6 +173,7 @@ def test_long_chains(kind: str) -> None:
     assert {row.question for row in rows}.isdisjoint(
         row.question for row in itertools.islice(chains("train", 0, kind=kind), 300)
     )
+    unsorted = 0
     for row in rows:
         lines = row.working.split("\n")
         assert 21 <= row.steps <= 40 and len(lines) == row.steps + 1 and lines[-1] == f"={row.answer}"
@@ -181,7 +182,8 @@ def test_long_chains(kind: str) -> None:
             [(count, first)] = re.findall(r"^\((\d\d)\)(\d{4})\(", row.question)
             given = re.findall(r"\((\d)([+-])(\d{4})\)", row.question)
             table = {digit: (sign, b) for digit, sign, b in given}
-            assert int(count) == row.steps and len(given) == len(table) == 10 and given != sorted(given)
+            assert int(count) == row.steps and 1 <= len(given) == len(table) <= 10
+            unsorted += given != sorted(given)
             value = int(first)
             for left, line in zip(range(row.steps, 0, -1), lines, strict=False):
                 sign, b = table[f"{value:04}"[1]]
@@ -194,6 +196,7 @@ def test_long_chains(kind: str) -> None:
                 assert line.startswith(f"({left:02}){a:04}+{b:04}:")
                 a, b = b, (a + b) % 10_000
             assert b == int(row.answer) and int(row.question[1:3]) == row.steps
+    assert unsorted > 50 or kind == "local"
     [asked] = load_prompts(f"{kind}:test", 1, 0)
     assert (asked.text, asked.answer) == (rows[0].question, rows[0].answer)
 

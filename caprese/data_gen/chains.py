@@ -5,8 +5,8 @@ Its working has a line for each step, and in a line the columns from the right, 
 product is two lines of one digit each and their sum. So a mistake anywhere goes on to the end.
 
 Two kinds have long workings, whose lines are counted down; results are modulo 10,000. *fetching*: the problem has a
-table of ten numbers, each with a digit, in any order; a line adds or subtracts the one that its value's second digit
-names. *local*: each number is the sum of the two before it, and a line needs the line before it alone.
+table of up to ten numbers, each with a digit, in any order; a line adds or subtracts the one that its value's second
+digit names. *local*: each number is the sum of the two before it, and a line needs the line before it alone.
 
 And *retrieval*, in words for any language model: keys with their values, and some of them asked for.
 """
@@ -83,16 +83,19 @@ def make_chain(steps: int, draw: random.Random) -> Chain:
 
 
 def make_fetching(steps: int, draw: random.Random) -> Chain:
-    """So many sums and differences, at most 99, with the numbers of a table."""
+    """So many sums and differences, at most 99, with the numbers of a table, which has those that are needed."""
     value = draw.randrange(10**WIDTH)
     table = [(draw.choice("+-"), b) for b in draw.sample(range(10, 1000), 10)]
-    entries = [f"({digit}{sign}{b:0{WIDTH}})" for digit, (sign, b) in enumerate(table)]
-    # in their order, models learn places and not to find what a line asks for
-    question, working = f"({steps:02}){value:0{WIDTH}}{''.join(draw.sample(entries, 10))}", ""
+    question, working, needed = f"({steps:02}){value:0{WIDTH}}", "", dict[str, None]()
     for left in range(steps, 0, -1):
         digit = value // 100 % 10
-        line, value = _line(value, *table[digit], wraps=True)
-        working += f"({left:02}){entries[digit]}{line}"
+        sign, b = table[digit]
+        entry = f"({digit}{sign}{b:0{WIDTH}})"
+        needed[entry] = None
+        line, value = _line(value, sign, b, wraps=True)
+        working += f"({left:02}){entry}{line}"
+    # in their order, models learn places and not to find what a line asks for
+    question += "".join(draw.sample(list(needed), len(needed)))
     return Chain(question, f"{working}={value}", str(value), steps)
 
 
