@@ -32,6 +32,7 @@ from caprese.distill.batches import completion_hidden, lm_logits, prefill
 from caprese.distill.fit import fit_end_to_end, joined
 from caprese.distill.sensitivity import select_layers
 from caprese.efficient_methods import only, stand_in_parameters, untrained
+from caprese.efficient_methods.compose import facts_of, make_method
 from caprese.efficient_methods.cost import cost, cost_of
 from caprese.efficient_methods.mamba import Mixer, MixerState, Replacement, replacements
 from caprese.efficient_methods.mamba.alignment import (
@@ -1059,6 +1060,16 @@ def test_the_report_and_the_plan_say_what_is_trained(distilled):
     card = (Path(recipe.output) / "README.md").read_text()
     assert f"distilling {report['parameters']['mixers']:,} parameters of Mamba mixers" in card
     assert "mamba (34% attention)" in card and "started without their attention's rope" in card
+
+
+def test_mixers_are_what_they_were_when_they_were_saved():
+    """Adapters of caprese 0.1 name a start, and neither rope nor SiLU."""
+    facts = {"name": "mamba", "layers": "all", "keep_attention": 0.5, "selected": "evenly", "seed": 0}
+    for start in ("attention", "random"):
+        old = make_method({**facts, "start": start})
+        assert (old.rope, old.silu) == (False, True) and make_method(facts_of(old)) == old
+    assert (caprese.Mamba().rope, caprese.Mamba().silu, caprese.Mamba().start) == (True, False, "calibrated")
+    assert caprese.Mamba(start="attention", rope=True).silu and not caprese.Mamba(rope=False).silu
 
 
 def test_what_a_cache_is_not_for_is_refused():
