@@ -2,7 +2,7 @@
 
     python examples/reasoner/train.py --output examples/reasoner
 
-Or reasoner-long from it, whose workings have 600 to 1,400 tokens:
+Or reasoner-long from it, whose workings have 600 to 1,450 tokens:
 
     python examples/reasoner/train.py --kinds fetching,fetching,fetching,local --start examples/reasoner --shortest 5 \\
         --batch 16 --rate 1e-3 --steps 1000 --context 2048 --output examples/reasoner-long --state out-reasoner-long
@@ -230,7 +230,7 @@ def main() -> None:
     }
     print(result)
     model.generation_config = GenerationConfig(
-        pad_token_id=0, eos_token_id=1, max_new_tokens=200 if kinds == ["chains"] else 1400
+        pad_token_id=0, eos_token_id=1, max_new_tokens=200 if kinds == ["chains"] else 1500
     )
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
