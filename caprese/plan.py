@@ -68,9 +68,9 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     sites = find_ffns(model)
     methods, *others = recipe.compositions  # of several, planned as the first
     hidden = sites[0].ffn.hidden_size
-    layers = len(check_job(model, methods, recipe.branches, recipe.layerwise))
+    layers = len(check_job(model, methods, recipe.branches, recipe.layerwise, recipe.samples.sources))
     for each in others:
-        check_job(model, each, recipe.branches, recipe.layerwise)
+        check_job(model, each, recipe.branches, recipe.layerwise, recipe.samples.sources)
     idle = idle_branches(methods)
     rank = 1 if idle else recipe.rank  # of branches that stay at zero
     reads = cost(model, methods, 0 if rank == "auto" else rank, bias=recipe.bias, reselect_every=recipe.reselect_every)

@@ -210,13 +210,14 @@ def gap_of(batch):
     return (places[:, None] - places).clamp(min=0)
 
 
+@pytest.mark.parametrize("start", ["attention", "calibrated"])
 @torch.no_grad()
-def test_biases_of_the_attention_are_the_convolutions():
+def test_biases_of_the_attention_are_the_convolutions(start):
     model = tiny("qwen2")
     attention = model.model.layers[0].self_attn
     for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
         linear.bias.normal_()
-    made = Mixer(read_attention(attention, model.config), 1e-6, caprese.Mamba())
+    made = Mixer(read_attention(attention, model.config), 1e-6, caprese.Mamba(start=start))
     x = torch.randn(1, 9, made.in_proj.in_features)
     rows = made.in_proj(x)[..., made.inner : made.inner + made.channels].transpose(1, 2)
     biases = [attention.v_proj.bias, attention.k_proj.bias, attention.q_proj.bias * attention.scaling]
@@ -383,29 +384,33 @@ def linears_of(site):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("stay", [[], ["0/1", "1/0", "1/3"]])
-def test_every_student_is_compared_with_a_window_that_needs_no_training(stay):
+@pytest.mark.parametrize(
+    "more", [{}, {"keep_heads": ["0/1", "1/0", "1/3"]}, {"per_head": True, "state": 2}], ids=["plain", "heads", "wide"]
+)
+def test_every_student_is_compared_with_a_window_that_needs_no_training(more):
     """It and its sinks take the memory of a state; heads that stay see all."""
     base = tiny_llama()
-    config = base.config
-    tokens = config.head_dim * config.num_attention_heads // config.num_key_value_heads // 2
-    ids = prompts(3 * tokens)[0]
+    ids = prompts(40)[0]
     right = base(ids).logits
-    caprese.apply(base, caprese.Mamba(keep_attention=0, window=tokens - 4))
-    with untrained(base):
-        wanted = base(ids).logits
-    caprese.remove(base)
-    model = caprese.apply(base, caprese.Mamba(keep_attention=0, keep_heads=stay))
-    if stay:  # whose mixers are of heads that share nothing any more
-        tokens = config.head_dim // 2
+    model = caprese.apply(base, caprese.Mamba(keep_attention=0, **more))
     with untrained(model):
         near = model(ids).logits
         cache = DynamicCache(config=model.config)
         steps = [model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(ids.shape[1])]
-    assert torch.allclose(torch.cat(steps, 1), near, atol=1e-5)
-    assert torch.allclose(near[:, :tokens], right[:, :tokens], atol=1e-5)
+        batch, mask = padded([ids, ids[:, :25]])
+        assert torch.allclose(model(batch, attention_mask=mask).logits[0], near[0], atol=1e-4)
+    assert torch.allclose(torch.cat(steps, 1), near, atol=1e-4)
+    window = min(at._free().window for at in replacements(model)) + 4
+    assert torch.allclose(near[:, :window], right[:, :window], atol=1e-5)
     assert not torch.allclose(near, right, atol=1e-3)
-    assert torch.allclose(near, wanted, atol=1e-5) == (not stay)
+    for layer, at in zip(cache.layers, replacements(model), strict=True):
+        room, config = at._free(), base.config
+        kept = 2 * (room.window + room.sinks) * config.num_key_value_heads * config.head_dim
+        assert room.window == 1 or 0 <= layer.state[0].numel() - kept < 2 * config.num_key_value_heads * config.head_dim
+    caprese.remove(model)
+    caprese.apply(base, caprese.Mamba(keep_attention=0, window=window - 4))
+    with untrained(base):
+        assert torch.allclose(near, base(ids).logits, atol=1e-4) == ("keep_heads" not in more)
 
 
 @torch.no_grad()
@@ -1011,8 +1016,11 @@ def test_layers_are_measured_on_retrieval_where_there_is_some(asked, tiny_dir, t
 
     monkeypatch.setattr("caprese.recovery.stages.select_layers", follow)
     if not asked:
-        with pytest.raises(caprese.CapreseError, match=r"such as --prompts .*retrieval:distil"):
+        with pytest.raises(caprese.CapreseError, match=r"none of `prompts`; .*retrieval:distil"):
             caprese.recover(model, tokenizer, recipe)
+        assert not (tmp_path / "out" / "samples").exists()
+        with pytest.raises(ValueError, match="give selected"):
+            caprese.Mamba(probe="retrieval")
         return
     report = caprese.recover(model, tokenizer, recipe)
     assert torch.cat(seen).shape == (2,) and torch.cat(seen).min() > 100  # equations are short
@@ -1146,8 +1154,11 @@ def test_mixers_are_not_mixed_up_or_saved_broken(tmp_path):
     caprese.save(one, tmp_path / "one")
     caprese.save(hybrid(2), tmp_path / "two")
     loaded = caprese.load(tiny_llama(), tmp_path / "one")
-    with pytest.raises(caprese.CapreseError, match="has mixers of its own"):
-        loaded.load_adapter(tmp_path / "two", "two")
+    for model, how in ((loaded, {}), (one, {}), (loaded, {"subfolder": "two"})):
+        with pytest.raises(caprese.CapreseError, match="has mixers of its own"):
+            model.load_adapter(tmp_path if how else tmp_path / "two", "two", **how)
+    loaded.load_adapter(tmp_path / "one", "again")  # the mixers that are there
+    loaded.delete_adapter("again")
     branches = tmp_path / "branches"  # PEFT's own, which has none
     loaded.save_pretrained(branches)
     loaded.load_adapter(branches, "branches")

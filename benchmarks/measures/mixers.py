@@ -2,9 +2,8 @@
 
 Settings of a cell: model; samples; count; method, a mamba with its settings; alignment, hidden_states and end_to_end,
 the passes over the samples of each part; matrices, the weight of mixing matrices in the alignment; rounds; batch; rate;
-seed; problems, whose answers are marked (0: none); kind, of these problems (chains); temperature,
-of end_to_end (1); free, whether nothing is trained
-and what is measured is the window alone that a student is compared with.
+seed; problems, whose answers are marked (0: none); kind, of these problems (chains); temperature, of end_to_end (1);
+free, whether nothing is trained and what is measured is the window alone that a student is compared with.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Adapter:
         Raises:
             CapreseError: no such adapter, no access, or it is incomplete or damaged.
         """
-        directory, commit = find(name, revision)
+        directory, commit = _find(name, revision)
         paths = {file: _present(directory / file, name) for file in (SIDECAR, CONFIG, WEIGHTS)}
         try:
             sidecar = Sidecar.model_validate_json(paths[SIDECAR].read_bytes())
@@ -248,7 +248,7 @@ class Adapter:
             raise _altered(SIDECAR, self.name, what)
 
 
-def find(name: str | os.PathLike[str], revision: str | None) -> tuple[Path, str | None]:
+def _find(name: str | os.PathLike[str], revision: str | None) -> tuple[Path, str | None]:
     """The directory with an adapter's files, and on the hub their commit."""
     local = Path(name).expanduser()
     with contextlib.suppress(OSError):  # a name too long for a file

@@ -12,7 +12,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from caprese.adapters.lora import lora_config
-from caprese.efficient_methods import applied_ffns, idle_branches, phases_of, stand_in_parameters
+from caprese.adapters.student import OneStudent
+from caprese.efficient_methods import applied_ffns, idle_branches, phases_of, stand_in_parameters, stand_ins
 from caprese.errors import CapreseError
 from caprese.models import base_of, unwrap
 
@@ -52,6 +53,8 @@ def attach_adapter(model: nn.Module, ranks: int | Sequence[int], bias: bool = Fa
         adapted = get_peft_model(model, config)
     config.base_model_name_or_path = base.model_id
     config.inference_mode = False
+    if stand_ins(model):
+        OneStudent.put_on(adapted, None)
     return adapted
 
 

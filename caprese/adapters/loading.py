@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping
-from typing import Any, Literal, cast
+from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from peft import PeftModel
 from torch import nn
 
-from caprese.adapters.adapter import Adapter, find
+from caprese.adapters.adapter import Adapter
 from caprese.adapters.branch import check_unadapted, empty_slots
 from caprese.adapters.saving import calibration_of, stand_ins_of
 from caprese.adapters.sidecar import CONFIG, STAND_INS
+from caprese.adapters.student import OneStudent
 from caprese.efficient_methods import (
     applied_ffns,
     apply,
@@ -24,7 +25,6 @@ from caprese.efficient_methods import (
     settle,
     stand_in_parameters,
 )
-from caprese.efficient_methods.hooks import mixed
 from caprese.efficient_methods.settings import Prefill
 from caprese.errors import CapreseError
 from caprese.models import unwrap
@@ -107,31 +107,12 @@ def load(
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CapreseError(f"{CONFIG} of {adapter} is damaged ({first}); fetch or make the adapter again") from error
     if stand_ins:
-        keeper: Any = model
-        keeper.__class__ = mixed(_OneStudent, cast(Hashable, type(model)))
+        OneStudent.put_on(model, adapter.sidecar.mixers_sha256)
     settle(model)
     unwrap(model).eval()
     if not keep_dense:
         drop_dense(model)
     return model
-
-
-class _OneStudent(PeftModel):
-    """Mixed into the class of a model whose mixers are one adapter's: PEFT would load another's branches alone."""
-
-    def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """As PEFT's.
-
-        Raises:
-            CapreseError: an adapter that has mixers of its own.
-        """
-        directory, _ = find(model_id, kwargs.get("revision"))
-        if (directory / STAND_INS).is_file():
-            raise CapreseError(
-                f"{model_id} has mixers of its own, and this model those of the adapter it was loaded with; "
-                "caprese.load it on a base of its own"
-            )
-        return super().load_adapter(model_id, adapter_name, *args, **kwargs)
 
 
 def _check_slots(model: nn.Module, adapter: Adapter) -> None:

@@ -67,7 +67,7 @@ class StandIn(nn.Module):
         return 1.0
 
     def untrained(self) -> AbstractContextManager[None]:
-        """Inside, it is as it was before anything trained."""
+        """Inside, it is what it is compared with, which needs no training."""
         raise NotImplementedError
 
     def settle(self, dtype: torch.dtype) -> None:
@@ -124,7 +124,7 @@ def settle(model: nn.Module) -> None:
 
 @contextmanager
 def untrained(model: nn.Module) -> Iterator[None]:
-    """Inside, stand-ins are as they were before anything trained."""
+    """Inside, stand-ins are what they are compared with, which needs no training."""
     with ExitStack() as stack:
         for at in stand_ins(model):
             stack.enter_context(at.untrained())

@@ -24,7 +24,7 @@ VARIANTS = ("dense", "efficient", "recovered")
 
 @contextmanager
 def variant(model: nn.Module, name: str) -> Iterator[None]:
-    """Run an applied model as "dense", "efficient" (before anything was distilled) or "recovered"."""
+    """Run an applied model as "dense", "efficient" (what needs no training) or "recovered"."""
     with ExitStack() as stack:
         if name == "dense":
             stack.enter_context(dense(model))

@@ -249,9 +249,9 @@ def export(
             if tokenizer is not None:
                 tokenizer.save_pretrained(made)
             say("reading it back in a process without caprese")
-            apart = (_read_back(made, batch, base) - expected)[batch["attention_mask"].bool()]
-            facts["largest_logit_difference"] = float(apart.abs().max())
-            facts["largest_logit"] = float(expected.abs().max())
+            real = batch["attention_mask"].bool()
+            facts["largest_logit_difference"] = float((_read_back(made, batch, base) - expected)[real].abs().max())
+            facts["largest_logit"] = float(expected[real].abs().max())
             facts["fidelity"] = None if measure is None else measure(made)
             facts["gguf"] = None
             if format == "gguf":

@@ -76,7 +76,9 @@ def resolve(name: str, revision: str | None = None) -> Base:
         places = Path(__file__).parent / name, Path(__file__).parents[2] / "examples" / YARDSTICKS[name]
         found = next((p for p in places if (p / "config.json").is_file()), None)
         if found is None:
-            raise CapreseError(f"{name} is not in this installation; train it: python examples/reasoner/train.py")
+            raise CapreseError(
+                f"{name} is not in this installation; train it, as the head of examples/reasoner/train.py says"
+            )
         return Base(name, name, str(found), revision)
     if name in ALIASES:
         return Base(name, ALIASES[name], ALIASES[name], revision)

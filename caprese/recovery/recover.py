@@ -61,7 +61,10 @@ def recover(
     if recipe.model is None:
         # what it leaves open comes from the recipe shipped for this model, if there is one
         recipe = resolve_recipe(model=base_of(model).name, **recipe.model_dump(exclude_unset=True, exclude={"model"}))
-    each = [check_job(model, methods, recipe.branches, recipe.layerwise) for methods in recipe.compositions]
+    each = [
+        check_job(model, methods, recipe.branches, recipe.layerwise, recipe.samples.sources)
+        for methods in recipe.compositions
+    ]
     out = Path(recipe.output).expanduser()
     check_writable(out)
     prints = fingerprint(model)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from caprese.data_gen import ELSEWHERE, Sample
+from caprese.data_gen import ELSEWHERE, Sample, Source
 from caprese.distill import Alignment, Branches, Layerwise, make_batches
 from caprese.distill.checkpoints import Checkpoints, Kept
 from caprese.distill.sensitivity import LEVELS, Sensitivity, allocate_sparsity, select_layers
@@ -32,16 +32,21 @@ from caprese.progress import say
 
 
 def check_job(
-    model: nn.Module, methods: Sequence[Method], branches: Branches, layerwise: Layerwise
+    model: nn.Module, methods: Sequence[Method], branches: Branches, layerwise: Layerwise, sources: Sequence[Source]
 ) -> dict[int, list[Method]]:
     """What acts on each layer; before any work, what this model cannot be given is refused.
 
     Raises:
-        CapreseError: something a method needs is not installed, layers out of range, a rank above the hidden size D, or
-            a layer-wise fit that the family does not allow.
+        CapreseError: something a method needs is not installed or among the sources of prompts, layers out of range, a
+            rank above the hidden size D, or a layer-wise fit that the family does not allow.
     """
     for method in methods:
         method.check()
+        if (kind := method.measured_on) and not any(one.source.partition(":")[0] == kind for one in sources):
+            raise CapreseError(
+                f"{method.name} is to be measured on {kind}, which is none of `prompts`; give some of it, such as "
+                f"gym:gsm_symbolic=0.9,{kind}:distil=0.1"
+            )
     sites = find_ffns(model)
     layers = methods_by_layer(methods, len(sites))
     if not idle_branches(methods):
@@ -150,8 +155,7 @@ def _decide(
         validation = [sample for sample in validation if sample.source.partition(":")[0] == kind]
         if not validation:
             raise CapreseError(
-                f"{method.name} is to be measured on {kind}, of which no held-out sample is; give some of its prompts "
-                f"beside the others, such as --prompts gym:gsm_symbolic=0.9,{kind}:distil=0.1"
+                f"{method.name} is to be measured on {kind}, of which no held-out sample is; raise `samples.validation`"
             )
     rows = make_batches(train, alignment.micro_batch)
     held_out = make_batches(validation, alignment.micro_batch, first=not method.dense_prompts)

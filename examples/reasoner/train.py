@@ -141,10 +141,14 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--problems", type=int, default=400, help="test problems at the end")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", default="chains", help="of problems, with commas: chains, fetching, local; in turns")
+    parser.add_argument(
+        "--kinds",
+        default="chains",
+        help="of problems, with commas: chains, fetching, local; one named twice has two parts of them",
+    )
     parser.add_argument("--start", type=Path, help="a model to go on from")
     parser.add_argument(
-        "--shortest", type=int, help="so many steps for half of the training, all of them in its last sixth"
+        "--shortest", type=int, help="so many steps for half of the training, all lengths in its last sixth"
     )
     parser.add_argument("--context", type=int, default=512)
     args = parser.parse_args()

@@ -24,7 +24,7 @@ class Attend(nn.Module):
     """x [B, T, D] -> [B, T, D]: what some heads give, without the bias of the out projection.
 
     Attributes:
-        near: heads that the window is of; None is all of them. To see what a head's sight of what is far is worth.
+        near: heads that the window is of; None is all of them.
     """
 
     near: Collection[int] | None = None

@@ -91,9 +91,9 @@ class Mamba(Method):
     """What mixers start from: attention's weights; calibrated: also an open gate, a convolution that passes its input,
     and each head's mean attention distance, over which it forgets half; random: nothing."""
     rope: bool = True
-    """Whether B and C are rotated and normed as keys and queries were; if not said, beside start=calibrated alone."""
+    """Whether B and C are rotated and normed as keys and queries were. Default: only with start=calibrated."""
     silu: bool = False
-    """Whether SiLU follows the convolution, as in Mamba-2; if not said, beside the other starts."""
+    """Whether SiLU follows the convolution, as in Mamba-2. Default: with the other starts."""
     state: Annotated[int, Field(ge=1, le=16)] = 1
     """How many times as wide as a head its state is; what goes beyond attention's keys and queries starts at random."""
     per_head: bool = False
@@ -107,8 +107,8 @@ class Mamba(Method):
     sinks: Annotated[int, Field(ge=0)] = 4
     """First tokens of a text that are seen beside a window."""
     window_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Part of the texts for which a layer's window is hidden while mixers learn, which may else be ignored (arXiv
-    2510.05901)."""
+    """Part of the texts for which a layer's window is hidden while mixers learn, or mixers may come to be ignored
+    (arXiv 2510.05901)."""
     keep_heads: Annotated[float | list[str], PlainValidator(_heads)] = []
     """Heads that stay attention in replaced layers, as "layer/head", or the fraction of all heads that does."""
 
@@ -141,6 +141,8 @@ class Mamba(Method):
     def _one_way_of_staying(self) -> Self:
         if self.keep_heads and self.selected in ("sensitivity", "restored"):
             raise ValueError(f"selected={self.selected} is of whole layers; leave out keep_heads")
+        if self.probe != "samples" and self.selected == "evenly":
+            raise ValueError(f"probe={self.probe} is what layers or heads are selected by; give selected")
         if self.window_dropout and self.window is None:
             raise ValueError("window_dropout is of a window; give one")
         if self.keep_heads and self.window is not None:
@@ -235,7 +237,7 @@ class Mamba(Method):
         return self.selected != "far"
 
     def candidates(self) -> Mamba:
-        everywhere: dict[str, Any] = {"selected": "evenly", "keep_attention": 0.0, "keep_heads": []}
+        everywhere: dict[str, Any] = {"selected": "evenly", "probe": "samples", "keep_attention": 0.0, "keep_heads": []}
         return self.model_copy(
             update={**everywhere, "window": self.window or _NEAR} if self.selected == "far" else everywhere
         )
@@ -255,13 +257,13 @@ class Mamba(Method):
 
     def decided(self, cost: Mapping[Hashable, float], count: int) -> Mamba:
         """Attention stays where a mixer costs most, or where giving attention back leaves least."""
-        rising = sorted(cost, key=cost.__getitem__)
+        rising, settled = sorted(cost, key=cost.__getitem__), {"selected": "evenly", "probe": "samples"}
         if isinstance(self.keep_heads, float):
             heads = rising[-max(1, round(self.keep_heads * len(rising))) :]
-            return self.model_copy(update={"selected": "evenly", "keep_heads": _heads(heads)})
+            return self.model_copy(update={**settled, "keep_heads": _heads(heads)})
         many = self.kept(count)
         kept = rising[:many] if self.selected == "restored" else rising[len(rising) - many :]
-        return self.model_copy(update={"selected": "evenly", "keep_attention": sorted(map(int, map(str, kept)))})
+        return self.model_copy(update={**settled, "keep_attention": sorted(map(int, map(str, kept)))})
 
     def prepare(self, model: nn.Module, tokens: Tokens) -> None:
         if self.start == "calibrated":

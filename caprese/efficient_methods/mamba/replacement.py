@@ -127,7 +127,9 @@ class Replacement(StandIn):
         facts = read_attention(self.attention, self.config, rope=True)
         if facts.cap:
             return None
-        tokens = self.mixer.repeats * self.mixer.width // 2  # whose keys and values are as many numbers as its state
+        mixer = self.mixer
+        state = mixer.heads * mixer.size * mixer.width
+        tokens = state // (2 * facts.groups * facts.head_dim)  # whose keys and values are as many numbers
         window = max(1, tokens - self.settings.sinks)
         free = Attend(self.attention, self.config, None, window, self.settings.sinks)
         if stay := self.settings.heads_of(self.layer):
@@ -158,7 +160,8 @@ class Replacement(StandIn):
         if mixer.rotate is not None or mixer.norms is not None or not mixer.silu:
             raise CapreseError(
                 "a GraniteMoeHybrid's mixers have no rope and no norms of queries and keys, and SiLU behind their "
-                "convolution; for a checkpoint of transformers, recover with mamba:start=attention"
+                "convolution; for a checkpoint of transformers, recover with mamba:start=attention, or with "
+                "rope=false:silu=true"
             )
         if mixer.inner % config.hidden_size:
             raise CapreseError(
@@ -220,7 +223,7 @@ class Replacement(StandIn):
         part = self.settings.window_dropout
         if not part or not torch.is_grad_enabled() or not self.mixer.out_proj.weight.requires_grad:
             return 1.0
-        # drawn by what is seen: a run that was interrupted, or a layer that is recomputed, hides the same
+        # drawn by what is seen, so that a run that was interrupted hides the same
         seed = int(x.detach().float().sum().view(torch.int32))
         shown = torch.rand(len(x), generator=torch.Generator().manual_seed(seed)) >= part
         return shown.to(x)[:, None, None]
