@@ -8,6 +8,7 @@ states after every layer are to be the dense model's (Zebra-HyLo, arXiv 2604.247
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -47,13 +48,15 @@ _LEAST = 0.01
 
 
 @torch.no_grad()
-def teacher_mixing(model: nn.Module, tokens: Tokens, matrices: bool = False) -> dict[int, Observed]:
-    """What each replaced attention saw and gave in the dense model."""
-    seen: dict[int, Observed] = {}
+def teacher_mixing(
+    model: nn.Module, tokens: Tokens, matrices: bool = False, look: Callable[[Observed], Any] = lambda seen: seen
+) -> dict[int, Any]:
+    """What each replaced attention saw and gave in the dense model, or what `look` makes of it, by layer."""
+    seen: dict[int, Any] = {}
 
     def see(at: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any) -> None:
         x = args[0] if args else kwargs["hidden_states"]
-        seen[at.layer] = Observed(x, given[0], given[1], kwargs.get("position_embeddings"))
+        seen[at.layer] = look(Observed(x, given[0], given[1], kwargs.get("position_embeddings")))
 
     base = unwrap(model)
     how = needed(base.config, "_attn_implementation")
@@ -97,14 +100,18 @@ def match_decay(model: nn.Module, tokens: Tokens) -> None:
     mask = tokens.valid()
     places = torch.arange(mask.shape[1], device=mask.device)
     distance = (places[:, None] - places).clamp(min=0).float()
-    seen = teacher_mixing(model, tokens, matrices=True)
+
+    def by_head(seen: Observed) -> torch.Tensor | None:  # and not the probabilities of all layers at once
+        p = seen.probabilities
+        return None if p is None else torch.einsum("bhij,ij->bih", p.float(), distance)[mask].mean(0)
+
+    means = teacher_mixing(model, tokens, True, by_head)
     for at in replacements(model):
-        probabilities, stay = seen[at.layer].probabilities, at.settings.heads_of(at.layer)
-        if probabilities is None:
+        mean, stay = means[at.layer], at.settings.heads_of(at.layer)
+        if mean is None:
             raise CapreseError(
                 f"the attention of layer {at.layer} does not give its probabilities; use start=attention"
             )
-        mean = (probabilities.float() * distance).sum(-1).transpose(1, 2)[mask].mean(0)
         at.mixer.forget(torch.stack([m for head, m in enumerate(mean) if head not in stay]).clamp(min=1))
 
 
