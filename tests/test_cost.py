@@ -33,8 +33,12 @@ def methods(text: str) -> tuple[Method, ...]:
         ("llama", "int8", 2 * 3 * FFN * 3 / 4),
         ("llama", "static:0.5+nf4", 2 * 3 * FFN * (1 - 0.5 * 4.5 / 32)),
         ("llama", "none", 0),
-        ("llama", "mamba:keep_attention=[0]", LINEARS + 96 - MIXER),
-        ("llama", "mamba:keep_attention=0+griffin:0.5:layers=[0]", 2 * (LINEARS + 96 - MIXER) + 3 * FFN / 2),
+        ("llama", "mamba:keep_attention=[0]:start=attention", LINEARS + 96 - MIXER),
+        (
+            "llama",
+            "mamba:keep_attention=0:start=attention+griffin:0.5:layers=[0]",
+            2 * (LINEARS + 96 - MIXER) + 3 * FFN / 2,
+        ),
     ],
 )
 @pytest.mark.parametrize("tied", [False, True])
@@ -69,7 +73,7 @@ def test_sequences_that_choose_for_themselves_read_more() -> None:
         assert spared(text, 3) == 2 * 3 * FFN * left, text
     assert spared("cats:[0.25, 0.5]", 2) == 2 * FFN * (1 / 16 + 1 / 4)
     assert spared("int8", 8) == spared("int8", 1)
-    assert spared("mamba:keep_attention=0", 8) == 2 * (LINEARS + 96 - MIXER)
+    assert spared("mamba:keep_attention=0:start=attention", 8) == 2 * (LINEARS + 96 - MIXER)
 
 
 def test_reselection_reads_the_dense_model_now_and_then() -> None:
