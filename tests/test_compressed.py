@@ -24,9 +24,9 @@ pytest.importorskip("compressed_tensors", reason="pip install 'caprese[compresse
 def here(monkeypatch):
     """Reads back in this process; one test starts one of its own."""
 
-    def read_back(path, ids, base):
+    def read_back(path, batch, base):
         with torch.no_grad():
-            return AutoModelForCausalLM.from_pretrained(path)(ids).logits
+            return AutoModelForCausalLM.from_pretrained(path)(**batch).logits
 
     monkeypatch.setattr(checkpoint, "_read_back", read_back)
 
