@@ -23,6 +23,21 @@ def test_it_reasons() -> None:
     assert tokenizer.decode(tokenizer(problems[0].text + "\n").input_ids) == problems[0].text + "\n"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["fetching", "local"])
+def test_it_reasons_at_length(kind: str) -> None:
+    """Answers of 600 to 1,450 tokens, drawn at 0.7."""
+    model, tokenizer = caprese.load_base("reasoner-long")
+    problems = load_prompts(f"{kind}:test", 24, 7)
+    encoded = [encode_prompt(tokenizer, p.text, "", True) for p in problems]
+    drawn = complete(model, tokenizer, encoded, Samples(max_new_tokens=1500, batch_size=24, temperature=0.7), 0)
+    marks = [Marker(p)(tokenizer.decode(ids, skip_special_tokens=True)) for p, ids in zip(problems, drawn, strict=True)]
+    assert sum(right for _, right in marks) / len(marks) >= 0.9
+    assert min(map(len, drawn)) > 500
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_recovery_of_reasoning(tmp_path: Path) -> None:
     """The whole job on a few samples: sparsity breaks it, the adapter gives a good part back."""

