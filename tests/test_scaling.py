@@ -28,7 +28,7 @@ from caprese.inference.generate import completions, generate
 from caprese.inference.sampling import nucleus
 from caprese.models.cache import roomy_cache
 from caprese.studies.equal_time import Raw, at, comparison, first, time_of_dense
-from caprese.studies.scaling import cache_bytes, sizes_up_to
+from caprese.studies.scaling import cache_bytes, sizes_of
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=9), st.data())
@@ -141,7 +141,11 @@ def test_bytes_of_a_cache(keep, more) -> None:
 
 
 def test_sizes() -> None:
-    assert sizes_up_to(1) == [1] and sizes_up_to(16) == [1, 2, 4, 8, 16] and sizes_up_to(20) == [1, 2, 4, 8, 16, 20]
+    assert sizes_of(1) == [1] and sizes_of(16) == [1, 2, 4, 8, 16] and sizes_of(20) == [1, 2, 4, 8, 16, 20]
+    assert sizes_of([4, 16, 20]) == [4, 16, 20]
+    for refused in (0, [], [0, 4], [4, 4], [16, 4]):
+        with pytest.raises(caprese.CapreseError, match="ascending"):
+            sizes_of(refused)
 
 
 def sample(model, prompt: list[int], count: int, ends, temperature: float, tokens: int = 12) -> list[list[int]]:
@@ -357,6 +361,11 @@ def test_the_command_and_going_on(made: Path, tmp_path: Path) -> None:
     assert code == 1 and "holds samples of other settings" in " ".join(out.split())
     assert json.loads(files[1].read_text())["settings"]["count"] == 4
     assert run(made, tmp_path / "out", "--samples", "2", "--overwrite")[0] == 0
+    code, out = run(made, tmp_path / "out", "--samples", "2,3", "--contenders", "dense", "--overwrite", "--json")
+    assert code == 0 and json.loads(out)["contenders"]["dense"]["n"] == [2, 3]
+    for refused in ("none", "3,2", "0"):
+        code, out = run(made, tmp_path / "out", "--samples", refused)
+        assert code == 1 and ("--samples N" in out or "ascending" in out), out
 
 
 def test_other_adapters_and_memory(made: Path, tmp_path: Path) -> None:

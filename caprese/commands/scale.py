@@ -18,7 +18,9 @@ class Flags:
 
     model: Model
     adapter: Adapter
-    samples: Annotated[int, typer.Option(help="N: completions of each problem.", min=1)] = 64
+    samples: Annotated[
+        str, typer.Option(help="N: completions of each problem, 1, 2, 4, ... of them timed; or several N, with commas.")
+    ] = "64"
     problems: Annotated[int, typer.Option(help="Problems.", min=1)] = 32
     prompts: Annotated[str | None, typer.Option(help="gym:TASK, chains:test, a file or a dataset; with answers.")] = (
         None
@@ -57,6 +59,7 @@ def scale(flags: Flags) -> None:
     import shlex
     import sys
 
+    from caprese.commands.options import parse_numbers
     from caprese.recovery.finished import Sampling, plan_scaling, scale_adapter
     from caprese.report.scaling import describe_scaling
     from caprese.report.tables import figures_table
@@ -68,8 +71,9 @@ def scale(flags: Flags) -> None:
         "temperature": flags.temperature,
     }
     only = flags.contenders.split(",") if flags.contenders else None
+    numbers = parse_numbers(flags.samples, "give --samples N, or several with commas")
     sampling = Sampling(
-        flags.samples,
+        numbers if len(numbers) > 1 else numbers[0],
         flags.problems,
         given,
         only,

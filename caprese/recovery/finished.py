@@ -35,7 +35,7 @@ from caprese.progress import say
 from caprese.recipes.recipe import explain
 from caprese.recovery.run import beside
 from caprese.report.scaling import plot_scaling
-from caprese.studies.scaling import Budget, Contender, Scaling, contenders
+from caprese.studies.scaling import Budget, Contender, Scaling, contenders, sizes_of
 from caprese.studies.tasks import Tasks, run_tasks
 
 #: tokens between two choices, of the contender of `scale` that chooses anew
@@ -191,7 +191,8 @@ class Sampling:
     """What `scale` draws."""
 
     #: completions of each problem
-    samples: int = 64
+    #: N, up to which 1, 2, 4, ... are timed, or all N that are
+    samples: int | Sequence[int] = 64
     problems: int = 32
     #: fields of `Samples` that are not to be as the adapter was made
     given: Mapping[str, Any] = field(default_factory=dict)
@@ -246,7 +247,7 @@ def plan_scaling(adapter: str, sampling: Sampling) -> dict[str, Any]:
     samples, trained = beside(opened)
     config = _asked(samples, sampling.given, "scale")
     config, rows = _problems(config, sampling, trained)
-    drawn = len(rows) * sampling.samples * len(over)
+    drawn = len(rows) * sizes_of(sampling.samples)[-1] * len(over)
     return {
         "contenders": [contender.name for contender in over],
         "problems": len(rows),
@@ -288,7 +289,7 @@ def scale_adapter(
     config, rows = _problems(config, sampling, trained, tokenizer)
     say(
         f"{model}, {adapter}: {len(over)} contenders, {len(rows)} problems of {name_of(config.sources)}, "
-        f"{sampling.samples} samples each"
+        f"{sizes_of(sampling.samples)[-1]} samples each"
     )
     # samples of one problem share its choice, so its rows are gathered once for all of them
     fused: dict[str, Any] = {"fused": True, "form": "packed", "reselect_every": None}

@@ -7,6 +7,7 @@ a problem are drawn together, as many as a memory for their caches holds; its pr
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -72,18 +73,26 @@ def contenders(reselect_every: int | None, names: Sequence[str] | None = None) -
     return [known.get(n) or Contender(n, "recovered", adapter=n) for n in names]
 
 
-def sizes_up_to(count: int) -> list[int]:
-    """1, 2, 4, ... and `count` itself."""
-    sizes = [1 << i for i in range(count.bit_length()) if 1 << i <= count]
-    return sizes if sizes[-1] == count else [*sizes, count]
+def sizes_of(samples: int | Sequence[int]) -> list[int]:
+    """1, 2, 4, ... and the number itself; several are themselves, in their order.
+
+    Raises:
+        CapreseError: one below 1, or one that does not come after the others.
+    """
+    sizes = [samples] if isinstance(samples, int) else list(samples)
+    if not sizes or sizes[0] < 1 or any(a >= b for a, b in itertools.pairwise(sizes)):
+        raise CapreseError("`samples` starts at 1; several are in ascending order, such as 4,16,64")
+    if isinstance(samples, int):
+        sizes = sorted({1 << i for i in range(samples.bit_length())} | {samples})
+    return sizes
 
 
 @dataclass(frozen=True)
 class Budget:
     """What is drawn, and within what."""
 
-    samples: int
-    """N, of each problem."""
+    samples: int | Sequence[int]
+    """N, of each problem: see `sizes_of`."""
     memory: float | None = None
     """Bytes that the caches of samples drawn together may take; None is `TOGETHER` samples."""
     seed: int = 0
@@ -119,18 +128,16 @@ class Scaling:
             raise CapreseError("none of these problems has an answer that can be marked; give prompts with answers")
         if left := len(problems) - len(self.problems):
             say((f"{left} of {len(problems)} problems have no answer that can be marked; left out", "yellow"))
-        if budget.samples < 1:
-            raise CapreseError("`samples` starts at 1")
         self.models, self.tokenizer, self.config, self.budget = models, tokenizer, config, budget
-        self.count, self.seed = budget.samples, budget.seed
+        self.sizes, self.seed = sizes_of(budget.samples), budget.seed
+        self.count = self.sizes[-1]
         self.directory, self.scorer = directory, scorer
-        self.sizes = sizes_up_to(self.count)
         encode = config.encode(tokenizer)
         self.encoded = [list(p.ids or encode(p.text)) for p in self.problems]
         for model in models.values():
             check_context(model, [p.text for p in self.problems], self.encoded, config.max_new_tokens)
         # of each contender: bytes of a sample's cache at its longest
-        self.sizes_of: dict[str, int] = {}
+        self.bytes_of: dict[str, int] = {}
 
     def _together(self, contender: Contender) -> int:
         """How many samples are drawn at once.
@@ -138,15 +145,15 @@ class Scaling:
         Raises:
             CapreseError: the memory does not hold one.
         """
-        if contender.name not in self.sizes_of:
+        if contender.name not in self.bytes_of:
             model, longest = self.models[contender.adapter], max(self.encoded, key=len)
             with variant(model, contender.variant), torch.no_grad():
                 ids = torch.tensor([longest], device=device_of(model))
                 cache = unwrap(model)(input_ids=ids, past_key_values=roomy_cache(model), use_cache=True).past_key_values
-            self.sizes_of[contender.name] = cache_bytes(cache, len(longest) + self.config.max_new_tokens)
+            self.bytes_of[contender.name] = cache_bytes(cache, len(longest) + self.config.max_new_tokens)
         if self.budget.memory is None:
             return TOGETHER
-        size = self.sizes_of[contender.name]
+        size = self.bytes_of[contender.name]
         if self.budget.memory < size:
             raise CapreseError(
                 f"a sample's cache takes {size / 1e9:.3g} GB under {contender.name}, and `memory` allows "
@@ -196,6 +203,8 @@ class Scaling:
         settings = {**identity, "contenders": [c.name for c in over], "count": self.count, "seed": self.seed}
         if self.budget.memory is not None:
             settings["memory"] = self.budget.memory
+        if self.sizes != sizes_of(self.count):
+            settings["sizes"] = self.sizes
         paths = [self.directory / "samples" / f"{i:05d}.json" for i in range(len(self.problems))]
         kept = [_read(path) for path in paths]
         for i, each in enumerate(kept):
@@ -249,7 +258,7 @@ class Scaling:
                     "compute_units": [n * fraction for n in self.sizes],
                     "active_fraction": fraction,
                     "together": self._together(c),
-                    "cache_bytes": self.sizes_of[c.name],
+                    "cache_bytes": self.bytes_of[c.name],
                     "reselect_every": c.reselect_every,
                 }
         found = {"problems": len(self.problems), "samples": self.count, "memory": self.budget.memory}
