@@ -103,6 +103,44 @@ def test_chunks_are_steps_are_one_pass(length, chunk, cut, seed):
         assert torch.allclose(torch.cat(parts, 1), y, atol=1e-9) and torch.allclose(known, state, atol=1e-9)
 
 
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 2, 5, 7), (64, 4, 32, 32), (2, 3, 16, 64)])
+def test_one_token_in_c(shape, silu, monkeypatch):
+    """Of many sequences, whose parts several threads take too, and of few; as torch has it, and as it is written."""
+    batch, heads, size, width = shape
+    torch.manual_seed(0)
+    x, dt, a = torch.randn(batch, heads, size), torch.rand(batch, heads), -torch.rand(heads)
+    b, c, state = (*torch.randn(2, batch, heads, width), torch.randn(shape))
+    channels = heads * size
+    seen, weight, bias = torch.randn(batch, 4, channels), torch.randn(channels, 1, 4), torch.randn(channels)
+    right, after = scan.step(*(t.double() for t in (x, dt, a, b, c, state)))
+    convolved = {
+        extra is None: scan.convolve(seen.double(), weight.double(), None if extra is None else extra.double(), silu)
+        for extra in (None, bias)
+    }
+    called = []
+    real = scan.native.call
+    monkeypatch.setattr(scan.native, "call", lambda name, *given: (called.append(name), real(name, *given))[1])
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(scan.native, "library", lambda: None)
+        for extra in (None, bias):
+            assert torch.allclose(
+                scan.convolve(seen, weight, extra, silu).double(), convolved[extra is None], atol=1e-5
+            )
+        with torch.no_grad():
+            own = state.clone()
+            y, same = scan.decode(x, dt, a, b.mT.contiguous().mT, c, own)
+            assert same is own and torch.allclose(y.double(), right, atol=1e-4)
+            assert torch.allclose(own.double(), after, atol=1e-5)
+            for extra in (None, bias):
+                found = scan.convolve(seen, weight, extra, silu).double()
+                assert torch.allclose(found, convolved[extra is None], atol=1e-5)
+        if compiled and scan.native.library() is not None:
+            assert called == ["caprese_step", "caprese_convolve", "caprese_convolve"]
+    assert len(called) in (0, 3)
+
+
 def mixer(kind: str = "llama", layer: int = 0, **settings: Any) -> tuple[Mixer, torch.Tensor]:
     """A mixer of a tiny model, and an input for it."""
     model = tiny(kind)

@@ -1,4 +1,4 @@
-"""The products on a CPU: C, compiled once for a machine by its C compiler.
+"""What runs on a CPU in C, products and the steps of mixers: compiled once for a machine by its C compiler.
 
 Plain C on vectors, called by address: no header of torch's is compiled, so it takes some ten seconds and is kept in
 the cache directory. It runs on the OpenMP that torch has loaded, and with as many threads as torch.
@@ -23,7 +23,7 @@ import torch
 from caprese.files import cache_dir
 
 _HERE = Path(__file__).parent
-SOURCES = (_HERE / "rows.c", _HERE / "layer.c")
+SOURCES = (_HERE / "rows.c", _HERE / "layer.c", _HERE.parent / "scan" / "step.c")
 _HEADERS = (_HERE / "codes.h", _HERE / "whole.h", _HERE / "products.h", _HERE / "ffn.h")
 _FLAGS = ("-O3", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
 _LIBRARIES = ("-lm",)
@@ -68,6 +68,8 @@ def library() -> Any:
     found.caprese_ffn.argtypes = [p, p, p, n]
     found.caprese_layer_begin.argtypes = [p, p, p, p, n, p, p, p, n, n]
     found.caprese_layer_end.argtypes = [p, p, p, p, p, p, n, p, n, p, n]
+    found.caprese_convolve.argtypes = [p, p, p, p, n, n, n, i]
+    found.caprese_step.argtypes = [p, p, p, p, p, p, p, n, n, n, n]
     found.caprese_layers.argtypes = [p, n, p, ctypes.c_float, p, p, p, n, n, p, n, p, n, n]
     return found
 

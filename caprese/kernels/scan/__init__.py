@@ -1,7 +1,7 @@
 """The state-space recurrence of Mamba-2 (arXiv 2405.21060): token by token, in chunks, and one step of decoding.
 
 `scan`, `decode` and `convolve` are what a mixer calls: on a GPU mamba-ssm's and causal-conv1d's kernels where they are
-installed and load, and torch everywhere else.
+installed and load, one token in float32 on a CPU in C where there is a compiler, and torch everywhere else.
 
 S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T,  y_t = S_t C_t, for each head on its own.
 
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from caprese.kernels.quantized import native
 from caprese.kernels.scan.chunk import CHUNK, chunk_scan, mixing_matrix
 from caprese.kernels.scan.naive import read, recurrence, step
 
@@ -47,6 +48,11 @@ def decode(
     if torch.is_grad_enabled() or (state.is_inference() and not torch.is_inference_mode_enabled()):
         return step(x, dt, A, B, C, state)
     kernels = _mamba_ssm(x.device.type)
+    if kernels is None and _in_c(state):
+        x, dt, A, B, C = (t.contiguous() for t in (x, dt, A, B, C))
+        y = torch.empty_like(x)
+        native.call("caprese_step", *(t.data_ptr() for t in (x, dt, A, B, C, state, y)), *state.shape)
+        return y, state
     if kernels is None:
         state.mul_(torch.exp(dt * A)[..., None, None]).addcmul_((dt[..., None] * x)[..., None], B[..., None, :])
         return read(state, C), state
@@ -66,12 +72,22 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, s
     if kernel is not None:
         found = kernel(x.transpose(1, 2).contiguous(), weight.squeeze(1), bias, activation="silu" if silu else None)
         return found[..., size - 1 :].transpose(1, 2)
+    if x.shape[1] == size and not torch.is_grad_enabled() and _in_c(x):
+        y = x.new_empty(len(x), 1, x.shape[2])
+        where = x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()
+        native.call("caprese_convolve", *where, *x.shape, silu)
+        return y
     if x.shape[1] == size:  # one token, to which a convolution's setting up is most of its time
         y = (x * weight[:, 0].T).sum(1, keepdim=True)
         y = y if bias is None else y + bias
     else:
         y = F.conv1d(x.transpose(1, 2), weight, bias, groups=len(weight)).transpose(1, 2)
     return F.silu(y) if silu else y
+
+
+def _in_c(t: torch.Tensor) -> bool:
+    """Whether C takes a tensor, and there is any."""
+    return t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() and native.library() is not None
 
 
 def in_use(device: str) -> dict[str, str]:
