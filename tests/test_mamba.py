@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import recovered, tiny_llama
 from families import tiny
 from hypothesis import given, settings
@@ -103,42 +104,43 @@ def test_chunks_are_steps_are_one_pass(length, chunk, cut, seed):
         assert torch.allclose(torch.cat(parts, 1), y, atol=1e-9) and torch.allclose(known, state, atol=1e-9)
 
 
-@pytest.mark.parametrize("silu", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 2, 5, 7), (64, 4, 32, 32), (2, 3, 16, 64)])
-def test_one_token_in_c(shape, silu, monkeypatch):
-    """Of many sequences, whose parts several threads take too, and of few; as torch has it, and as it is written."""
+def one_token(shape: tuple[int, ...], weights: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """What `decode` and `convolve` take, float32 but for the weights."""
     batch, heads, size, width = shape
     torch.manual_seed(0)
-    x, dt, a = torch.randn(batch, heads, size), torch.rand(batch, heads), -torch.rand(heads)
-    b, c, state = (*torch.randn(2, batch, heads, width), torch.randn(shape))
-    channels = heads * size
-    seen, weight, bias = torch.randn(batch, 4, channels), torch.randn(channels, 1, 4), torch.randn(channels)
-    right, after = scan.step(*(t.double() for t in (x, dt, a, b, c, state)))
-    convolved = {
-        extra is None: scan.convolve(seen.double(), weight.double(), None if extra is None else extra.double(), silu)
-        for extra in (None, bias)
-    }
-    called = []
-    real = scan.native.call
-    monkeypatch.setattr(scan.native, "call", lambda name, *given: (called.append(name), real(name, *given))[1])
-    for compiled in (True, False):
-        if not compiled:
-            monkeypatch.setattr(scan.native, "library", lambda: None)
-        for extra in (None, bias):
-            assert torch.allclose(
-                scan.convolve(seen, weight, extra, silu).double(), convolved[extra is None], atol=1e-5
+    b, c = torch.randn(2, batch, heads, 2 * width)[..., ::2]
+    x, dt, rates = torch.randn(batch, heads, size), torch.rand(batch, heads), -torch.rand(heads).to(weights)
+    weight, bias = torch.randn(heads * size, 1, 4).to(weights), torch.randn(heads * size).to(weights)
+    return (x, dt, rates, b, c, torch.randn(shape)), (torch.randn(batch, 4, heads * size), weight, bias)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 2, 5, 7), (64, 4, 32, 32), (2, 3, 16, 64)])
+@pytest.mark.parametrize("compiler", [True, False])
+def test_one_token_is_as_written(compiler, shape, weights, monkeypatch):
+    """Of many sequences, which several threads take, and of few; in C only what C can read."""
+    (*given, state), (seen, weight, bias) = one_token(shape, weights)
+    real, called = scan.native.call, []
+    monkeypatch.setattr(scan.native, "call", lambda name, *more: (called.append(name), real(name, *more))[1])
+    if not compiler:
+        monkeypatch.setattr(scan.native, "library", lambda: None)
+    y, after = scan.step(*(t.double() for t in (*given, state)))
+    with torch.no_grad():
+        found, same = scan.decode(*given, state)
+        assert same is state and torch.allclose(state.double(), after, atol=1e-5)
+        assert torch.allclose(found.double(), y, atol=1e-4)
+        for extra, silu in ((None, True), (bias, True), (bias, False)):
+            right = F.conv1d(
+                seen.double().mT, weight.double(), None if extra is None else extra.double(), groups=len(weight)
             )
-        with torch.no_grad():
-            own = state.clone()
-            y, same = scan.decode(x, dt, a, b.mT.contiguous().mT, c, own)
-            assert same is own and torch.allclose(y.double(), right, atol=1e-4)
-            assert torch.allclose(own.double(), after, atol=1e-5)
-            for extra in (None, bias):
-                found = scan.convolve(seen, weight, extra, silu).double()
-                assert torch.allclose(found, convolved[extra is None], atol=1e-5)
-        if compiled and scan.native.library() is not None:
-            assert called == ["caprese_step", "caprese_convolve", "caprese_convolve"]
-    assert len(called) in (0, 3)
+            right = (F.silu(right) if silu else right).mT
+            assert torch.allclose(
+                scan.convolve(seen, weight, extra, silu).double(),
+                right,
+                atol=2e-2 if weights == torch.bfloat16 else 1e-5,
+            )
+    in_c = compiler and weights == torch.float32 and scan.native.library() is not None
+    assert called == (["caprese_step", *3 * ["caprese_convolve"]] if in_c else [])
 
 
 def mixer(kind: str = "llama", layer: int = 0, **settings: Any) -> tuple[Mixer, torch.Tensor]:

@@ -48,7 +48,7 @@ def decode(
     if torch.is_grad_enabled() or (state.is_inference() and not torch.is_inference_mode_enabled()):
         return step(x, dt, A, B, C, state)
     kernels = _mamba_ssm(x.device.type)
-    if kernels is None and _in_c(state):
+    if kernels is None and state.is_contiguous() and _in_c(x, dt, A, B, C, state):
         x, dt, A, B, C = (t.contiguous() for t in (x, dt, A, B, C))
         y = torch.empty_like(x)
         native.call("caprese_step", *(t.data_ptr() for t in (x, dt, A, B, C, state, y)), *state.shape)
@@ -72,8 +72,8 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, s
     if kernel is not None:
         found = kernel(x.transpose(1, 2).contiguous(), weight.squeeze(1), bias, activation="silu" if silu else None)
         return found[..., size - 1 :].transpose(1, 2)
-    if x.shape[1] == size and not torch.is_grad_enabled() and _in_c(x):
-        y = x.new_empty(len(x), 1, x.shape[2])
+    if x.shape[1] == size and not torch.is_grad_enabled() and _in_c(x, weight, *([] if bias is None else [bias])):
+        y, x, weight = x.new_empty(len(x), 1, x.shape[2]), x.contiguous(), weight.contiguous()
         where = x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()
         native.call("caprese_convolve", *where, *x.shape, silu)
         return y
@@ -85,9 +85,10 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, s
     return F.silu(y) if silu else y
 
 
-def _in_c(t: torch.Tensor) -> bool:
-    """Whether C takes a tensor, and there is any."""
-    return t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() and native.library() is not None
+def _in_c(*tensors: torch.Tensor) -> bool:
+    """Whether C takes them, whose numbers it reads as float32, and there is any."""
+    fit = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+    return fit and native.library() is not None
 
 
 def in_use(device: str) -> dict[str, str]:

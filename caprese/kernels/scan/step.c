@@ -5,7 +5,8 @@
 #define FEW 16384
 
 /* y [B, C] = the sum over k of x [B, K, C] with weight [C, K], and bias [C], or NULL; SiLU of it if `silu` */
-int caprese_convolve(const float *x, const float *weight, const float *bias, float *y, long B, long K, long C, int silu) {
+int caprese_convolve(const float *x, const float *weight, const float *bias, float *y, long B, long K, long C,
+                     int silu) {
 #pragma omp parallel for if (B * K * C > FEW)
   for (long b = 0; b < B; b++) {
     const float *in = x + b * K * C;
