@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from caprese.commands.options import Adapter, Device, Dtype, Json, Model, Seed
+from caprese.commands.options import Adapter, Device, Dtype, Json, Model, Seed, parse_numbers
 from caprese.progress import say, show
 
 
@@ -59,7 +59,6 @@ def scale(flags: Flags) -> None:
     import shlex
     import sys
 
-    from caprese.commands.options import parse_numbers
     from caprese.recovery.finished import Sampling, plan_scaling, scale_adapter
     from caprese.report.scaling import describe_scaling
     from caprese.report.tables import figures_table

@@ -190,8 +190,7 @@ def export_adapter(
 class Sampling:
     """What `scale` draws."""
 
-    #: completions of each problem
-    #: N, up to which 1, 2, 4, ... are timed, or all N that are
+    #: completions of each problem: N, up to which 1, 2, 4, ... are timed, or all N that are
     samples: int | Sequence[int] = 64
     problems: int = 32
     #: fields of `Samples` that are not to be as the adapter was made
