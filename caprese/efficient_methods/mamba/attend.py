@@ -17,6 +17,7 @@ from torch import nn
 from caprese.efficient_methods.mamba.mixer import Rotation, normed
 from caprese.efficient_methods.mamba.seen import Seen
 from caprese.errors import CapreseError
+from caprese.kernels.near import Sight, attend
 from caprese.models.attention import read_attention
 
 
@@ -95,17 +96,25 @@ class Attend(nn.Module):
             q, k = a.rotate(q, k, *rotation)
         seen = self.sight(x) if seen is None else seen
         k, v, new = seen.add(k, v, valid)
-        places, others = new[:, :, None], seen.places[:, None]
-        sees = ((others <= places) & (others >= 0)).unsqueeze(1)
-        if self.window is not None:
-            within = ((others > places - self.window) | (others < self.sinks)).unsqueeze(1)
-            if self.near is not None:
-                heads = torch.tensor([head in self.near for head in range(q.shape[1])], device=x.device)
-                within = within | ~heads[:, None, None]
-            sees = sees & within
-        if a.sliding is not None:
-            sees = sees & (others > places - a.sliding).unsqueeze(1)
-        sees = sees | (places < 0).unsqueeze(1)  # what a pad gives is nobody's, but a number
-        shared = q.shape[1] != k.shape[1]
-        y = F.scaled_dot_product_attention(q, k, v, sees, scale=a.scaling, enable_gqa=shared)
+        y = None
+        if self.near is None:
+            y = attend(q, k, v, seen.places, new, a.scaling, Sight(self.window, self.sinks, a.sliding))
+        if y is None:
+            shared = q.shape[1] != k.shape[1]
+            sees = self._sees(seen.places, new, q.shape[1])
+            y = F.scaled_dot_product_attention(q, k, v, sees, scale=a.scaling, enable_gqa=shared)
         return F.linear(y.transpose(1, 2).flatten(-2), a.out)
+
+    def _sees(self, places: torch.Tensor, new: torch.Tensor, heads: int) -> torch.Tensor:
+        """What tokens at the places `new` [B, T] see of those at `places` [B, S]: [B, 1 or heads, T, S]."""
+        own, others = new[:, :, None], places[:, None]
+        sees = ((others <= own) & (others >= 0)).unsqueeze(1)
+        if self.window is not None:
+            within = ((others > own - self.window) | (others < self.sinks)).unsqueeze(1)
+            if self.near is not None:
+                limited = torch.tensor([head in self.near for head in range(heads)], device=new.device)
+                within = within | ~limited[:, None, None]
+            sees = sees & within
+        if self.facts.sliding is not None:
+            sees = sees & (others > own - self.facts.sliding).unsqueeze(1)
+        return sees | (own < 0).unsqueeze(1)  # what a pad gives is nobody's, but a number

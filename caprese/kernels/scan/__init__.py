@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from caprese.kernels.quantized import native
+from caprese.kernels import native
 from caprese.kernels.scan.chunk import CHUNK, chunk_scan, mixing_matrix
 from caprese.kernels.scan.naive import read, recurrence, step
 
@@ -48,7 +48,7 @@ def decode(
     if torch.is_grad_enabled() or (state.is_inference() and not torch.is_inference_mode_enabled()):
         return step(x, dt, A, B, C, state)
     kernels = _mamba_ssm(x.device.type)
-    if kernels is None and state.is_contiguous() and _in_c(x, dt, A, B, C, state):
+    if kernels is None and state.is_contiguous() and native.fits(x, dt, A, B, C, state):
         x, dt, A, B, C = (t.contiguous() for t in (x, dt, A, B, C))
         y = torch.empty_like(x)
         native.call("caprese_step", *(t.data_ptr() for t in (x, dt, A, B, C, state, y)), *state.shape)
@@ -72,7 +72,7 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, s
     if kernel is not None:
         found = kernel(x.transpose(1, 2).contiguous(), weight.squeeze(1), bias, activation="silu" if silu else None)
         return found[..., size - 1 :].transpose(1, 2)
-    if x.shape[1] == size and not torch.is_grad_enabled() and _in_c(x, weight, *([] if bias is None else [bias])):
+    if x.shape[1] == size and not torch.is_grad_enabled() and native.fits(x, weight, *([] if bias is None else [bias])):
         y, x, weight = x.new_empty(len(x), 1, x.shape[2]), x.contiguous(), weight.contiguous()
         where = x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()
         native.call("caprese_convolve", *where, *x.shape, silu)
@@ -83,12 +83,6 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, s
     else:
         y = F.conv1d(x.transpose(1, 2), weight, bias, groups=len(weight)).transpose(1, 2)
     return F.silu(y) if silu else y
-
-
-def _in_c(*tensors: torch.Tensor) -> bool:
-    """Whether C takes them, whose numbers it reads as float32, and there is any."""
-    fit = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
-    return fit and native.library() is not None
 
 
 def in_use(device: str) -> dict[str, str]:
