@@ -38,8 +38,6 @@ def comparison(found: dict[str, Any], raw: Mapping[str, Raw] | None = None) -> d
     times = {name: _rising(c["seconds"]) for name, c in found.items()}
     table = []
     for i, n in enumerate(dense["n"]):
-        if len(dense["n"]) > 4 and n not in (1, 4, 16, 64, 256) and n != dense["n"][-1]:
-            continue
         when = times["dense"][i]
         row: dict[str, Any] = {"dense_n": n, "seconds": when}
         for metric in metrics:

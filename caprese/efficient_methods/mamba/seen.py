@@ -29,9 +29,12 @@ class Seen:
     def add(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None) -> Rows:
         """Read T more tokens [B, H, T, d]: all keys and values, and the places of those that are new [B, T]."""
         if valid is None:
-            valid = torch.ones(len(keys), keys.shape[-2], dtype=torch.bool, device=keys.device)
-        places = torch.where(valid, self.count[:, None] + valid.cumsum(-1) - 1, -1)
-        self.count = self.count + valid.sum(-1)
+            tokens = keys.shape[-2]
+            places = self.count[:, None] + torch.arange(tokens, device=keys.device)
+            self.count = self.count + tokens
+        else:
+            places = torch.where(valid, self.count[:, None] + valid.cumsum(-1) - 1, -1)
+            self.count = self.count + valid.sum(-1)
         self.places = torch.cat([self.places, places], 1)
         return *self.layer.update(keys, values), places
 
