@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import tiny_llama
 
+import caprese
 from caprese.kernels import native
 from caprese.kernels.near import Sight, attend
 
@@ -67,3 +69,24 @@ def test_what_c_does_not_read_is_left_to_torch(monkeypatch):
         assert not taken()
     monkeypatch.setattr(native, "library", lambda: None)
     assert not taken()
+
+
+@pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
+@torch.no_grad()
+def test_a_students_next_token_takes_it(monkeypatch):
+    """Behind pads too, of which one text has some; torch gives the same."""
+    model = caprese.apply(tiny_llama(), caprese.Mamba(keep_attention=0, window=4, sinks=1))
+    ids, mask = torch.arange(24).view(2, 12) % 50, torch.ones(2, 12, dtype=torch.long)
+    mask[1, :5] = 0
+    real, called = native.call, []
+    monkeypatch.setattr(native, "call", lambda name, *more: (called.append(name), real(name, *more))[1])
+
+    def last():
+        called.clear()
+        cache = model(input_ids=ids[:, :11], attention_mask=mask[:, :11], use_cache=True).past_key_values
+        return model(input_ids=ids[:, 11:], attention_mask=mask, past_key_values=cache).logits
+
+    found = last()
+    assert called.count("caprese_attend") == model.config.num_hidden_layers
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert torch.allclose(last(), found, atol=1e-5) and not called
