@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -27,16 +32,106 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """
     tmp = path.with_name(f".{path.name}.tmp")  # always the same, so that a rerun clears what a killed run left
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(tmp)
-        put_in_place(tmp, path)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, SafetensorError) and "No space" not in str(error):
-            raise
-        raise unwritable(path, error) from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(tmp)
+            put_in_place(tmp, path)
     finally:
         with contextlib.suppress(OSError):
             tmp.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the disk refuses inside, of what becomes `path`, is said in one line.
+
+    Raises:
+        CapreseError: it did.
+    """
+    try:
+        yield
+    except CapreseError:
+        raise
+    except Exception as error:  # safetensors and tokenizers have kinds of their own for a full disk
+        if not isinstance(error, OSError) and _number(error) is None:
+            raise
+        raise unwritable(path, error) from error
+
+
+@contextlib.contextmanager
+def whole_directory(target: Path) -> Iterator[Path]:
+    """A directory to fill, which takes the place of `target` when all of it is on disk; until then that is as it was.
+
+    Where `target` is a link, what it points to is replaced. What a killed run left is cleared, or put back.
+
+    Raises:
+        CapreseError: the disk refuses, or another run is at this.
+    """
+    target = target.resolve()
+    made, before = (target.with_name(f".{target.name}.{end}") for end in ("tmp", "before"))
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with alone(made.with_suffix(".lock"), target):
+            if before.exists() and not target.exists():  # killed between the two steps below
+                os.replace(before, target)
+            for left in (made, before):
+                shutil.rmtree(left, ignore_errors=True)
+            try:
+                made.mkdir()
+                yield made
+                for file in made.rglob("*"):
+                    if file.is_file():
+                        put_in_place(file, file)
+                if target.exists():
+                    os.replace(target, before)
+                try:
+                    os.replace(made, target)
+                except OSError:
+                    if before.exists():
+                        os.replace(before, target)
+                    raise
+            finally:
+                for left in (made, before):
+                    shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def alone(lock: Path, at: Path, wait: float = 0) -> Iterator[None]:
+    """Inside, no other process is at work `at` a place, as far as those go that ask for the same `lock`.
+
+    A process that dies lets go of it.
+
+    Args:
+        wait: seconds for another one to be done.
+
+    Raises:
+        CapreseError: another one is.
+    """
+    who = lock.with_name(f"{lock.name}.json")
+    held = FileLock(lock)
+    try:
+        held.acquire(timeout=wait)
+    except Timeout as error:
+        raise CapreseError(f"another run is at work in {at}{_said(who)}; wait for it, or stop it") from error
+    try:
+        who.write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": _now()}))
+        yield
+    finally:
+        who.unlink(missing_ok=True)
+        held.release()
+        lock.unlink(missing_ok=True)
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(" ", "seconds")
+
+
+def _said(who: Path) -> str:
+    try:
+        found = json.loads(who.read_text())
+        return f" (process {found['process']} on {found['host']}, since {found['since']})"
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""  # it has just come or gone
 
 
 def put_in_place(tmp: Path, path: Path) -> None:
@@ -47,11 +142,25 @@ def put_in_place(tmp: Path, path: Path) -> None:
     os.replace(tmp, path)
 
 
+_REMEDIES = {
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space within your quota",
+    errno.EFBIG: "allow larger files (ulimit -f)",
+}
+
+
 def unwritable(path: Path, error: Exception) -> CapreseError:
-    return CapreseError(
-        f"cannot write {path}: {getattr(error, 'strerror', None) or error}; free space or choose another `output`, "
-        "then run again (finished work is kept)"
-    )
+    number = _number(error)
+    remedy = "free space" if number is None else _REMEDIES.get(number)
+    why = os.strerror(number) if number else str(error)
+    remedy = "choose another `output`" if remedy is None else f"{remedy} or choose another `output`"
+    return CapreseError(f"cannot write {path}: {why}; {remedy}, then run again (finished work is kept)")
+
+
+def _number(error: Exception) -> int | None:
+    """Of an error of the operating system, as whoever wrote the file says it."""
+    said = re.search(r"(?:os error|code:) (\d+)", str(error))
+    return int(said[1]) if said else getattr(error, "errno", None)
 
 
 def _umask() -> int:
@@ -149,6 +258,18 @@ def check_writable(directory: Path) -> None:
             pass
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
         raise unwritable(directory, error) from error
+
+
+@contextlib.contextmanager
+def at_work(directory: Path) -> Iterator[None]:
+    """Inside, this process alone writes a result into `directory`.
+
+    Raises:
+        CapreseError: the directory cannot be made or written, or another run is at work in it.
+    """
+    check_writable(directory)
+    with alone(directory / ".lock", directory):
+        yield
 
 
 def free_bytes(directory: Path) -> int:

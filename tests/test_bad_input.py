@@ -44,6 +44,7 @@ from caprese.cli import app
 from caprese.data_gen import read_shard, write_shard
 from caprese.data_gen.shards import shard_settings
 from caprese.errors import CapreseError
+from caprese.files import at_work
 
 RECIPE = caprese.Recipe(
     rank=4,
@@ -595,6 +596,16 @@ def test_disk_full_while_writing(desk: Desk, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(os, "fsync", full)
     refused(desk, desk.recover("--overwrite", "--epochs", "0"), "cannot write", "No space left", "free space")
+
+
+def test_two_runs_in_one_directory(desk: Desk):
+    """In whatever way the second one writes there."""
+    says = "another run is at work in", f"process {os.getpid()} on", "wait for it"
+    scale = ["scale", "--model", desk.base, "--adapter", desk.out, "--prompts", "gym:leg_counting"]
+    scale += ["--samples", 1, "--problems", 1, "--output", desk.out]
+    with at_work(desk.out):
+        refused(desk, desk.recover("--overwrite"), *says)
+        refused(desk, [str(word) for word in scale], *says)
 
 
 @pytest.fixture

@@ -394,13 +394,13 @@ def spelled(**raw: Any) -> Recipe:
     ],
 )
 def test_ways_to_spell_one_run_are_one_run(ways):
-    from caprese.recovery.recover import _identity
+    from caprese.recovery.run import identity_of
 
     recipes = [spelled(**raw) for raw in ways]
     recipes += [Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) for recipe in recipes]
 
     def identity(recipe: Recipe) -> str:
-        return _identity(recipe, [methods_by_layer(recipe.methods, 3)], {"ffn": "x"})
+        return identity_of(recipe, [methods_by_layer(recipe.methods, 3)], {"ffn": "x"})
 
     assert len({identity(recipe) for recipe in recipes}) == 1
     for other in ("griffin:0.7", "teal:0.4:layers=[0, 1]"):

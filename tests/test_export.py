@@ -192,7 +192,7 @@ def test_what_was_there_stays_if_the_last_step_fails(here, tmp_path, monkeypatch
     real = os.replace
 
     def fails(source, target):
-        if str(source).endswith("/hf"):
+        if str(source).endswith("/.out.tmp"):
             raise OSError(28, "No space left on device")
         real(source, target)
 

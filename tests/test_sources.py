@@ -32,8 +32,8 @@ from caprese.data_gen.own import Sieve, head_of
 from caprese.data_gen.sources import name_of, read_sources, share_out
 from caprese.errors import CapreseError
 from caprese.models import encode_prompt
-from caprese.recovery.recover import _identity
 from caprese.recovery.report import portable
+from caprese.recovery.run import identity_of
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}<assistant>"
 
@@ -73,7 +73,7 @@ def test_a_mixture_is_spelled_in_several_ways(tmp_path):
     one, other = (
         caprese.Recipe(samples={"prompts": p}) for p in ("self=2,gym:leg_counting=2", "self,gym:leg_counting")
     )
-    assert _identity(one, [{}], {}) == _identity(other, [{}], {})
+    assert identity_of(one, [{}], {}) == identity_of(other, [{}], {})
     assert caprese.Recipe.model_validate(one.model_dump(mode="json")) == one
 
 

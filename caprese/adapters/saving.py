@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -32,7 +31,7 @@ from caprese.adapters.sidecar import (
 )
 from caprese.efficient_methods import EfficientFFN, applied_ffns, facts_of, phases_of, stand_in_parameters
 from caprese.errors import CapreseError
-from caprese.files import check_writable, put_in_place, sha256, unwritable, write_json
+from caprese.files import check_writable, put_in_place, sha256, write_json, writing
 from caprese.models import base_of
 from caprese.models.linear import adapter_names
 
@@ -64,7 +63,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     id_ = public_id(base.model_id)
     for config in model.peft_config.values():
         config.base_model_name_or_path, config.revision = id_, base.revision
-    try:
+    with writing(target):
         for stale in target.glob(".saving-*"):  # a killed run's
             shutil.rmtree(stale, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as name:
@@ -93,8 +92,6 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             for file in FILES:
                 if (scratch / file).exists():
                     put_in_place(scratch / file, target / file)
-    except (OSError, SafetensorError) as error:
-        raise unwritable(target, error) from error
 
 
 def calibration_of(ffns: Mapping[str, EfficientFFN]) -> dict[str, torch.Tensor]:

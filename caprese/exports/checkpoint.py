@@ -6,6 +6,7 @@ What is exported acts on all tokens, prompts too: an ordinary checkpoint knows n
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,7 +44,7 @@ from caprese.exports.card import card
 from caprese.exports.compressed import check_compressible, check_scheme, save_checkpoint, stored_bytes
 from caprese.exports.gguf import convert, find_converter
 from caprese.exports.neurons import Branch, named_weights, read_branch, round_up, widen
-from caprese.files import check_writable, put_in_place, unwritable, write_text
+from caprese.files import check_writable, whole_directory, write_text
 from caprese.models import (
     FFN,
     base_of,
@@ -241,32 +242,25 @@ def export(
     batch = _batch(base, tokenizer)
     with phases(model, [0] * len(batch["input_ids"])):
         expected = model(**{name: t.to(base.device) for name, t in batch.items()}).logits.float().cpu()
-    try:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as name:
-            made = Path(name) / "hf"
-            kept = dtype or base_of(model).dtype or base.dtype
-            facts = {**_write(model, parts, made, kept, None if format == "gguf" else outtype), "outtype": outtype}
-            if tokenizer is not None:
-                tokenizer.save_pretrained(made)
-            say("reading it back in a process without caprese")
-            real = batch["attention_mask"].bool()
-            facts["largest_logit_difference"] = float((_read_back(made, batch, base) - expected)[real].abs().max())
-            facts["largest_logit"] = float(expected[real].abs().max())
-            facts["fidelity"] = None if measure is None else measure(made)
-            facts["gguf"] = None
-            if format == "gguf":
-                say("converting it to GGUF")
-                facts["gguf"] = f"{target.resolve().name}-{outtype}.gguf"
-                convert(converter, made, Path(name) / "gguf" / facts["gguf"], str(outtype))
-                made = Path(name) / "gguf"
-            write_text(made / "README.md", card(model, facts))
-            for file in made.iterdir():
-                put_in_place(file, file)
-            facts = {"to": str(target), **facts, "bytes": sum(f.stat().st_size for f in made.iterdir())}
-            _take_place(made, target, Path(name) / "before")
-    except OSError as error:
-        raise unwritable(target, error) from error
-    return facts
+    with whole_directory(target) as room:
+        made = room / "hf" if format == "gguf" else room
+        kept = dtype or base_of(model).dtype or base.dtype
+        facts = {**_write(model, parts, made, kept, None if format == "gguf" else outtype), "outtype": outtype}
+        if tokenizer is not None:
+            tokenizer.save_pretrained(made)
+        say("reading it back in a process without caprese")
+        real = batch["attention_mask"].bool()
+        facts["largest_logit_difference"] = float((_read_back(made, batch, base) - expected)[real].abs().max())
+        facts["largest_logit"] = float(expected[real].abs().max())
+        facts["fidelity"] = None if measure is None else measure(made)
+        facts["gguf"] = None
+        if format == "gguf":
+            say("converting it to GGUF")
+            facts["gguf"] = f"{target.resolve().name}-{outtype}.gguf"
+            convert(converter, made, room / facts["gguf"], str(outtype))
+            shutil.rmtree(made)
+        write_text(room / "README.md", card(model, facts))
+        return {"to": str(target), **facts, "bytes": sum(f.stat().st_size for f in room.iterdir())}
 
 
 def check_target(to: str | os.PathLike[str], base: str, overwrite: bool) -> Path:
@@ -286,18 +280,6 @@ def check_target(to: str | os.PathLike[str], base: str, overwrite: bool) -> Path
     if source.is_dir() and source.resolve().is_relative_to(target.resolve()):
         raise CapreseError(f"{target} holds the base model, which `overwrite` does not replace; choose another `to`")
     return target
-
-
-def _take_place(made: Path, target: Path, before: Path) -> None:
-    """`made` becomes `target`; what was there goes to `before`, or stays if that fails."""
-    if target.exists():
-        os.replace(target, before)
-    try:
-        os.replace(made, target)
-    except OSError:
-        if before.exists():
-            os.replace(before, target)
-        raise
 
 
 def _write(model: nn.Module, *how: Any) -> dict[str, Any]:
@@ -381,12 +363,13 @@ def _batch(base: Any, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, to
 
 def _read_back(path: Path, batch: dict[str, torch.Tensor], base: Any) -> torch.Tensor:
     """Logits of the checkpoint, from a process without caprese."""
-    given, out = path.with_name("batch.safetensors"), path.with_name("logits.safetensors")
-    save_file(batch, given)
     kind = str(base.dtype).removeprefix("torch.")
-    run = [sys.executable, "-c", _READ_BACK, str(path), str(given), str(out), kind, str(base.device)]
-    done = subprocess.run(run, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise CapreseError(f"transformers alone does not load what was exported ({last}); nothing was written")
-    return load_file(out)["logits"]
+    with tempfile.TemporaryDirectory(prefix="caprese-") as apart:
+        given, out = Path(apart) / "batch.safetensors", Path(apart) / "logits.safetensors"
+        save_file(batch, given)
+        run = [sys.executable, "-c", _READ_BACK, str(path), str(given), str(out), kind, str(base.device)]
+        done = subprocess.run(run, capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise CapreseError(f"transformers alone does not load what was exported ({last}); nothing was written")
+        return load_file(out)["logits"]

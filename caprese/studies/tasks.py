@@ -19,7 +19,7 @@ from caprese.adapters import public_id
 from caprese.efficient_methods import phases
 from caprese.errors import CapreseError
 from caprese.evaluation.fidelity import VARIANTS, variant
-from caprese.files import check_writable, sha256, write_json
+from caprese.files import at_work, check_writable, sha256, write_json
 from caprese.models import base_of, ending
 from caprese.models.cache import roomy_cache
 from caprese.progress import bar, say
@@ -196,35 +196,38 @@ def run_tasks(
         if Path(found).resolve() != file:
             raise CapreseError(f"{file} and {found} are both named {name!r}; give one of them another name")
     lm = language_model(model, tokenizer, tasks.batch_size)
-    for name in tasks.contenders:
-        if name in done:
-            continue
-        say(f"lm-eval: {name} on {', '.join(names)}")
-        tracker = Tracker(output_path=str(output / name))
-        before = set((output / name).rglob("results_*.json"))
-        with variant(model, name):
-            results = lm_eval.simple_evaluate(
-                lm,
-                model_args={"pretrained": public_id(base_of(model).model_id)},
-                tasks=names,
-                num_fewshot=tasks.num_fewshot,
-                limit=tasks.limit,
-                task_manager=manager,
-                evaluation_tracker=tracker,
-                apply_chat_template=tasks.chat_template,
-                random_seed=tasks.seed,
-                bootstrap_iters=1000,
-            )
-        samples = results.pop("samples", None)
-        tracker.save_results_aggregated(results=results, samples=samples)
-        made = set((output / name).rglob("results_*.json")) - before
-        if not made:  # it only logs why
-            raise CapreseError(f"lm-eval could not write its results to {output / name}; free space, then run again")
-        done[name] = {
-            "scores": {task: results["results"][task] for task in results["results"]},
-            "file": str(made.pop().relative_to(output)),
-        }
-        write_json(path, {"identity": key, "results": done, **_table(done)})
+    with at_work(output):
+        for name in tasks.contenders:
+            if name in done:
+                continue
+            say(f"lm-eval: {name} on {', '.join(names)}")
+            tracker = Tracker(output_path=str(output / name))
+            before = set((output / name).rglob("results_*.json"))
+            with variant(model, name):
+                results = lm_eval.simple_evaluate(
+                    lm,
+                    model_args={"pretrained": public_id(base_of(model).model_id)},
+                    tasks=names,
+                    num_fewshot=tasks.num_fewshot,
+                    limit=tasks.limit,
+                    task_manager=manager,
+                    evaluation_tracker=tracker,
+                    apply_chat_template=tasks.chat_template,
+                    random_seed=tasks.seed,
+                    bootstrap_iters=1000,
+                )
+            samples = results.pop("samples", None)
+            tracker.save_results_aggregated(results=results, samples=samples)
+            made = set((output / name).rglob("results_*.json")) - before
+            if not made:  # it only logs why
+                raise CapreseError(
+                    f"lm-eval could not write its results to {output / name}; free space, then run again"
+                )
+            done[name] = {
+                "scores": {task: results["results"][task] for task in results["results"]},
+                "file": str(made.pop().relative_to(output)),
+            }
+            write_json(path, {"identity": key, "results": done, **_table(done)})
     return {"identity": key, **_table(done)}
 
 
