@@ -214,23 +214,38 @@ def _content(tensors: Mapping[str, torch.Tensor], said: str) -> str:
     return digest.hexdigest()
 
 
+def read_json(path: Path, remedy: str, named: str | None = None) -> dict[str, Any]:
+    """A JSON object, whoever wrote it.
+
+    Args:
+        named: what the file is to whoever reads the line, where its path says little.
+
+    Raises:
+        CapreseError: it is none; `remedy` says what to do.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError(f"not an object but {type(found).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CapreseError(f"{named or path} is damaged ({error}); {remedy}") from error
+    return found
+
+
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
     """A JSON object with a digest of itself."""
     write_json(path, {**value, "sha256": _seal(value)})
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
+def read_sealed(path: Path, remedy: str, named: str | None = None) -> dict[str, Any]:
     """What `write_sealed` wrote, without the digest.
 
     Raises:
-        CapreseError: truncated, altered, or no JSON object; the line says no remedy.
+        CapreseError: truncated, altered, or no JSON object; `remedy` and `named` as of `read_json`.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or found.pop("sha256", None) != _seal(found):
-            raise ValueError("its content was altered")
-    except (OSError, ValueError) as error:
-        raise CapreseError(f"{path} is damaged ({error})") from error
+    found = read_json(path, remedy, named)
+    if found.pop("sha256", None) != _seal(found):
+        raise CapreseError(f"{named or path} is damaged (its content was altered); {remedy}")
     return found
 
 
@@ -270,6 +285,24 @@ def at_work(directory: Path) -> Iterator[None]:
     check_writable(directory)
     with alone(directory / ".lock", directory):
         yield
+
+
+def path_of(text: str | os.PathLike[str]) -> Path:
+    """A path as it was typed, ~ and ~user written out.
+
+    Raises:
+        CapreseError: no path of any file system.
+    """
+    said = os.fspath(text)
+    try:
+        said.encode("utf-8")  # half of a character is in no name
+        path = Path(said).expanduser()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            os.stat(path)
+    except (ValueError, RuntimeError, OSError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise CapreseError(f"{said[:80]!a} is no path ({why}); give another one") from error
+    return path
 
 
 def free_bytes(directory: Path) -> int:

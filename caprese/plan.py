@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from caprese.data_gen import OWN
 from caprese.distill.sensitivity import ALIGNED, LEVELS
 from caprese.efficient_methods import cost, describe_methods, idle_branches
 from caprese.errors import CapreseError
-from caprese.files import free_bytes
+from caprese.files import free_bytes, path_of
 from caprese.models import SHAPES, find_ffns, load_config, shape_config
 from caprese.models.loading import pick_device, pick_dtype
 from caprese.progress import say
@@ -140,7 +139,7 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
         "model_bytes": base * size,
         "layerwise_bytes": moments + (2 * train * hidden * size if recipe.layerwise.how == "sequential" else 0),
         "disk_bytes": 4 * (completion + prompt) + moments + 16 * (adapter + stand_ins) * states,
-        "disk_free_bytes": free_bytes(Path(recipe.output).expanduser().absolute()),
+        "disk_free_bytes": free_bytes(path_of(recipe.output).absolute()),
         "device": device,
         "estimated_seconds": {name: round(value, 1) for name, value in seconds.items()},
         "estimated_total_seconds": round(sum(seconds.values()), 1),

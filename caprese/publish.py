@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from caprese.adapters.adapter import RECIPE, REPORT
 from caprese.adapters.sidecar import FILES
 from caprese.efficient_methods import describe_methods
 from caprese.errors import CapreseError
-from caprese.files import sha256
+from caprese.files import path_of, sha256
 from caprese.models import TERMS, base_terms
 from caprese.report import summary
 from caprese.report.card import LOAD_SNIPPET, front_matter, load_arguments, render_card
@@ -35,7 +37,7 @@ def push(
     Raises:
         CapreseError: not a finished adapter, altered files, no token, no right to write, or no network.
     """
-    source = Path(directory).expanduser()
+    source = path_of(directory)
     if not source.is_dir():
         raise CapreseError(f"no directory {str(directory)!r}; give one that caprese recover wrote")
     if not hub.is_hub_id(repo):
@@ -51,7 +53,7 @@ def push(
         _check_run(source, report)
         files |= {name: source / name for name in _RUN if (source / name).is_file()}
         files |= {f"plots/{path.name}": path for path in sorted((source / "plots").glob("*.png"))}
-    card = render_card({**report, **terms}, repo) if report else _bare_card(adapter, terms, repo)
+    card = _card(report, terms, repo) if report else _bare_card(adapter, terms, repo)
     files["README.md"] = card.encode()
     sizes = {name: len(f) if isinstance(f, bytes) else f.stat().st_size for name, f in files.items()}
     facts = {"repo": repo, "url": None, "commit": None, "license": terms.get("license"), "files": sizes}
@@ -62,6 +64,22 @@ def push(
             repo, files, message, private=private, stale=lambda path: path in ours or path.startswith("plots/")
         )
     return facts
+
+
+def _card(report: dict[str, Any], terms: dict[str, str], repo: str) -> str:
+    with _holding():
+        return render_card({**report, **terms}, repo)
+
+
+@contextmanager
+def _holding() -> Iterator[None]:
+    """What is read of a report inside has the shape that a report has, or one line says that it has not."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CapreseError(
+            f"{REPORT} does not hold what a report does ({error!r}); run caprese recover again"
+        ) from error
 
 
 def _check_run(directory: Path, report: dict[str, Any]) -> None:
@@ -120,9 +138,10 @@ def info(
     }
     report = opened.report()
     if report is not None:
-        facts["parameters"] = report.get("parameters", {}).get("adapter")
-        facts["recovered"] = summary.recovered(report)
-        facts["quality"] = report.get("quality")
+        with _holding():
+            facts["parameters"] = report.get("parameters", {}).get("adapter")
+            facts["recovered"] = summary.recovered(report)
+            facts["quality"] = {name: dict(each) for name, each in (report.get("quality") or {}).items() if each}
     if model is not None:
         loaded, _ = opened.load_base(model, **how)
         try:

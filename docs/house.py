@@ -39,7 +39,7 @@ ROOMS = (
     "cli",
 )
 #: what every room may use, and what only names the others for `import caprese`
-GROUND = ("errors", "files", "progress")
+GROUND = ("errors", "files", "limits", "progress")
 DOORS = ("", "__main__")
 #: all that may lie at the root
 FILES = {

@@ -222,7 +222,7 @@ def damaged_base(name: str, change: Callable[[Path], None], *fragments: str) -> 
         simple(f"{name}_{verb}", lambda d, v=verb: getattr(d, v)("--model", d.other_base(change)), *fragments)
 
 
-damaged_base("base_config_damaged", lambda b: truncate(b / "config.json"), "config.json", "not JSON", "again")
+damaged_base("base_config_damaged", lambda b: truncate(b / "config.json"), "config.json", "damaged", "again")
 damaged_base("base_truncated", lambda b: truncate(b / "model.safetensors"), "truncated or damaged", "download")
 damaged_base(
     "base_weightless",
@@ -303,7 +303,7 @@ simple("rank_of_many_digits", lambda d: d.recover("--rank", "7" * 4400), "from 1
 simple("seed_too_large", lambda d: d.recover("--seed", 2**40), "seed: input should be less than")
 simple("recipe_null", lambda d: d.recover("--recipe", "my\0recipe"), "cannot read recipe", "null")
 simple("output_null", lambda d: d.recover("--output", "my\0result"), "cannot write", "null", "--output")
-simple("recipe_name_too_long", lambda d: d.recover("--recipe", "my" * 3000), "cannot read recipe", "too long")
+simple("recipe_name_too_long", lambda d: d.recover("--recipe", "my" * 3000), "is no path", "too long", "give another")
 for name, text in {
     "a_list": "method: [cats]",
     "a_number": "method: 7",
@@ -333,7 +333,63 @@ simple("sparsity_words", lambda d: d.recover("--sparsity", "half"), "--sparsity 
 simple("reselect_zero", lambda d: d.recover("--reselect-every", 0), "reselect_every: input should be greater than")
 simple("reselect_dense", lambda d: d.generate("--reselect-every", 8), "goes with --adapter")
 simple("adapter_without_name", lambda d: d.generate("--adapter", ""), "no adapter at ''")
-simple("adapter_name_too_long", lambda d: ["info", "so/" + "long" * 2000], "is no hub id")
+simple("output_of_nobody", lambda d: [*d.recover(), "--output", "~nosuchuser/out"], "~nosuchuser", "is no path")
+simple("output_with_a_null", lambda d: [*d.recover(), "--output", "a\0b"], "is no path", "null")
+simple("adapter_half_a_character", lambda d: d.generate("--adapter", "a\ud83d"), "is no path")
+simple(
+    "samples_without_end", lambda d: d.recover("--overwrite", "--samples", 10**12), "less than or equal to 100000000"
+)
+simple(
+    "rate_without_bounds", lambda d: d.recipe("end_to_end: {learning_rate: 1.0e+300}"), "learning_rate", "equal to 10"
+)
+simple("temperature_of_nothing", lambda d: d.recipe("samples: {temperature: 1.0e-300}"), "temperature", "0.001")
+simple("seed_too_large", lambda d: d.recipe(f"seed: {2**70}"), "seed", "less than 4294967296")
+simple("number_of_5000_digits", lambda d: d.recipe("seed: " + "9" * 5000), "cannot read recipe", "4300 digits")
+simple("layers_of_truth", lambda d: d.recipe("method: griffin:0.5\nlayers: [true]"), "layers", "valid integer")
+simple("name_of_5000_characters", lambda d: d.recipe("model: " + "m" * 5000), "at most 4096 characters")
+simple("nested_without_end", lambda d: d.recipe("method: " + "[" * 5000), "recipe")
+simple("anchors_in_anchors", lambda d: d.recipe(
+    "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)) + "method: *a11"
+), "over 100,000 values")  # fmt: skip
+
+
+def another_shape(name: str, text: str) -> None:
+    """Files of an adapter and of a base that are JSON and nothing that they ought to be."""
+
+    def adapter(file: str) -> Case:
+        return lambda d: [str((d.out / file).write_text(text) and "info"), str(d.out)]
+
+    for file in ("report.json", "adapter_config.json", "caprese_config.json"):
+        simple(f"{file}_is_{name}", adapter(file), file, "damaged")
+    base = lambda d: d.recover("--model", d.other_base(lambda b: (b / "config.json").write_text(text)))  # noqa: E731
+    simple(f"base_config_is_{name}", base, "config.json", "damaged")
+
+
+another_shape("a_list", "[]")
+another_shape("a_number", "7")
+another_shape("deep", '{"a":' * 30_000 + "1" + "}" * 30_000)
+
+
+@case("altered", "recover again")
+def figures_edited(d: Desk) -> list[str]:
+    edit_json(d.out / "report.json", lambda report: report["quality"]["recovered"].update(kl=0.0))
+    return ["push", str(d.out), "someone/else", "--dry-run"]
+
+
+@case("recipe.yaml", "altered after the run")
+def recipe_of_a_result_edited(d: Desk) -> list[str]:
+    path = d.out / "recipe.yaml"
+    path.write_text(path.read_text().replace("max_new_tokens: ", "max_new_tokens: 1"))
+    return ["eval", "-m", str(d.base), "-a", str(d.out)]
+
+
+@case("caprese_config.json", "damaged", "no name")
+def method_without_a_name(d: Desk) -> list[str]:
+    edit_json(d.out / "caprese_config.json", lambda c: c["methods"][0].update(name=["griffin"]))
+    return ["info", str(d.out)]
+
+
+simple("adapter_name_too_long", lambda d: ["info", "so/" + "long" * 2000], "is no path", "too long")
 simple("reselect_negative", lambda d: d.recovered("--reselect-every", -3), "reselect_every -3", "from 1")
 
 # prompts

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -25,13 +23,13 @@ from caprese.adapters.lora import deciding, digest_of, lora_config
 from caprese.adapters.sidecar import CALIBRATION, CONFIG, FILES, SIDECAR, STAND_INS, WEIGHTS, Sidecar, public_id
 from caprese.efficient_methods import Method, methods_by_layer
 from caprese.errors import CapreseError
-from caprese.files import sha256
+from caprese.files import path_of, read_json, read_sealed, sha256
 from caprese.models import base_of, load_base, resolve, unwrap
 
 #: of the run that made it, where they lie beside
 RECIPE, REPORT = "recipe.yaml", "report.json"
 # as PEFT names their first matrices [r, D]
-_BRANCH = re.compile(r"base_model\.model\.(.+\.recovery)\.lora_A\.weight")
+_BRANCH = re.compile(r"base_model\.model\.(.+\.\d+\..+\.recovery)\.lora_A\.weight")
 
 
 @dataclass(frozen=True)
@@ -168,13 +166,11 @@ class Adapter:
         path = self.directory / REPORT
         if not path.is_file():
             return None
-        try:
-            report: dict[str, Any] = json.loads(path.read_bytes())
-            digest = report.get("adapter_digest")
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise CapreseError(f"{path} is damaged ({error}); run caprese recover again, or delete it") from error
-        if digest != self.digest:
-            raise CapreseError(f"{path} is of another adapter than the one beside it; delete it, or run recover again")
+        remedy = "run caprese recover again, or delete it"
+        first = self.sidecar.caprese_version == "0.1.0"  # whose reports have no digest of themselves
+        report = (read_json if first else read_sealed)(path, remedy, f"{REPORT} of {self}")
+        if report.get("adapter_digest") != self.digest:
+            raise CapreseError(f"{REPORT} of {self} is of another adapter than the one beside it; {remedy}")
         return report
 
     def base_revision(self, base: str) -> str | None:
@@ -250,10 +246,9 @@ class Adapter:
 
 def _find(name: str | os.PathLike[str], revision: str | None) -> tuple[Path, str | None]:
     """The directory with an adapter's files, and on the hub their commit."""
-    local = Path(name).expanduser()
-    with contextlib.suppress(OSError):  # a name too long for a file
-        if str(name) and local.is_dir():
-            return local, None
+    local = path_of(name)
+    if str(name) and local.is_dir():
+        return local, None
     repo, _, at = str(name).partition("@")
     if not is_hub_id(repo):
         raise CapreseError(f"no adapter at {str(name)!r}: neither a directory nor a hub id like 'owner/name'")
@@ -269,11 +264,9 @@ def _present(path: Path, name: str | os.PathLike[str]) -> Path:
 
 def _read_config(path: Path, name: str | os.PathLike[str]) -> dict[str, Any]:
     """PEFT's."""
-    try:
-        config: dict[str, Any] = json.loads(path.read_bytes())
-        config["r"], config.get("rank_pattern")
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise CapreseError(f"{CONFIG} of {name} is damaged ({error!r}); fetch or make the adapter again") from error
+    config = read_json(path, "fetch or make the adapter again", f"{CONFIG} of {name}")
+    if not isinstance(config.get("r"), int):
+        raise CapreseError(f"{CONFIG} of {name} is damaged (its r is no number); fetch or make the adapter again")
     return config
 
 

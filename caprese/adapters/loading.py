@@ -96,14 +96,12 @@ def load(
         _check_slots(base, adapter)
         _set_stand_ins(base, stand_ins, adapter)
         model = PeftModel.from_pretrained(base, str(adapter.directory))
-    except CapreseError:
-        if not applied:
-            remove(base)
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except BaseException as error:
         if not applied:  # the base goes back as it came
             empty_slots(base)
             remove(base)
+        if isinstance(error, CapreseError) or not isinstance(error, Exception):
+            raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CapreseError(f"{CONFIG} of {adapter} is damaged ({first}); fetch or make the adapter again") from error
     if stand_ins:

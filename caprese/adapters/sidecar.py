@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator
 
 from caprese.efficient_methods import Method, Prefill, compose, known_methods, make_method
 from caprese.errors import CapreseError
+from caprese.files import path_of
 
 SIDECAR = "caprese_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -44,13 +44,23 @@ class BaseFacts(BaseModel):
         return f"{self.id}@{self.revision}" if self.revision else self.id
 
 
+def _is_named(facts: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(facts.get("name"), str):
+        raise ValueError("a method has no name")
+    return facts
+
+
+#: a method's name and settings
+NamedFacts = Annotated[dict[str, Any], AfterValidator(_is_named)]
+
+
 class Sidecar(BaseModel):
     """caprese_config.json: what was done to which base."""
 
     model_config = ConfigDict(extra="allow")
 
     caprese_version: str
-    methods: list[dict[str, Any]]
+    methods: list[NamedFacts]
     reselect_every: int | None = None
     prefill: Prefill = "dense"
     base: BaseFacts
@@ -93,5 +103,5 @@ class Sidecar(BaseModel):
 
 def public_id(name: str) -> str:
     """A hub id as it is; of a local path only the last part, so that nobody's directories end in a file."""
-    path = Path(name).expanduser()
+    path = path_of(name)
     return path.resolve().name if name and (name.startswith(("/", ".", "~")) or path.exists()) else name

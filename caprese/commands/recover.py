@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +20,7 @@ from caprese.commands.options import (
 )
 from caprese.commands.verb import is_main
 from caprese.errors import CapreseError
+from caprese.files import path_of
 from caprese.progress import say, show
 
 
@@ -213,7 +215,7 @@ def recover(flags: Flags) -> None:
     loaded, tokenizer = load_base(
         resolved.model, revision=resolved.revision, dtype=resolved.dtype, device=resolved.device
     )
-    whole = Path(resolved.output).expanduser() / "base"
+    whole = path_of(resolved.output) / "base"
     if flags.full:
         check_keepable(loaded, whole, flags.overwrite)
     report = run(loaded, tokenizer, resolved, overwrite=flags.overwrite)
@@ -230,4 +232,5 @@ def recover(flags: Flags) -> None:
     show(report, flags.as_json, describe_recovery)
     say(f"\nreport: {Path(resolved.output) / 'report.html'}")
     name = whole if flags.full else resolved.model
-    say(f"try it: caprese generate --model {name} --adapter {resolved.output} --prompt '...'")
+    words = ["caprese", "generate", "--model", str(name), "--adapter", resolved.output, "--prompt", "..."]
+    say(f"try it: {shlex.join(words)}")

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from caprese.data_gen.prompts import Encode, encoder
 from caprese.data_gen.sources import OWN, PLACES, Source, read_sources
+from caprese.limits import Count, Some, Temperature
 
 
 def _facts(sources: Sequence[Source]) -> list[dict[str, Any]]:
@@ -33,25 +34,25 @@ class Samples(BaseModel):
     """Put before every prompt but those of `self`."""
     chat_template: bool = True
     """Use the model's chat template if it has one."""
-    train: Annotated[int, Field(ge=1)] = 20_000
+    train: Count = 20_000
     """Samples to distil from."""
-    validation: Annotated[int, Field(ge=1)] = 64
+    validation: Count = 64
     """Held-out samples that choose ridge and checkpoints."""
-    test: Annotated[int, Field(ge=1)] = 200
+    test: Count = 200
     """Held-out samples that only the report sees."""
     max_new_tokens: Annotated[int, Field(ge=2)] = 512
     """Length limit of a completion, in tokens."""
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.7
+    temperature: Temperature = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
-    elsewhere: Annotated[int, Field(ge=0)] = 60
+    elsewhere: Some = 60
     """Held-out prompts of other kinds, which come with caprese (60 of them); only the report sees them."""
-    self_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    self_temperature: Temperature = 1.0
     """At which the model writes the prompts of `self`."""
     self_tokens: Annotated[int, Field(ge=2)] = 128
     """Length limit of a prompt of `self`, in tokens; longer ones are dropped."""
-    batch_size: Annotated[int, Field(ge=1)] = 32
+    batch_size: Count = 32
     """Sequences generated together."""
-    shard_size: Annotated[int, Field(ge=1)] = 512
+    shard_size: Count = 512
     """Samples per file; an interrupted run loses at most one."""
 
     @property

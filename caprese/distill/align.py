@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from caprese.distill.batches import Batch
 from caprese.distill.checkpoints import Checkpoints, shared
 from caprese.distill.descend import Descent, descend
 from caprese.efficient_methods import Method, Objective
+from caprese.limits import Amount, Rate, Some
 from caprese.models import device_of
 
 
 class Alignment(Descent):
     """Stage 2, where a method trains something in the place of attentions: what they gave is learned."""
 
-    epochs: Annotated[int, Field(ge=0)] = 1
+    epochs: Some = 1
     """Passes over the samples with every stand-in alone, on what its attention saw; 0 skips this part."""
-    hidden_epochs: Annotated[int, Field(ge=0)] = 0
+    hidden_epochs: Some = 0
     """Passes after those with all of them in place, learning the dense model's hidden states after every layer."""
-    matrices: Annotated[float, Field(ge=0)] = 0.0
+    matrices: Amount = 0.0
     """With every stand-in alone: the weight, beside what it gives, of how it mixes tokens; takes memory by the square
     of the text's length."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: Rate = 1e-3
     """Peak of a linear schedule with 2% warm-up."""
 
 

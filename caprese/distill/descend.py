@@ -21,6 +21,7 @@ from caprese.distill.batches import Batch
 from caprese.distill.checkpoints import Checkpoints, shared
 from caprese.efficient_methods import stand_ins
 from caprese.errors import CapreseError
+from caprese.limits import Amount, Count, Rate, Some
 from caprese.models import device_of
 
 
@@ -29,20 +30,20 @@ class Descent(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    epochs: Annotated[int, Field(ge=0)] = 3
+    epochs: Some = 3
     """Passes over the samples; 0 skips the stage."""
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    learning_rate: Rate = 2e-4
     """Peak of a linear schedule with 2% warm-up; smaller for larger models."""
-    batch_size: Annotated[int, Field(ge=1)] = 16
+    batch_size: Count = 16
     """Sequences in one optimiser step; a multiple of micro_batch."""
-    micro_batch: Annotated[int, Field(ge=1)] = 8
+    micro_batch: Count = 8
     """Sequences in one forward pass; gradients accumulate up to batch_size."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip: Annotated[float, Field(gt=0)] = 1.0
+    weight_decay: Amount = 0.0
+    clip: Annotated[Amount, Field(gt=0)] = 1.0
     """Largest gradient norm."""
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.02
     """Fraction of the steps in which the rate rises."""
-    checkpoint_every: Annotated[int, Field(ge=1)] = 5
+    checkpoint_every: Count = 5
     """Optimiser steps between two saved states: what a kill can cost."""
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from caprese.distill.checkpoints import Checkpoints
 from caprese.distill.descend import Course, Descent, descend
 from caprese.distill.losses import Divergence, hidden_loss, hidden_mse, kl_divergence, sharpened, total_variation
 from caprese.distill.teacher import HeldOut, Teacher
+from caprese.limits import Amount, Count
 
 
 class EndToEnd(Descent):
@@ -27,10 +28,10 @@ class EndToEnd(Descent):
     states. tv: their total variation, the chance that a drafted token is refused (see docs/lossless.md)."""
     temperature: Annotated[float, Field(ge=0.05, le=20)] = 1.0
     """Of both distributions in kl and tv."""
-    rounds: Annotated[int, Field(ge=1)] = 1
+    rounds: Count = 1
     """Rounds of `epochs` each, in which ever more layers act, the last with all of them (stepwise replacement,
     arXiv 2408.15237, section 4.1)."""
-    cache_gigabytes: Annotated[float, Field(ge=0)] = 3.0
+    cache_gigabytes: Amount = 3.0
     """Memory for what does not change between epochs: prompt KV caches and the teacher's hidden states."""
 
     @property

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from caprese.distill.batches import Batch, completion_hidden, prefill
 from caprese.distill.precision import exact_products
 from caprese.efficient_methods import EfficientFFN, Observer, applied_ffns
+from caprese.limits import Amount, Count, Rate
 from caprese.models import device_of
 
 RIDGES = (0.0, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -31,18 +32,18 @@ class Layerwise(BaseModel):
     how: Literal["closed", "sequential", "adam", "none"] = "closed"
     """closed: reduced-rank regression in one pass. sequential: the same, layer after layer on the inputs the recovered
     layers below produce; holds the hidden states of all samples. adam: the paper's own recipe. none: start at zero."""
-    ridge: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    ridge: Amount | Literal["auto"] = "auto"
     """lambda as a fraction of the mean of Cxx's diagonal; "auto" takes, for each layer, the best of a grid on the
     validation samples."""
-    batch_size: Annotated[int, Field(ge=1)] = 16
+    batch_size: Count = 16
     """Sequences in one forward pass."""
-    checkpoint_every: Annotated[int, Field(ge=1)] = 512
+    checkpoint_every: Count = 512
     """closed: samples between two saved states: what a kill can cost."""
-    epochs: Annotated[int, Field(ge=1)] = 20
+    epochs: Count = 20
     """adam: passes over the samples."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: Rate = 1e-3
     """adam: peak rate; linear decay after 2% warm-up."""
-    token_batch: Annotated[int, Field(ge=1)] = 128
+    token_batch: Count = 128
     """adam: tokens in one optimiser step."""
     cache_activations: bool = True
     """adam: keep every x and E in memory instead of running the model again each epoch."""

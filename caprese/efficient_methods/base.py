@@ -27,6 +27,7 @@ from caprese.efficient_methods.stand_in import Acting, Objective, StandInWeights
 from caprese.efficient_methods.tokens import Tokens
 from caprese.errors import CapreseError
 from caprese.kernels import PackedFFN
+from caprese.limits import LONGEST
 from caprese.models import FFN, Site
 
 #: something that is measured, by what it is called
@@ -52,7 +53,7 @@ class Method(BaseModel):
     Shapes: x is [B, T, D]; a and z (see `models.FFN`) are [B, T, F]; masks [B, T].
     """
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, str_max_length=LONGEST, frozen=True)
     name: ClassVar[str]
     summary: ClassVar[str] = ""
     """One line for `caprese methods`."""

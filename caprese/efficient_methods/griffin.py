@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from caprese.efficient_methods.base import FromPrompt, Part, Reads, Source
 from caprese.kernels import PackedFFN
+from caprese.limits import Amount
 from caprese.models import FFN
 
 
@@ -32,7 +33,7 @@ class Griffin(FromPrompt):
 
     score: Literal["activation", "output"] = "activation"
     """output: s_j ||down_:j||_2, what a neuron adds to the FFN's output, in place of s_j."""
-    prior: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    prior: Amount = 0.0
     """Calibration samples weigh as much as this many prompt tokens; 0 is the prompt alone."""
 
     @model_validator(mode="after")

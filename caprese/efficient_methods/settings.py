@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import PlainValidator
+from pydantic import Field, PlainValidator
 
 from caprese.errors import CapreseError
 
@@ -35,5 +35,5 @@ def check_sparsity(value: Any) -> float | list[float]:
     return [float(number) for number in each] if isinstance(value, list) else float(value)
 
 
-Layers = Literal["all", "first-half"] | list[int]
+Layers = Literal["all", "first-half"] | list[Annotated[int, Field(strict=True)]]
 Sparsity = Annotated[float | list[float], PlainValidator(check_sparsity)]

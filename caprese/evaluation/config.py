@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pydantic import BaseModel, ConfigDict
 
-from pydantic import BaseModel, ConfigDict, Field
+from caprese.limits import Count, Some
 
 
 class Evaluation(BaseModel):
@@ -14,9 +14,9 @@ class Evaluation(BaseModel):
 
     generate: bool = True
     """Let efficient and recovered answer the test prompts too: accuracy and length in free generation."""
-    latency_tokens: Annotated[int, Field(ge=0)] = 64
+    latency_tokens: Some = 64
     """Tokens over which TTNT is measured, variants interleaved; 0 skips it."""
-    examples: Annotated[int, Field(ge=0)] = 6
+    examples: Some = 6
     """Completions shown side by side in the report."""
-    batch_size: Annotated[int, Field(ge=1)] = 16
+    batch_size: Count = 16
     """Sequences in one forward pass."""

@@ -44,7 +44,7 @@ from caprese.exports.card import card
 from caprese.exports.compressed import check_compressible, check_scheme, save_checkpoint, stored_bytes
 from caprese.exports.gguf import convert, find_converter
 from caprese.exports.neurons import Branch, named_weights, read_branch, round_up, widen
-from caprese.files import check_writable, whole_directory, write_text
+from caprese.files import check_writable, path_of, whole_directory, write_text
 from caprese.models import (
     FFN,
     base_of,
@@ -269,7 +269,7 @@ def check_target(to: str | os.PathLike[str], base: str, overwrite: bool) -> Path
     Raises:
         CapreseError: something else is there, or an earlier export that is not to be replaced.
     """
-    target, source = Path(to).expanduser(), Path(base)
+    target, source = path_of(to), Path(base)
     if not target.exists():
         return target
     if not target.is_dir() or (any(target.iterdir()) and not overwrite):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from caprese.errors import CapreseError
-from caprese.files import alone, cache_dir, whole_directory
+from caprese.files import alone, cache_dir, path_of, read_json, whole_directory
 from caprese.models.families import family_of
 from caprese.models.quickest import quickest_dtype
 
@@ -62,6 +63,10 @@ class Base:
         return self.model_id + at if self.name == self.model_id else f"{self.name} -> {self.model_id}{at}"
 
 
+# of a base, as others wrote it: what may stand in a card
+_NAME = re.compile(r"[\w.@~+/\\: -]{1,300}")
+
+
 def resolve(name: str, revision: str | None = None) -> Base:
     """An alias, a hub id or a local path -> what to load.
 
@@ -80,7 +85,7 @@ def resolve(name: str, revision: str | None = None) -> Base:
         return Base(name, name, str(found), revision)
     if name in ALIASES:
         return Base(name, ALIASES[name], ALIASES[name], revision)
-    path = Path(name).expanduser()
+    path = path_of(name)
     if path.is_dir():
         if (path / "adapter_config.json").is_file():
             raise CapreseError(
@@ -89,11 +94,11 @@ def resolve(name: str, revision: str | None = None) -> Base:
             )
         if not (path / "config.json").is_file():
             raise CapreseError(f"{name!r} is a directory without config.json; give a directory save_pretrained wrote")
-        try:
-            config = json.loads((path / "config.json").read_text())
-        except ValueError as error:
-            raise CapreseError(f"config.json in {name!r} is not JSON ({error}); get or save the model again") from error
-        return Base(name, config.get("_name_or_path") or path.resolve().name, str(path.resolve()), revision)
+        config = read_json(path / "config.json", "get or save the model again")
+        said, own = config.get("_name_or_path"), path.resolve().name
+        return Base(
+            name, said if isinstance(said, str) and _NAME.fullmatch(said) else own, str(path.resolve()), revision
+        )
     if name.count("/") == 1 and not name.startswith(("/", ".", "~")):
         return Base(name, name, name, revision)
     raise CapreseError(
@@ -269,8 +274,8 @@ def check_keepable(model: PreTrainedModel, directory: Path, overwrite: bool = Fa
     if overwrite or not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
     try:
-        held = json.loads((directory / "config.json").read_text()).get("_name_or_path")
-    except (OSError, ValueError, AttributeError):
+        held = read_json(directory / "config.json", "").get("_name_or_path")
+    except CapreseError:
         held = None
     if held != base_of(model).model_id:
         raise CapreseError(f"{directory} holds something else; move it, or give `overwrite=True`")

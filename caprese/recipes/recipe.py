@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -24,6 +25,8 @@ from caprese.efficient_methods import Griffin, Method, Prefill, Sparse, check_pr
 from caprese.efficient_methods.compose import parse_methods
 from caprese.errors import CapreseError
 from caprese.evaluation.config import Evaluation
+from caprese.files import path_of
+from caprese.limits import LONGEST, Count, Seed
 from caprese.recipes.spelling import fold, override, read_methods
 
 DIRECTORY = Path(__file__).parent
@@ -49,7 +52,7 @@ def _facts(methods: Sequence[Method]) -> list[dict[str, Any]]:
 class Recipe(BaseModel):
     """Everything one run of `recover` depends on."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, str_max_length=LONGEST)
 
     model: str | None = None
     """Alias, hub id or local path; may be left out when a loaded model is given."""
@@ -72,16 +75,16 @@ class Recipe(BaseModel):
     before recovery."""
     target_active: Annotated[float, Field(gt=0, lt=1)] | None = None
     """In place of a sparsity: as much, layer by layer, as leaves this fraction of the active parameters."""
-    reselect_every: Annotated[int, Field(ge=1)] | None = None
+    reselect_every: Count | None = None
     """Generated tokens after which they pass through the dense model once and the choice is made anew; null: never.
     Distillation and evaluation see the same."""
     prefill: Prefill = "dense"
     """How prompts run: dense, as in the paper and in caprese; efficient, through what is left, as an exported
     checkpoint runs them in any engine; or stored, through all neurons that are not removed for good, in the bits that
     methods store, which saves the memory of a dense copy. Calibration, distillation and evaluation see the same."""
-    calibration_samples: Annotated[int, Field(ge=1)] = 64
+    calibration_samples: Count = 64
     """Training samples from which methods such as static and teal choose, and auto measures."""
-    rank: Annotated[int, Field(ge=1)] | Literal["auto"] = 256
+    rank: Count | Literal["auto"] = 256
     """Rank of each branch; auto spreads `budget` over the layers by their measured error curves."""
     budget: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """rank auto: adapter parameters as a fraction of the base."""
@@ -90,7 +93,7 @@ class Recipe(BaseModel):
     autocast: bool = False
     """Sampling and training multiply in bfloat16 where this machine is faster at it, which is measured when a run
     begins, and the model is in float32; what is measured of the result is not."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = 0
     output: str = "out"
     """Directory for the result; a rerun goes on there."""
     samples: Samples = Samples()
@@ -172,15 +175,35 @@ def names() -> list[str]:
     return sorted(path.stem for path in DIRECTORY.glob("*.yaml"))
 
 
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+_short.maxlevel = 3
+# of what a recipe holds, written out: far more than any has
+_LARGEST = 100_000
+
+
+def _check_size(raw: Any) -> None:
+    """Anchors that hold anchors are a few lines of text, and do not end when they are written out."""
+    left, seen = [raw], 0
+    while left:
+        each = left.pop()
+        seen += 1
+        if seen > _LARGEST:
+            raise ValueError(f"over {_LARGEST:,} values")
+        left += each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
+
+
 def explain(error: ValidationError, source: str) -> CapreseError:
     """pydantic's findings in one line: where, what, and what is allowed."""
     parts = []
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"]) or "recipe"
+        where = ".".join(str(part)[:80] for part in item["loc"]) or "recipe"
         if item["type"] == "extra_forbidden":
             parts.append(f"unknown key {where!r} (caprese recipes show smollm2-135m lists all)")
         else:
-            parts.append(f"{where}: {item['msg'].removeprefix('Value error, ').lower()} (given {item['input']!r})")
+            parts.append(
+                f"{where}: {item['msg'].removeprefix('Value error, ').lower()} (given {_short.repr(item['input'])})"
+            )
     return CapreseError(f"{source}: " + "; ".join(dict.fromkeys(parts)))
 
 
@@ -201,9 +224,10 @@ def read_yaml(name: str) -> tuple[dict[str, Any], str]:
     """
     path = DIRECTORY / f"{name}.yaml"
     if name not in names():
-        path = Path(name).expanduser()
+        path = path_of(name)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        _check_size(raw)
     except FileNotFoundError as error:
         raise CapreseError(f"no recipe {name!r}: neither shipped ({', '.join(names())}) nor a file") from error
     except IsADirectoryError as error:
@@ -212,7 +236,9 @@ def read_yaml(name: str) -> tuple[dict[str, Any], str]:
         mark = getattr(error, "problem_mark", None)
         at = f" at line {mark.line + 1}" if mark else ""
         raise CapreseError(f"recipe {path} is not valid YAML{at}; see caprese recipes show smollm2-135m") from error
-    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+    except RecursionError as error:
+        raise CapreseError(f"recipe {path} is nested too deeply; see caprese recipes show smollm2-135m") from error
+    except (OSError, ValueError) as error:
         raise CapreseError(f"cannot read recipe {name!r} ({getattr(error, 'strerror', None) or error})") from error
     if not isinstance(raw, dict):
         raise CapreseError(f"recipe {path} is not a mapping of keys to values")

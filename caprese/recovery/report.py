@@ -13,6 +13,7 @@ from caprese.data_gen import Sample, describe, public_names
 from caprese.distill import Fitted
 from caprese.efficient_methods import applied_ffns, facts_of, phases_of, stand_ins
 from caprese.evaluation import environment
+from caprese.files import path_of
 from caprese.models import base_of, base_terms, unwrap
 from caprese.recipes import Recipe
 from caprese.recovery.run import Run
@@ -26,7 +27,7 @@ def portable(recipe: Recipe, revision: str | None) -> Recipe:
     samples = recipe.samples.model_copy(update={"prompts": prompts})
     places = {
         "model": public_id(recipe.model) if recipe.model else None,
-        "output": Path(recipe.output).expanduser().resolve().name,
+        "output": path_of(recipe.output).resolve().name,
         "samples": samples,
     }
     return recipe.model_copy(update={**places, "revision": revision or recipe.revision})

@@ -24,7 +24,7 @@ from caprese.distill import Checkpoints
 from caprese.distill.checkpoints import Kept, shared
 from caprese.efficient_methods import Method, facts_of
 from caprese.errors import CapreseError
-from caprese.files import read_tensors, sha256, write_json, write_tensors
+from caprese.files import read_json, read_sealed, read_tensors, sha256, write_json, write_tensors
 from caprese.progress import bar, say
 from caprese.recipes import Recipe, resolve_recipe
 from caprese.report.write import PAGES, write_report
@@ -96,8 +96,10 @@ class Run(Checkpoints):
         path = self.directory / "report.json"
         if _identity_in(path) != self.identity:
             return None
-        report: dict[str, Any] = json.loads(path.read_text())
-        if not isinstance(report.get("files"), dict):  # of caprese 0.1.0, whose reports vouched for nothing, or damaged
+        try:
+            report = read_sealed(path, "made again")
+        except CapreseError as error:  # or of caprese 0.1.0, whose reports vouched for nothing
+            say((str(error), "yellow"))
             return None
         mark = self.state / "identity.json"
         if mark.exists() and _identity_in(mark) != self.identity:  # another job is half way through here
@@ -200,9 +202,9 @@ class Run(Checkpoints):
 def _identity_in(path: Path) -> str | None:
     """Whose result it is; nobody's if the file is damaged."""
     try:
-        found = json.loads(path.read_text()).get("identity")
+        found = read_json(path, "").get("identity")
         return None if found is None else str(found)
-    except (OSError, ValueError, AttributeError):
+    except CapreseError:
         return None
 
 
@@ -216,6 +218,11 @@ def beside(adapter: Adapter) -> tuple[Samples, set[str]]:
     """
     report = adapter.report() or {}  # where it is another's, so are recipe and samples
     recipe = adapter.recipe
+    known = report.get("files", {}).get("recipe.yaml")
+    if recipe is not None and known is not None and sha256(recipe) != known:
+        raise CapreseError(
+            f"recipe.yaml of {adapter} was altered after the run; run caprese recover again, which makes it anew"
+        )
     samples = Samples(max_new_tokens=128) if recipe is None else resolve_recipe(str(recipe)).samples
     vouched = [Path(name).name for name in report.get("files") or () if name.startswith("samples/")]
     return samples, trained_prompts(adapter.directory / "samples", vouched)

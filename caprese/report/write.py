@@ -10,7 +10,7 @@ import yaml
 
 from caprese.adapters.sidecar import FILES
 from caprese.evaluation import finite
-from caprese.files import sha256, write_json, write_text
+from caprese.files import sha256, write_sealed, write_text
 from caprese.report.card import render_card
 from caprese.report.html import render_html
 from caprese.report.plots import write_plots
@@ -22,7 +22,7 @@ PAGES = ("recipe.yaml", "report.html", "README.md", "plots/*.png")
 
 def write_report(report: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     """The recipe, plots, report.html, the model card README.md and, last, report.json with a digest of every other file
-    of the result; returns the report as written."""
+    of the result and of itself; returns the report as written."""
     final: dict[str, Any] = portable(finite(dict(report)))
     write_text(directory / "recipe.yaml", yaml.safe_dump(final["recipe"], sort_keys=False))
     write_plots(final, directory / "plots")
@@ -30,5 +30,5 @@ def write_report(report: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     write_text(directory / "README.md", render_card(final))
     paths = [path for name in (*FILES, *PAGES, "samples/*.parquet") for path in sorted(directory.glob(name))]
     final["files"] = {path.relative_to(directory).as_posix(): sha256(path) for path in paths}
-    write_json(directory / "report.json", final)
+    write_sealed(directory / "report.json", final)
     return final

@@ -314,7 +314,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return read_sealed(path)
+        return read_sealed(path, "drawn again")
     except CapreseError as error:
-        say((f"{error}; drawn again", "yellow"))
+        say((str(error), "yellow"))
         return None

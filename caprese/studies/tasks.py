@@ -19,7 +19,7 @@ from caprese.adapters import public_id
 from caprese.efficient_methods import phases
 from caprese.errors import CapreseError
 from caprese.evaluation.fidelity import VARIANTS, variant
-from caprese.files import at_work, check_writable, sha256, write_json
+from caprese.files import at_work, check_writable, path_of, read_json, sha256, write_json
 from caprese.models import base_of, ending
 from caprese.models.cache import roomy_cache
 from caprese.progress import bar, say
@@ -103,7 +103,7 @@ def _read_tasks(tasks: Sequence[str]) -> tuple[list[str], dict[str, Path]]:
     """(names, files by name): a task is a name lm-eval knows, or a YAML file of one's own."""
     names, files = [], {}
     for task in (each.strip() for each in tasks):
-        path = Path(task).expanduser()
+        path = path_of(task)
         if path.suffix not in (".yaml", ".yml"):
             names.append(task)
             continue
@@ -168,17 +168,14 @@ def run_tasks(
     lm_eval, _, Tracker = _harness()
     names, files = _read_tasks(tasks.names)
     check_writable(output)
-    more = sorted(Path(tasks.include).expanduser().rglob("*.yaml")) if tasks.include else []
+    more = sorted(path_of(tasks.include).rglob("*.yaml")) if tasks.include else []
     how = [tasks.limit, tasks.num_fewshot, tasks.chat_template, tasks.seed]
     settings = [identity, names, _digest([*files.values(), *more]), *how]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     path = output / "eval.json"
     done: dict[str, Any] = {}
     if path.is_file():
-        try:
-            held = json.loads(path.read_text())
-        except ValueError as error:
-            raise CapreseError(f"{path} is damaged ({error}); delete it and run again") from error
+        held = read_json(path, "delete it and run again")
         if held.get("identity") == key:
             done = held["results"]
         elif not overwrite:

@@ -21,6 +21,7 @@ from caprese.efficient_methods.passes import only
 from caprese.efficient_methods.stand_in import Acting, Objective, StandInWeights
 from caprese.efficient_methods.tokens import Tokens
 from caprese.errors import CapreseError
+from caprese.limits import Count, Seed, Some
 from caprese.models import Site
 from caprese.models.attention import read_attention
 
@@ -98,13 +99,13 @@ class Mamba(Method):
     """How many times as wide as a head its state is; what goes beyond attention's keys and queries starts at random."""
     per_head: bool = False
     """Whether heads that share keys and values get x and B of their own."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Of what is random in a mixer's start."""
     train: Literal["mixers", "all"] = "mixers"
     """What learns in replaced layers; all: FFNs and norms too, at a tenth of the mixers' rate."""
-    window: Annotated[int, Field(ge=1)] | None = None
+    window: Count | None = None
     """Tokens over which replaced layers also attend as they did, in bounded memory; null is none."""
-    sinks: Annotated[int, Field(ge=0)] = 4
+    sinks: Some = 4
     """First tokens of a text that are seen beside a window."""
     window_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Part of the texts for which a layer's window is hidden while mixers learn, or mixers may come to be ignored
