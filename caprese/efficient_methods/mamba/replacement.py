@@ -45,6 +45,10 @@ class Replacement(StandIn):
         self._parts = dict[str, nn.Module]()  # which it has not as modules of its own
         if settings.train == "all":
             self._parts = parts_of(site)
+            self._keys = {
+                name: {p: key_of(name, p) for p, _ in module.named_parameters(recurse=False)}
+                for name, module in self._parts.items()
+            }
             self.mixer.thawed = copies_of(self._parts)
         self._start: list[Mixer] = []  # and no module of it, which it would be by itself
 
@@ -66,7 +70,7 @@ class Replacement(StandIn):
         thawed = self.mixer.thawed
         if thawed is None or self.silent or self.phases.dense or not self.phases.acts_on(self.layer):
             return None
-        return {p: thawed[key_of(name, p)] for p, _ in self._parts[name].named_parameters(recurse=False)}
+        return {p: thawed[key] for p, key in self._keys[name].items()}
 
     @contextmanager
     def shown(self) -> Iterator[None]:
