@@ -60,12 +60,13 @@ class Thawed(nn.Module):
         own = owner.own(name)
         if own is None:
             return forward(*args, **kwargs)
-        known = self._parameters  # at every token, where a context manager is most of the time
-        self._parameters = {n: own[n].to(p.dtype) if n in own else p for n, p in known.items()}
+        module: Any = self
+        known = module._parameters  # at every token, where a context manager is most of the time
+        module._parameters = {n: own[n].to(p.dtype) if n in own else p for n, p in known.items()}
         try:
             return forward(*args, **kwargs)
         finally:
-            self._parameters = known
+            module._parameters = known
 
     @contextmanager
     def shown(self, own: Mapping[str, torch.Tensor]) -> Iterator[None]:
