@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from caprese import __version__
-from caprese.commands import bench, eval, export, generate, info, methods, push, recipes, recover, scale
+from caprese.commands import bench, doctor, eval, export, generate, info, methods, push, recipes, recover, scale
 from caprese.commands.verb import verb
 from caprese.progress import write
 
@@ -28,6 +28,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     info.info,
     export.export,
     methods.methods,
+    doctor.doctor,
 )
 RECIPE_VERBS: tuple[Callable[..., None], ...] = (recipes.ls, recipes.show, recipes.cp, recipes.validate)
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from caprese.errors import CapreseError
+from caprese.progress import say
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -53,7 +54,7 @@ def writing(path: Path) -> Iterator[None]:
     except CapreseError:
         raise
     except Exception as error:  # safetensors and tokenizers have kinds of their own for a full disk
-        if not isinstance(error, OSError) and _number(error) is None:
+        if _number(error) not in (*_REMEDIES, *_REFUSED):
             raise
         raise unwritable(path, error) from error
 
@@ -84,13 +85,10 @@ def whole_directory(target: Path) -> Iterator[Path]:
                         put_in_place(file, file)
                 if target.exists():
                     os.replace(target, before)
-                try:
-                    os.replace(made, target)
-                except OSError:
-                    if before.exists():
-                        os.replace(before, target)
-                    raise
+                os.replace(made, target)
             finally:
+                if before.exists() and not target.exists():
+                    os.replace(before, target)
                 for left in (made, before):
                     shutil.rmtree(left, ignore_errors=True)
 
@@ -109,17 +107,30 @@ def alone(lock: Path, at: Path, wait: float = 0) -> Iterator[None]:
     """
     who = lock.with_name(f"{lock.name}.json")
     held = FileLock(lock)
+    with writing(at):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            held.acquire(timeout=wait)
+        except Timeout as error:
+            raise CapreseError(f"another run is at work in {at}{_said(who)}; wait for it, or stop it") from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            say((f"{at}: no locks on this file system, so that nobody notices two runs at once", "yellow"))
     try:
-        held.acquire(timeout=wait)
-    except Timeout as error:
-        raise CapreseError(f"another run is at work in {at}{_said(who)}; wait for it, or stop it") from error
-    try:
-        who.write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": _now()}))
+        with contextlib.suppress(OSError):  # a courtesy
+            who.write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": _now()}))
         yield
     finally:
-        who.unlink(missing_ok=True)
-        held.release()
-        lock.unlink(missing_ok=True)
+        if held.is_locked:  # what is unlinked while it is held is nobody else's
+            for left in (who, lock):
+                with contextlib.suppress(OSError):
+                    left.unlink(missing_ok=True)
+            held.release()
+
+
+#: what says that a file system has none
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def _now() -> str:
@@ -147,6 +158,18 @@ _REMEDIES = {
     errno.EDQUOT: "free space within your quota",
     errno.EFBIG: "allow larger files (ulimit -f)",
 }
+_REFUSED = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EIO,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTEMPTY,
+)
 
 
 def unwritable(path: Path, error: Exception) -> CapreseError:
@@ -297,7 +320,7 @@ def path_of(text: str | os.PathLike[str]) -> Path:
     try:
         said.encode("utf-8")  # half of a character is in no name
         path = Path(said).expanduser()
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.stat(path)
     except (ValueError, RuntimeError, OSError) as error:
         why = getattr(error, "strerror", None) or error

@@ -35,6 +35,7 @@ ROOMS = (
     "recovery",
     "plan",
     "publish",
+    "doctor",
     "commands",
     "cli",
 )
@@ -51,6 +52,7 @@ FILES = {
     "LICENSE",
     "Makefile",
     "README.md",
+    "SECURITY.md",
     "pyproject.toml",
 }
 FOLDERS = {".ci", ".github", "benchmarks", "caprese", "docs", "examples", "tests"}
@@ -59,7 +61,7 @@ LINKS = {"adapters", "data_gen", "efficient_methods", "recipes"}
 OWN_WORDS = {
     "mamba": ("efficient_methods.mamba", "kernels.scan"),
 }
-LISTS = ("", "efficient_methods", "efficient_methods.compose")
+LISTS = ("", "efficient_methods", "efficient_methods.compose", "doctor")
 MOST_LINES, MOST_CLI_LINES, MOST_PAGE_LINES, MOST_PARAMETERS = 400, 80, 150, 8
 
 

@@ -194,6 +194,7 @@ CASES: dict[str, tuple[Case, tuple[str, ...]]] = {}
 
 def case(*fragments: str) -> Callable[[Case], Case]:
     def add(function: Case) -> Case:
+        assert function.__name__ not in CASES, function
         CASES[function.__name__] = (function, fragments)
         return function
 
@@ -201,6 +202,7 @@ def case(*fragments: str) -> Callable[[Case], Case]:
 
 
 def simple(name: str, make: Case, *fragments: str) -> None:
+    assert name not in CASES, name
     CASES[name] = (make, fragments)
 
 
@@ -342,11 +344,14 @@ simple(
     "rate_without_bounds", lambda d: d.recipe("end_to_end: {learning_rate: 1.0e+300}"), "learning_rate", "equal to 10"
 )
 simple("temperature_of_nothing", lambda d: d.recipe("samples: {temperature: 1.0e-300}"), "temperature", "0.001")
-simple("seed_too_large", lambda d: d.recipe(f"seed: {2**70}"), "seed", "less than 4294967296")
+simple("seed_of_70_bits", lambda d: d.recipe(f"seed: {2**70}"), "seed", "less than 4294967296")
 simple("number_of_5000_digits", lambda d: d.recipe("seed: " + "9" * 5000), "cannot read recipe", "4300 digits")
 simple("layers_of_truth", lambda d: d.recipe("method: griffin:0.5\nlayers: [true]"), "layers", "given [True]")
 simple("name_of_5000_characters", lambda d: d.recipe("revision: " + "m" * 5000), "at most 4096 characters")
-simple("nested_without_end", lambda d: d.recipe("method: " + "[" * 5000), "recipe")
+simple("nested_without_end", lambda d: d.recipe("method: " + "[" * 5000), "nested too deeply")
+simple("merges_in_merges", lambda d: d.recipe("a0: &a0 {x: 1}\n" + "".join(
+    f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 12))
+), "over 100,000 values")  # fmt: skip
 simple("anchors_in_anchors", lambda d: d.recipe(
     "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)) + "method: *a11"
 ), "over 100,000 values")  # fmt: skip

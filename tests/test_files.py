@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -115,3 +116,36 @@ def test_two_are_not_at_work_in_one_place(tmp_path: Path) -> None:
     with alone(lock, Path("out")):
         assert json.loads((tmp_path / ".lock.json").read_text())["process"] == os.getpid()
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stop", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "ctrl-c"])
+def test_what_was_there_comes_back_between_the_two_steps(stop: BaseException, tmp_path: Path, monkeypatch) -> None:
+    target = tmp_path / "out"
+    full(target, "one")
+    real = os.replace
+
+    def fails(source: Path, goal: Path) -> None:
+        if str(source).endswith("/.out.tmp"):
+            raise stop
+        real(source, goal)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises((CapreseError, KeyboardInterrupt)):
+        full(target, "two")
+    assert (target / "text").read_text() == "one" and os.listdir(tmp_path) == ["out"]
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch, capsys) -> None:
+    def none(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(FileLock, "acquire", none)
+    full(tmp_path / "out", "one")
+    assert (tmp_path / "out" / "text").read_text() == "one" and "no locks" in capsys.readouterr().err
+
+
+def test_what_is_no_matter_of_the_disk_is_not_said_to_be(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="404"), whole_directory(tmp_path / "out"):
+        raise RuntimeError("Error code: 404")
+    with pytest.raises(OSError, match="Can't load"), whole_directory(tmp_path / "out"):
+        raise OSError("Can't load the model")

@@ -169,6 +169,9 @@ class Adapter:
         remedy = "run caprese recover again, or delete it"
         first = self.sidecar.caprese_version == "0.1.0"  # whose reports have no digest of themselves
         report = (read_json if first else read_sealed)(path, remedy, f"{REPORT} of {self}")
+        files = report.get("files", {})
+        if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
+            raise CapreseError(f"{REPORT} of {self} is damaged (its files are no digests by name); {remedy}")
         if report.get("adapter_digest") != self.digest:
             raise CapreseError(f"{REPORT} of {self} is of another adapter than the one beside it; {remedy}")
         return report

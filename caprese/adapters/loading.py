@@ -96,6 +96,12 @@ def load(
         _check_slots(base, adapter)
         _set_stand_ins(base, stand_ins, adapter)
         model = PeftModel.from_pretrained(base, str(adapter.directory))
+        if stand_ins:
+            OneStudent.put_on(model, adapter.sidecar.mixers_sha256)
+        settle(model)
+        unwrap(model).eval()
+        if not keep_dense:
+            drop_dense(model)
     except BaseException as error:
         if not applied:  # the base goes back as it came
             empty_slots(base)
@@ -104,12 +110,6 @@ def load(
             raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CapreseError(f"{CONFIG} of {adapter} is damaged ({first}); fetch or make the adapter again") from error
-    if stand_ins:
-        OneStudent.put_on(model, adapter.sidecar.mixers_sha256)
-    settle(model)
-    unwrap(model).eval()
-    if not keep_dense:
-        drop_dense(model)
     return model
 
 

@@ -40,7 +40,7 @@ class Samples(BaseModel):
     """Held-out samples that choose ridge and checkpoints."""
     test: Count = 200
     """Held-out samples that only the report sees."""
-    max_new_tokens: Annotated[int, Field(ge=2)] = 512
+    max_new_tokens: Annotated[int, Field(ge=2, le=10_000_000)] = 512
     """Length limit of a completion, in tokens."""
     temperature: Temperature = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
@@ -48,7 +48,7 @@ class Samples(BaseModel):
     """Held-out prompts of other kinds, which come with caprese (60 of them); only the report sees them."""
     self_temperature: Temperature = 1.0
     """At which the model writes the prompts of `self`."""
-    self_tokens: Annotated[int, Field(ge=2)] = 128
+    self_tokens: Annotated[int, Field(ge=2, le=10_000_000)] = 128
     """Length limit of a prompt of `self`, in tokens; longer ones are dropped."""
     batch_size: Count = 32
     """Sequences generated together."""

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from caprese.errors import CapreseError
-from caprese.limits import LONGEST
 
 #: the source that needs the model itself: prompts that it writes as its user
 OWN = "self"
@@ -21,7 +20,7 @@ PLACES = 9
 class Source(BaseModel):
     """One kind of prompts."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, str_max_length=LONGEST, frozen=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
     source: str
     """gym:TASK (reasoning-gym), chains:SPLIT (also fetching, local, retrieval), a .jsonl or .parquet file, a `datasets`

@@ -182,15 +182,18 @@ _short.maxlevel = 3
 _LARGEST = 100_000
 
 
-def _check_size(raw: Any) -> None:
+def _check_size(node: yaml.Node | None) -> None:
     """Anchors that hold anchors are a few lines of text, and do not end when they are written out."""
-    left, seen = [raw], 0
+    left, seen = [node], 0
     while left:
         each = left.pop()
         seen += 1
         if seen > _LARGEST:
             raise ValueError(f"over {_LARGEST:,} values")
-        left += each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
+        if isinstance(each, yaml.MappingNode):
+            left += [one for pair in each.value for one in pair]
+        elif isinstance(each, yaml.SequenceNode):
+            left += each.value
 
 
 def explain(error: ValidationError, source: str) -> CapreseError:
@@ -226,8 +229,9 @@ def read_yaml(name: str) -> tuple[dict[str, Any], str]:
     if name not in names():
         path = path_of(name)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        _check_size(raw)
+        text = path.read_text(encoding="utf-8")
+        _check_size(yaml.compose(text, Loader=yaml.SafeLoader))
+        raw = yaml.safe_load(text)
     except FileNotFoundError as error:
         raise CapreseError(f"no recipe {name!r}: neither shipped ({', '.join(names())}) nor a file") from error
     except IsADirectoryError as error:

@@ -19,6 +19,7 @@ import torch
 from accelerate import PartialState
 
 from caprese.adapters import Adapter
+from caprese.adapters.sidecar import SIDECAR
 from caprese.data_gen import VERSION, Samples, trained_prompts
 from caprese.distill import Checkpoints
 from caprese.distill.checkpoints import Kept, shared
@@ -60,6 +61,13 @@ class Run(Checkpoints):
             CapreseError: it is another's, and `overwrite` is not given.
         """
         mark = self.state / "identity.json"
+        ours = mark.exists() or any((self.directory / name).exists() for name in ("report.json", SIDECAR))
+        strange = [page for page in PAGES if any(self.directory.glob(page))]
+        if strange and not ours and not overwrite:
+            raise CapreseError(
+                f"{self.directory} holds {', '.join(strange)} that no run left there; choose another `output`, or give "
+                "`overwrite=True`"
+            )
         if not overwrite:
             held = "is half way through" if mark.exists() else "holds the result of"
             path = mark if mark.exists() else self.directory / "report.json"
