@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from caprese.errors import CapreseError
 from caprese.files import alone, whole_directory
