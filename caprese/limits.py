@@ -10,9 +10,9 @@ Count = Annotated[int, Field(ge=1, le=100_000_000)]
 """Of samples, tokens, steps or rows, at least one."""
 Some = Annotated[int, Field(ge=0, le=100_000_000)]
 """The same, or none."""
-Rate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
-"""A learning rate."""
-Temperature = Annotated[float, Field(ge=1e-3, le=100, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, le=1e38, allow_inf_nan=False)]
+"""A learning rate that float32 holds; one that is too high shows in the loss."""
+Temperature = Annotated[float, Field(ge=1e-4, le=100, allow_inf_nan=False)]
 """Of sampling; below it is greedy, and divides by what is all but 0."""
 Amount = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 """Anything else that is not below 0."""

@@ -341,9 +341,12 @@ simple(
     "samples_without_end", lambda d: d.recover("--overwrite", "--samples", 10**12), "less than or equal to 100000000"
 )
 simple(
-    "rate_without_bounds", lambda d: d.recipe("end_to_end: {learning_rate: 1.0e+300}"), "learning_rate", "equal to 10"
+    "rate_without_bounds",
+    lambda d: d.recipe("end_to_end: {learning_rate: 1.0e+300}"),
+    "learning_rate",
+    "equal to 1e+38",
 )
-simple("temperature_of_nothing", lambda d: d.recipe("samples: {temperature: 1.0e-300}"), "temperature", "0.001")
+simple("temperature_of_nothing", lambda d: d.recipe("samples: {temperature: 1.0e-300}"), "temperature", "0.0001")
 simple("seed_of_70_bits", lambda d: d.recipe(f"seed: {2**70}"), "seed", "less than 4294967296")
 simple("number_of_5000_digits", lambda d: d.recipe("seed: " + "9" * 5000), "cannot read recipe", "4300 digits")
 simple("layers_of_truth", lambda d: d.recipe("method: griffin:0.5\nlayers: [true]"), "layers", "given [True]")

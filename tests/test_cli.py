@@ -23,6 +23,7 @@ from caprese.commands.recover import recover as recover_verb
 from caprese.commands.verb import in_flags
 from caprese.data_gen import read_shard
 from caprese.evaluation import VARIANTS
+from caprese.files import read_sealed, sha256, write_sealed
 from caprese.models import ALIASES
 from caprese.models.loading import YARDSTICKS, pick_device
 from caprese.recipes import Recipe, names, resolve_recipe
@@ -234,6 +235,9 @@ def test_eval_samples_as_the_adapter_was_made_to(tiny_dir, adapter, tmp_path):
     recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
     recipe["samples"].update(instruction="Say it.", chat_template=False, temperature=0.3, top_p=0.5)
     (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    report = read_sealed(copy / "report.json", "")
+    files = {**report["files"], "recipe.yaml": sha256(copy / "recipe.yaml")}
+    write_sealed(copy / "report.json", {**report, "files": files})
     asked = ("eval", "--model", str(tiny_dir), "--adapter", str(copy), *SHORT)
     as_made = json.loads(call(*asked))["samples"]
     assert as_made == {k: v for k, v in recipe["samples"].items() if k not in ("train", "validation")} | {"test": 3}
@@ -260,7 +264,7 @@ def test_eval_does_not_ask_what_the_adapter_was_trained_on(tiny_dir, adapter, tm
 
 
 def test_json_alone_on_stdout(tiny_dir, adapter):
-    report = json.loads((adapter / "report.json").read_text())
+    report = read_sealed(adapter / "report.json", "")
     again = call(
         "recover",
         "--model",

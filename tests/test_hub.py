@@ -28,6 +28,7 @@ from caprese.adapters import Adapter
 from caprese.adapters import hub as client
 from caprese.cli import app
 from caprese.efficient_methods import phases_of
+from caprese.files import read_sealed, write_sealed
 
 runner = CliRunner()
 local = pytest.mark.skipif(REAL_HUB, reason="needs a hub that can be made to fail")
@@ -440,8 +441,8 @@ def test_what_is_damaged_is_not_pushed(finished, hub, tmp_path):
     with pytest.raises(caprese.CapreseError, match="truncated"):
         caprese.push(copy, "alice/x")
     copy = shutil.copytree(out, tmp_path / "second")
-    report = json.loads((copy / "report.json").read_text())
-    (copy / "report.json").write_text(json.dumps({**report, "adapter_digest": "0" * 32}))
+    report = read_sealed(copy / "report.json", "")
+    write_sealed(copy / "report.json", {**report, "adapter_digest": "0" * 32})
     with pytest.raises(caprese.CapreseError, match="is of another adapter"):
         caprese.push(copy, "alice/x")
     for content in ("{", "[]", "{}"):

@@ -423,7 +423,7 @@ def test_samples_of_a_recovered_model_are_those_drawn_alone(made: Path) -> None:
         (["--prompts", "chains:dev"], "no split 'dev'"),
         (["--reward", "nowhere"], "cannot load the reward model 'nowhere'"),
         (["--reward", "owner/nowhere"], "cannot load the reward model 'owner/nowhere'"),
-        (["--temperature", "0"], "temperature: input should be greater than or equal to 0.001"),
+        (["--temperature", "0"], "temperature: input should be greater than or equal to 0.0001"),
     ],
 )
 def test_bad_input(made: Path, tmp_path: Path, more: list[str], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
