@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 import caprese
 from caprese.data_gen import Sample, read_shard
+from caprese.files import read_sealed
 from caprese.models import Base, save_base
 from caprese.recipes import Recipe, resolve_recipe
 from caprese.recovery import stages
@@ -56,7 +57,7 @@ def test_the_whole_job(small_recipe, tmp_path, method):
 
     assert torch.equal(model(ids).logits, before)  # the model comes back as it was
     assert {p.name for p in out.iterdir()} == LEFT
-    assert report == json.loads((out / "report.json").read_text())
+    assert report == read_sealed(out / "report.json", "")
     for key in ("model", "method", "sparsity", "rank", "layers", "seed", "parameters", "quality", "recovered_fraction"):
         assert key in report
     q = report["quality"]
