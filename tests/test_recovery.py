@@ -84,7 +84,7 @@ def test_the_whole_job(small_recipe, tmp_path, method):
     assert again == report
     with pytest.raises(caprese.CapreseError, match="another recipe"):
         caprese.recover(model, tokenizer, recipe.model_copy(update={"sparsity": 0.3}))
-    assert json.loads((out / "report.json").read_text()) == report
+    assert read_sealed(out / "report.json", "") == report
 
 
 def test_samples_are_the_teachers_and_reproducible(small_recipe, tmp_path):
@@ -214,7 +214,7 @@ def test_hybrids_go_on_too(hybrid, unbroken_hybrid, tmp_path, name, count):
     assert {p.name for p in out.iterdir()} == LEFT | {"caprese_mixers.safetensors"}
     for file in ("adapter_model.safetensors", "caprese_mixers.safetensors"):
         assert digest(out / file) == digest(unbroken_hybrid / file)
-    reports = [json.loads((d / "report.json").read_text()) for d in (out, unbroken_hybrid)]
+    reports = [read_sealed(d / "report.json", "") for d in (out, unbroken_hybrid)]
     assert reports[0]["quality"] == reports[1]["quality"] and reports[0]["curves"] == reports[1]["curves"]
 
 
@@ -239,7 +239,7 @@ def test_kill_minus_nine_costs_nothing_but_time(command, unbroken, tmp_path, nam
     mine, theirs = (load_file(d / "adapter_model.safetensors") for d in (out, unbroken))
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
     assert digest(out / "adapter_model.safetensors") == digest(unbroken / "adapter_model.safetensors")
-    reports = [json.loads((d / "report.json").read_text()) for d in (out, unbroken)]
+    reports = [read_sealed(d / "report.json", "") for d in (out, unbroken)]
     assert reports[0]["quality"] == reports[1]["quality"]
     assert reports[0]["curves"] == reports[1]["curves"]
 
@@ -406,7 +406,7 @@ def test_two_processes_do_the_work_of_one(request, kind, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert {p.name for p in out.iterdir()} >= LEFT
-    two, one = (json.loads((d / "report.json").read_text()) for d in (out, unbroken))
+    two, one = (read_sealed(d / "report.json", "") for d in (out, unbroken))
     assert json.loads(done.stdout) == two
     assert two["quality"]["recovered"]["kl"] == pytest.approx(one["quality"]["recovered"]["kl"], rel=0.02)
     assert two["samples"] == one["samples"]
