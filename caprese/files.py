@@ -54,7 +54,7 @@ def writing(path: Path) -> Iterator[None]:
     except CapreseError:
         raise
     except Exception as error:  # safetensors and tokenizers have kinds of their own for a full disk
-        if _number(error) not in (*_REMEDIES, *_REFUSED):
+        if _number(error) not in errno.errorcode:
             raise
         raise unwritable(path, error) from error
 
@@ -158,18 +158,6 @@ _REMEDIES = {
     errno.EDQUOT: "free space within your quota",
     errno.EFBIG: "allow larger files (ulimit -f)",
 }
-_REFUSED = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.EIO,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-    errno.ENOENT,
-    errno.ENOTEMPTY,
-)
 
 
 def unwritable(path: Path, error: Exception) -> CapreseError:
