@@ -25,7 +25,7 @@ from caprese.errors import CapreseError
 from caprese.progress import say
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """`write(temporary)` beside `path`, flush to disk, then rename over it.
 
     Raises:
@@ -180,12 +180,12 @@ def _umask() -> int:
     return mask
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    write_atomic(path, lambda tmp: tmp.write_bytes(data))
+
+
 def write_text(path: Path, text: str) -> None:
-    write_atomic(path, lambda tmp: _write_text(tmp, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

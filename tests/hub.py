@@ -78,6 +78,7 @@ class Hub:
         server.socket.close()
         server.socket, server.server_address = bound, bound.getsockname()
         server.daemon_threads = True
+        server.handle_error = lambda *_: None  # type: ignore[method-assign]  # who is killed while asking is gone
         bound.listen(16)
         self.server = server
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()

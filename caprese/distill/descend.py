@@ -139,12 +139,13 @@ def descend(
             if world.num_processes > 1:
                 summed = reduce(summed, "sum")
                 _add_up(parameters, summed.device)
-            if not torch.isfinite(summed):
-                raise CapreseError(
-                    f"the loss is {float(summed)} at step {step + 1} of {name.replace('_', ' ')}; lower its "
-                    f"learning_rate (now {config.learning_rate:g})"
-                )
-            nn.utils.clip_grad_norm_(parameters, config.clip)
+            norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+            for what, value in (("loss", summed), ("gradient's norm", norm)):
+                if not torch.isfinite(value):  # before anything of it is kept
+                    raise CapreseError(
+                        f"the {what} is {float(value)} at step {step + 1} of {name.replace('_', ' ')}; lower its "
+                        f"learning_rate (now {config.learning_rate:g})"
+                    )
             rate = max(schedule.get_last_lr())
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from caprese.files import write_bytes
 from caprese.report.summary import VARIANTS, ratio
 
 CAPTIONS = {
@@ -68,13 +69,10 @@ DARK = Theme(
 
 def write_plots(report: dict[str, Any], directory: Path) -> list[Path]:
     """Write the plots that `report` has data for as PNG files into `directory`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, image in _render(report, LIGHT, "png").items():
-        path = directory / f"{name}.png"
-        path.write_bytes(image)
-        paths.append(path)
-    return paths
+    images = {directory / f"{name}.png": image for name, image in _render(report, LIGHT, "png").items()}
+    for path, image in images.items():
+        write_bytes(path, image)
+    return list(images)
 
 
 def plot_uris(report: dict[str, Any], dark: bool = False) -> dict[str, str]:

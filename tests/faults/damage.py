@@ -1,0 +1,171 @@
+"""Files of finished and of half-finished directories damaged, one at a time, and then used by all who read them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from faults.jobs import REPO, House, Job, Result, digests
+from faults.processes import Ended
+from faults.table import Table
+
+#: where a run is killed: in the n-th write of a file whose name begins so
+HALVES = {
+    "griffin": (("train-0000", 2), ("moments", 1), ("layerwise", 1), ("end_to_end", 3), ("recovered", 1)),
+    "hybrid": (("sensitivity", 2), ("alignment", 1), ("hidden_states", 1), ("round-1", 1), ("report.json", 1)),
+}
+DAMAGES: dict[str, Callable[[bytes, bytes, random.Random], bytes | None]] = {
+    "a flipped bit": lambda data, other, rng: flipped(data, rng),
+    "truncated": lambda data, other, rng: data[: rng.randrange(len(data))] if data else None,
+    "emptied": lambda data, other, rng: b"" if data else None,
+    "another run's": lambda data, other, rng: other if other != data else None,
+}
+
+
+def flipped(data: bytes, rng: random.Random) -> bytes | None:
+    if not data:
+        return None
+    changed = bytearray(data)
+    changed[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    return bytes(changed)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A directory to damage, another run's, and who reads it."""
+
+    name: str
+    directory: Path
+    other: Path
+    uses: list[Job]
+
+
+def damages(house: House, table: Table, count: int, seed: int, names: tuple[str, ...] = ()) -> None:
+    """`count` damages, spread over places, files and kinds; each is then met by all who read that place."""
+    rng = random.Random(seed)
+    places = [place for place in places_of(house) if not names or place.name.startswith(names)]
+    at = house.room / "damaged" / "out"
+    want = {place.name: dict(_unbroken(house, place, at)) for place in places}
+    queue = [
+        (place, path, kind)
+        for place in places
+        for path in sorted(p.relative_to(place.directory) for p in place.directory.rglob("*") if p.is_file())
+        for kind in DAMAGES
+    ]
+    done = 0
+    while done < count:
+        rng.shuffle(queue)
+        for place, path, kind in queue:
+            data, twin = (place.directory / path).read_bytes(), place.other / path
+            if kind == "another run's" and not twin.is_file():
+                continue
+            damaged = DAMAGES[kind](data, twin.read_bytes() if twin.is_file() else b"", rng)
+            if damaged is None:
+                continue
+            for use in place.uses:
+                _fresh(house, place, at)
+                (at / path).write_bytes(damaged)
+                ended = use.run(at)
+                what = f"{place.name}: {use.name}"
+                before = len(table.wrong)
+                table.note(kind, what, ended, use, at, want[place.name][use.name])
+                if len(table.wrong) > before:
+                    table.wrong[-1] = f"{path}: {table.wrong[-1]}"
+                    print(f"  that was {path}", flush=True)
+            done += 1
+            if done >= count:
+                break
+    table.damages += done
+
+
+def _unbroken(house: House, place: Place, at: Path) -> Iterator[tuple[str, Result]]:
+    for use in place.uses:
+        _fresh(house, place, at)
+        ended = use.run(at)
+        assert ended.code == 0, (place.name, use.name, ended.error)
+        yield use.name, use.result(at, ended)
+
+
+def _fresh(house: House, place: Place, at: Path) -> None:
+    house.hub.repos.clear()
+    shutil.rmtree(at.parent, ignore_errors=True)
+    at.parent.mkdir()
+    shutil.copytree(place.directory, at)
+
+
+def places_of(house: House) -> list[Place]:
+    found = []
+    for name in ("griffin", "static", "hybrid"):
+        readers = [house.recover(name), *_readers(house, name)]
+        found.append(Place(f"finished {name}", house.adapter(name), house.adapter(name, seed=1), readers))
+    for name, moments in HALVES.items():
+        for file, count in moments:
+            halves = [_half(house, name, seed, file, count) for seed in (0, 1)]
+            found.append(Place(f"half {name} at {file}", *halves, [house.recover(name)]))
+    for job in house.jobs():
+        if job.name in ("scale", "eval --tasks"):
+            made, other = house.unbroken(job)[2], house.place(f"other {job.name}")
+            assert Job(job.name, [*job.arguments, "--seed", "7"], job.result).run(other).code == 0
+            found.append(Place(f"finished {job.name}", made, other, [job]))
+    return found
+
+
+def _readers(house: House, name: str) -> list[Job]:
+    both = ["--model", str(house.base), "--adapter", "{out}", "--json"]
+    few = ["--samples", "4", "--latency-tokens", "0", "--prompts", "gym:simple_equations"]
+    readers = [
+        Job("info", ["info", "{out}", "--json"], _printed),
+        Job("generate", ["generate", *both, "--prompt", "1+1", "--max-new-tokens", "8"], _text),
+        Job("eval", ["eval", *both, *few, "--max-new-tokens", "8"], _quality),
+        Job("push", ["push", "{out}", REPO, "--json"], house.pushed),
+    ]
+    if name == "static":
+        to = ["--model", str(house.base), "--to", "{out}/../exported", "--samples", "0", "--json"]
+        readers.append(Job("export", ["export", "{out}", *to], _checkpoint))
+    return readers
+
+
+def _printed(out: Path, ended: Ended) -> Result:
+    return dict(json.loads(ended.said))
+
+
+def _text(out: Path, ended: Ended) -> Result:
+    return {"text": json.loads(ended.said)["text"]}
+
+
+def _quality(out: Path, ended: Ended) -> Result:
+    told = json.loads(ended.said)
+    return {key: told[key] for key in ("quality", "recovered_fraction", "settings") if key in told}
+
+
+def _checkpoint(out: Path, ended: Ended) -> Result:
+
+    return digests(out.with_name("exported"), "README.md")
+
+
+def _half(house: House, name: str, seed: int, file: str, count: int) -> Path:
+    """A directory as a kill in that write leaves it."""
+    out = house.place(f"half {name} {file}")
+    ended = house.recover(name, seed).run(out, first=lambda: dying(file, count))
+    assert ended.code == -signal.SIGKILL, (name, file, ended)
+    return out
+
+
+def dying(name: str, count: int) -> None:
+    """From now on this process dies in its `count`-th write of a file whose name begins with `name`."""
+    replace, left = os.replace, [count]
+
+    def replacing(source: str | Path, target: str | Path) -> None:
+        if Path(target).name.startswith(name):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    os.replace = replacing  # type: ignore[assignment]

@@ -1,0 +1,215 @@
+"""Jobs of the command line whose results are known, and what of a result has to be the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from conftest import byte_tokenizer, tiny_llama
+from hub import Hub
+
+from caprese.data_gen import load_prompts
+from faults.processes import Ended, call
+
+Result = dict[str, Any]
+REPO = "alice/pushed"
+
+RECIPE = """\
+model: {model}
+method: {method}
+rank: 4
+samples: {{prompts: 'gym:simple_equations', train: 24, validation: 6, test: 6, max_new_tokens: 12, elsewhere: 0,
+  batch_size: 8, shard_size: 8}}
+layerwise: {{how: {layerwise}, batch_size: 4, checkpoint_every: 4}}
+alignment: {{epochs: 1, hidden_epochs: 1, matrices: 0.1, batch_size: 4, micro_batch: 4, checkpoint_every: 2}}
+end_to_end: {{epochs: {epochs}, rounds: {rounds}, batch_size: 4, micro_batch: 4, checkpoint_every: 2,
+  learning_rate: 0.003}}
+evaluation: {{latency_tokens: 0, batch_size: 4}}
+"""
+TASK = """\
+task: choose
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}\\n"
+doc_to_choice: ["{{{{answer}}}}", "0"]
+doc_to_target: 0
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+"""
+METHODS = {
+    "griffin": ("griffin:0.5", "closed", 2, 1),
+    "static": ("static:0.5", "adam", 1, 1),
+    "compressed": ("int8", "closed", 1, 1),
+    "hybrid": ("mamba:keep_attention=0.34:selected=sensitivity+griffin:0.5", "closed", 1, 2),
+}
+#: of report.json, what may differ from one run to the next
+PASSING = ("stages", "latency", "files", "environment", "seconds", "date", "created", "recipe", "sha256")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command that can be broken off and called again.
+
+    Attributes:
+        arguments: of caprese; {out} is a directory of its own.
+        result: of that directory (and of what it said), what has to be the same.
+        before: puts into an empty place for that directory what is there before.
+        kept: of that directory, broken off, what is finished: no run after it may make it anew.
+        whole: of that directory, what is there as a whole at every moment: what was before, or the result.
+    """
+
+    name: str
+    arguments: list[str]
+    result: Callable[[Path, Ended], Result]
+    before: Callable[[Path], object] = lambda out: None
+    kept: Callable[[Path], Result] = lambda out: {}
+    whole: Callable[[Path], Result] = lambda out: {}
+
+    def written(self, out: Path) -> list[str]:
+        return [argument.replace("{out}", str(out)) for argument in self.arguments]
+
+    def run(self, out: Path, **how: Any) -> Ended:
+        return call(self.written(out), **how)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def digests(directory: Path, *without: str) -> Result:
+    found = (p for p in sorted(directory.rglob("*")) if p.is_file())
+    names = {str(p.relative_to(directory)): p for p in found}
+    return {name: digest(p) for name, p in names.items() if not name.startswith(without)}
+
+
+def left_over(out: Path) -> list[str]:
+    """What only a job that is under way has, in its directory and beside it."""
+    beside = [p.name for p in out.parent.iterdir() if p != out]
+    return beside + [str(p.relative_to(out)) for p in out.rglob(".*") if ".cache" not in p.parts]
+
+
+def recovered(out: Path, _: Ended) -> Result:
+    report = json.loads((out / "report.json").read_text())
+    told = {key: value for key, value in report.items() if key not in PASSING}
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    recipe.pop("output")
+    passing = ("report.", "README.md", "plots", "recipe.yaml")  # they hold times and places
+    return {**digests(out, *passing), "recipe": recipe, "report": told, "left over": left_over(out)}
+
+
+def shards(out: Path) -> Result:
+    return {p.name: p.stat().st_mtime_ns for p in out.glob("samples/*") if p.suffix in (".parquet", ".json")}
+
+
+def checkpoint(out: Path) -> Result:
+    return digests(out, "README.md")
+
+
+def exported(out: Path, _: Ended) -> Result:
+    return {**checkpoint(out), "left over": left_over(out)}
+
+
+def scaled(out: Path, _: Ended) -> Result:
+    told = json.loads((out / "scale.json").read_text())
+    curves = {name: {k: v for k, v in each.items() if k != "seconds"} for name, each in told["contenders"].items()}
+    return {"curves": curves, "samples": sorted(p.name for p in out.glob("samples/*")), "left over": left_over(out)}
+
+
+def judged(out: Path, _: Ended) -> Result:
+    return {"tasks": json.loads((out / "eval.json").read_text())["tasks"], "left over": left_over(out)}
+
+
+class House:
+    """What jobs start from: a base, adapters, tasks; all of it small, and the same in every house."""
+
+    def __init__(self, room: Path, hub: Hub) -> None:
+        self.room, self.hub = room, hub
+        self._places = 0
+        self._unbroken: dict[str, tuple[Result, float, Path]] = {}
+        self.base = room / "base"
+        tiny_llama().save_pretrained(self.base)
+        byte_tokenizer().save_pretrained(self.base)
+        rows = load_prompts("chains:test", 6, 1, "prompt", set())
+        data = room / "rows.jsonl"
+        data.write_text("\n".join(json.dumps({"question": r.text, "answer": r.answer}) for r in rows))
+        (room / "choose.yaml").write_text(TASK.format(data=data))
+
+    def recover(self, name: str, seed: int = 0) -> Job:
+        method, layerwise, epochs, rounds = METHODS[name]
+        recipe = self.room / f"{name}.yaml"
+        recipe.write_text(
+            RECIPE.format(model=self.base, method=method, layerwise=layerwise, epochs=epochs, rounds=rounds)
+        )
+        flags = ["--recipe", str(recipe), "--seed", str(seed), "--json"]
+        return Job(f"recover {name}", ["recover", *flags, "--output", "{out}"], recovered, kept=shards)
+
+    def adapter(self, name: str, seed: int = 0) -> Path:
+        """A finished one, made when it is first asked for."""
+        out = self.room / f"adapter-{name}-{seed}"
+        if not (out / "report.json").exists():
+            made = self.recover(name, seed).run(out)
+            assert made.code == 0, made.error
+        return out
+
+    def place(self, name: str) -> Path:
+        """Where a job's directory may be made: what it leaves beside that is seen."""
+        self._places += 1
+        made = self.room / f"{self._places}-{name.replace(' ', '-')}" / "out"
+        made.parent.mkdir()
+        return made
+
+    def unbroken(self, job: Job) -> tuple[Result, float, Path]:
+        """What a job comes to, in how many seconds, and where."""
+        if job.name not in self._unbroken:
+            out = self.place(job.name)
+            job.before(out)
+            ended = job.run(out)
+            assert ended.code == 0, (job.name, ended)
+            self._unbroken[job.name] = job.result(out, ended), ended.seconds, out
+        return self._unbroken[job.name]
+
+    def jobs(self) -> list[Job]:
+        static, griffin = self.adapter("static"), self.adapter("griffin")
+        export = ["export", str(static), "--model", str(self.base), "--to", "{out}", "--samples", "2", "--json"]
+        both = ["--model", str(self.base), "--adapter", str(griffin)]
+        scale = ["scale", *both, "--prompts", "chains:test", "--problems", "3", "--samples", "4", "--json"]
+        scale += ["--max-new-tokens", "16", "--output", "{out}"]
+        tasks = ["eval", *both, "--tasks", str(self.room / "choose.yaml"), "--json", "--output", "{out}"]
+        return [
+            *(self.recover(name) for name in METHODS),
+            Job("export", export, exported, whole=checkpoint),
+            Job("export --overwrite", [*export, "--overwrite"], exported, before=_something, whole=checkpoint),
+            Job("scale", scale, scaled, kept=shards),
+            Job("eval --tasks", tasks, judged),
+            Job(
+                "push",
+                ["push", "{out}", REPO, "--json"],
+                self.pushed,
+                before=self.unpushed,
+                whole=self.pushed,
+            ),
+        ]
+
+    def unpushed(self, out: Path) -> None:
+        self.hub.repos.clear()
+        shutil.copytree(self.adapter("griffin"), out)
+
+    def pushed(self, out: Path, ended: Ended | None = None) -> Result:
+        """What the hub has: all of it, in one commit, or nothing."""
+        repo = self.hub.repos.get(REPO)
+        files = repo.commits[-1].files if repo is not None else {}
+        return {name: hashlib.sha256(data).hexdigest() for name, data in files.items() if name != ".gitattributes"}
+
+
+def _something(out: Path) -> None:
+    """A checkpoint that is there before; whole or not there is all that may become of it."""
+    out.mkdir()
+    tiny_llama(seed=3).save_pretrained(out)

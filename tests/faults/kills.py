@@ -1,0 +1,47 @@
+"""Jobs killed at random moments, again and again, and then left to finish."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+
+from faults.jobs import House, Job, Result
+from faults.table import Table
+
+
+def kills(house: House, table: Table, count: int, seed: int, names: tuple[str, ...] = ()) -> None:
+    """`count` kills over all jobs, or those whose names start so: one to three of a job before it may finish."""
+    rng = random.Random(seed)
+    jobs = [job for job in house.jobs() if not names or job.name.startswith(names)]
+    done = 0
+    while done < count:
+        for job in jobs:
+            done += _one(house, job, rng, table)
+    table.kills += done
+
+
+def _one(house: House, job: Job, rng: random.Random, table: Table) -> int:
+    want, seconds, _ = house.unbroken(job)
+    out = house.place(job.name)
+    job.before(out)
+    whole = [job.whole(out), {name: each for name, each in want.items() if name != "left over"}]
+    times, killed, lost = rng.randint(1, 3), 0, []
+    for _ in range(times):
+        held = job.kept(out)
+        ended = job.run(out, kill_after=rng.uniform(0, seconds))
+        killed += ended.code == -signal.SIGKILL
+        lost += _lost(held, job.kept(out))
+        if (found := job.whole(out)) not in whole:
+            lost.append(f"half of it is there: {sorted(found)}")
+    held = job.kept(out)
+    ended = job.run(out)
+    lost += _lost(held, job.kept(out))
+    table.note("kill -9", job.name, ended, job, out, want, tries=killed, lost=lost)
+    shutil.rmtree(out.parent)
+    return killed
+
+
+def _lost(before: Result, after: Result) -> list[str]:
+    """What was finished and is made anew."""
+    return [name for name, stamp in before.items() if after.get(name, stamp) != stamp]
