@@ -118,7 +118,7 @@ def hub(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Hub 
     if REAL_HUB:
         return None
     server: Hub = request.getfixturevalue("hub_server")
-    server.repos, server.large, server.faults, server.log = {}, {}, [], []
+    server.repos, server.large, server.faults, server.lies, server.log = {}, {}, [], [], []
     monkeypatch.setenv("HF_TOKEN", WRITE)
     return server
 

@@ -12,6 +12,7 @@ import json
 import re
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -62,6 +63,11 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
 
 
+Sent = tuple[int, bytes, dict[str, str]]
+#: of an answer (status, body, headers), what is sent in its place
+Lie = Callable[[int, bytes, dict[str, str]], Sent]
+
+
 class Hub:
     """The state, and the server on a socket bound before."""
 
@@ -69,6 +75,7 @@ class Hub:
         self.repos: dict[str, Repo] = {}
         self.large: dict[str, bytes] = {}
         self.faults: list[Fault] = []
+        self.lies: list[tuple[str, Lie]] = []
         self.log: list[str] = []
         self.tokens = {READ: ("alice", "read"), WRITE: ("alice", "write")}
         self.lock = threading.Lock()
@@ -89,6 +96,10 @@ class Hub:
     def fail(self, method: str, path: str, status: int = 0, times: int = 1, **more: Any) -> None:
         """The next `times` requests that match fail."""
         self.faults += [Fault(method, path, status, **more) for _ in range(times)]
+
+    def lie(self, path: str, lie: Lie) -> None:
+        """From now on, whoever asks for what matches "METHOD /path" is told this instead."""
+        self.lies.append((path, lie))
 
     def fault(self, method: str, path: str) -> Fault | None:
         with self.lock:
@@ -141,8 +152,11 @@ class _Handler(BaseHTTPRequestHandler):
         return b"".join(parts)
 
     def send(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
         headers.setdefault("Content_Length", str(len(body)))
+        for pattern, lie in self.hub.lies:
+            if re.search(pattern, f"{self.command} {unquote(urlsplit(self.path).path)}"):
+                status, body, headers = lie(status, body, headers)
+        self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from caprese.adapters.fingerprint import fingerprint
-from caprese.adapters.hub import download, is_hub_id
+from caprese.adapters.hub import again, download, is_hub_id
 from caprese.adapters.lora import deciding, digest_of, lora_config
 from caprese.adapters.sidecar import CALIBRATION, CONFIG, FILES, SIDECAR, STAND_INS, WEIGHTS, Sidecar, public_id
 from caprese.efficient_methods import Method, methods_by_layer
@@ -63,7 +63,7 @@ class Adapter:
         except ValidationError as error:
             first = error.errors()[0]
             what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ").replace("Value error, ", "")
-            raise CapreseError(f"{SIDECAR} of {name} is damaged ({what}); fetch or make the adapter again") from error
+            raise CapreseError(f"{SIDECAR} of {name} is damaged ({what}); {again(name)}") from error
         config = _read_config(paths[CONFIG], name)
         try:
             shapes = _shapes(paths[WEIGHTS])
@@ -225,7 +225,7 @@ class Adapter:
         except SafetensorError as error:
             raise _truncated(file, self.name, error) from error
         if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-            raise CapreseError(f"{file} of {self} holds NaN or infinity; fetch or make it again")
+            raise CapreseError(f"{file} of {self} holds NaN or infinity; {again(self)}")
         if sha256(path) != digest:
             raise _altered(file, self.name)
         return tensors
@@ -267,9 +267,9 @@ def _present(path: Path, name: str | os.PathLike[str]) -> Path:
 
 def _read_config(path: Path, name: str | os.PathLike[str]) -> dict[str, Any]:
     """PEFT's."""
-    config = read_json(path, "fetch or make the adapter again", f"{CONFIG} of {name}")
+    config = read_json(path, again(name), f"{CONFIG} of {name}")
     if not isinstance(config.get("r"), int):
-        raise CapreseError(f"{CONFIG} of {name} is damaged (its r is no number); fetch or make the adapter again")
+        raise CapreseError(f"{CONFIG} of {name} is damaged (its r is no number); {again(name)}")
     return config
 
 
@@ -288,10 +288,8 @@ def _acted_on(methods: Sequence[Method], count: int) -> set[int] | None:
 
 
 def _altered(file: str, name: str | os.PathLike[str], what: str = "") -> CapreseError:
-    return CapreseError(
-        f"{file} of {name} was altered after it was saved{what and f' ({what})'}; fetch or make the adapter again"
-    )
+    return CapreseError(f"{file} of {name} was altered after it was saved{what and f' ({what})'}; {again(name)}")
 
 
 def _truncated(file: str, name: str | os.PathLike[str], error: Exception) -> CapreseError:
-    return CapreseError(f"{file} of {name} is truncated or damaged ({error}); fetch or make it again")
+    return CapreseError(f"{file} of {name} is truncated or damaged ({error}); {again(name)}")

@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 
 from caprese import __version__
 from caprese.errors import CapreseError
+from caprese.models.answers import checked_answers
 
 T = TypeVar("T")
 # seconds before each new attempt, where the hub is busy or the connection was cut
@@ -31,6 +32,14 @@ def is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
 
 
+def again(name: object) -> str:
+    """How to have an adapter anew whose files are damaged: what was fetched stays in the hub's cache as it is."""
+    repo = str(name).partition("@")[0]
+    if is_hub_id(repo) and not Path(repo).is_dir():
+        return f"run `hf cache rm model/{repo}` and fetch it again"
+    return "fetch or make the adapter again"
+
+
 def download(repo: str, revision: str | None, files: Iterable[str]) -> Path:
     """The directory with those of `files` that a repository holds, all of one commit.
 
@@ -38,11 +47,14 @@ def download(repo: str, revision: str | None, files: Iterable[str]) -> Path:
         CapreseError: no such repository, revision, access or network.
     """
     try:
-        found = Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))
+        with checked_answers():
+            found = Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))
+    except CapreseError as error:
+        raise CapreseError(f"{repo}: {error}") from error
     except Exception as error:
         raise explain(error, repo, revision=revision) from error
     if not found.is_dir():
-        raise CapreseError(f"{repo} holds none of {', '.join(files)}: is it a caprese adapter?")
+        raise CapreseError(f"{repo} holds none of {', '.join(files)}: is it a caprese adapter? If so, {again(repo)}")
     return found
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from caprese.adapters.adapter import Adapter
 from caprese.adapters.branch import check_unadapted, empty_slots
+from caprese.adapters.hub import again
 from caprese.adapters.saving import calibration_of, stand_ins_of
 from caprese.adapters.sidecar import CONFIG, STAND_INS
 from caprese.adapters.student import OneStudent
@@ -109,7 +110,7 @@ def load(
         if isinstance(error, CapreseError) or not isinstance(error, Exception):
             raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CapreseError(f"{CONFIG} of {adapter} is damaged ({first}); fetch or make the adapter again") from error
+        raise CapreseError(f"{CONFIG} of {adapter} is damaged ({first}); {again(adapter)}") from error
     return model
 
 
@@ -122,7 +123,7 @@ def _check_slots(model: nn.Module, adapter: Adapter) -> None:
         where = min(lost or unfilled)
         raise CapreseError(
             f"{adapter} has {'a branch for' if lost else 'no branch for'} {where}, and its methods say otherwise; "
-            "fetch or make the adapter again"
+            + again(adapter)
         )
 
 
@@ -130,6 +131,6 @@ def _set_stand_ins(model: nn.Module, saved: Mapping[str, torch.Tensor], adapter:
     with torch.no_grad():
         own = stand_in_parameters(model)
         if own.keys() != saved.keys() or any(own[name].shape != t.shape for name, t in saved.items()):
-            raise CapreseError(f"{STAND_INS} of {adapter} does not fit its methods; fetch or make the adapter again")
+            raise CapreseError(f"{STAND_INS} of {adapter} does not fit its methods; {again(adapter)}")
         for name, value in saved.items():
             own[name].copy_(value)

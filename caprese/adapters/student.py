@@ -13,6 +13,7 @@ from caprese.adapters.sidecar import STAND_INS
 from caprese.efficient_methods.hooks import mixed
 from caprese.errors import CapreseError
 from caprese.files import sha256
+from caprese.models.answers import checked_answers
 
 # of what PEFT passes on to the hub
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
@@ -53,6 +54,7 @@ def _mixers_of(name: str, how: dict[str, Any]) -> Path | None:
     if directory.is_dir():
         return directory / STAND_INS if (directory / STAND_INS).is_file() else None
     try:
-        return Path(hf_hub_download(name, STAND_INS, **how))
+        with checked_answers():
+            return Path(hf_hub_download(name, STAND_INS, **how))
     except (OSError, ValueError):
         return None

@@ -23,6 +23,7 @@ from transformers import (
 
 from caprese.errors import CapreseError
 from caprese.files import alone, cache_dir, path_of, read_json, whole_directory
+from caprese.models.answers import checked_answers
 from caprese.models.families import family_of
 from caprese.models.quickest import quickest_dtype
 
@@ -143,6 +144,9 @@ def _explain(base: Base, error: Exception) -> CapreseError:
     kind = type(error).__name__
     first = text.strip().splitlines()[0] if text.strip() else kind
     low = text.lower()
+    for each in (error, error.__cause__, error.__context__):
+        if isinstance(each, CapreseError):  # of an answer that was refused
+            return CapreseError(f"{base.model_id}: {each}")
     if "gated" in low or "401" in text or "403" in text:
         return CapreseError(f"{base.model_id} is gated or private: accept its licence on the hub, then `hf auth login`")
     if "no file named" in low:
@@ -167,7 +171,8 @@ def _explain(base: Base, error: Exception) -> CapreseError:
 
 def _config(base: Base) -> Any:
     try:
-        return AutoConfig.from_pretrained(base.source, revision=base.revision, trust_remote_code=False)
+        with checked_answers():
+            return AutoConfig.from_pretrained(base.source, revision=base.revision, trust_remote_code=False)
     except Exception as error:
         raise _explain(base, error) from error
 
@@ -195,7 +200,8 @@ def pick_device(device: str) -> str:
     if local is not None and accelerator is not None and device == accelerator.type:
         device = f"{device}:{local}"
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise NotImplementedError("it holds shapes alone")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CapreseError(f"cannot use device {device!r} ({first}); `device=auto` takes what is there") from error
@@ -254,10 +260,11 @@ def load_base(
     device = pick_device(device)
     picked = pick_dtype(dtype, device, config) or "auto"
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            base.source, revision=base.revision, dtype=picked, trust_remote_code=False, use_safetensors=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(base.source, revision=base.revision, trust_remote_code=False)
+        with checked_answers():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                base.source, revision=base.revision, dtype=picked, trust_remote_code=False, use_safetensors=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(base.source, revision=base.revision, trust_remote_code=False)
     except Exception as error:
         raise _explain(base, error) from error
     if tokenizer.pad_token_id is None:
@@ -323,7 +330,8 @@ def base_terms(source: str | Path) -> dict[str, str]:
         return {}
     try:
         if not isinstance(card, Path):
-            card = Path(hf_hub_download(card, "README.md"))
+            with checked_answers():
+                card = Path(hf_hub_download(card, "README.md"))
         data = ModelCard.load(card, ignore_metadata_errors=True).data
     except Exception:  # no such repository, no network, no card
         return {}
