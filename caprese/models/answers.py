@@ -57,5 +57,5 @@ def _check(response: Any) -> None:
     for name, said in names.items():
         if "/" in said or "\\" in said or said in (".", ".."):
             raise CapreseError(
-                f"{url.host} answers with a path in place of {name} ({said[:80]!a}); do not trust that hub (HF_ENDPOINT)"
+                f"{url.host} says a path in place of {name} ({said[:80]!a}); do not trust that hub (HF_ENDPOINT)"
             )

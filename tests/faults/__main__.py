@@ -13,12 +13,13 @@ from pathlib import Path
 
 from conftest import HUB_SOCKET  # first: it says where the hub is and what this machine may do
 from hub import WRITE, Hub
+from huggingface_hub.utils import disable_progress_bars
 
-from faults import damage, disk, kills, ranks
+from faults import damage, disk, fuzz, kills, ranks
 from faults.jobs import House
 from faults.table import Table
 
-PARTS = ("kills", "damages", "disks", "moments", "ranks")
+PARTS = ("kills", "damages", "disks", "moments", "ranks", "fuzz")
 
 
 def main() -> None:
@@ -29,6 +30,8 @@ def main() -> None:
     parser.add_argument("--disks", type=int, default=16, help="of each kind")
     parser.add_argument("--moments", type=int, default=16, help="of each kind")
     parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--minutes", type=float, default=10, help="fuzz: for how long; 0 is one round")
+    parser.add_argument("--examples", type=int, default=100, help="fuzz: of each reader in a round")
     parser.add_argument("--of", nargs="*", default=[], help="kills, damages: only jobs or places that begin so")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON of the table")
@@ -37,7 +40,8 @@ def main() -> None:
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     warnings.filterwarnings("ignore")
     os.environ["HF_TOKEN"] = WRITE
-    begin, table, names = time.monotonic(), Table(), tuple(args.of)
+    disable_progress_bars()
+    begin, table, names, found = time.monotonic(), Table(), tuple(args.of), {}
     with tempfile.TemporaryDirectory(prefix="caprese-faults-") as room:
         house = House(Path(room).resolve(), Hub(HUB_SOCKET))
         for part in args.parts or PARTS:
@@ -49,6 +53,11 @@ def main() -> None:
                 disk.disks(house, table, args.disks, args.seed)
             elif part == "moments":
                 disk.moments(house, table, args.moments, args.seed)
+            elif part == "fuzz":
+                bench = fuzz.Bench(house.room / "fuzz", house.hub)
+                readers = [reader for reader in bench.readers() if not names or reader.name.startswith(names)]
+                found = fuzz.fuzz(readers, 60 * args.minutes, args.examples, args.seed)
+                table.wrong += [f"{name}: {each}" for name, told in found.items() for each in told["failures"]]
             else:
                 ranks.ranks(house, table, args.ranks, args.seed)
     print(table.markdown())
@@ -58,6 +67,7 @@ def main() -> None:
             "kills": table.kills,
             "damages": table.damages,
             "minutes": round((time.monotonic() - begin) / 60, 1),
+            "fuzz": found,
             "rows": table.rows(),
             "all": table.total(),
             "lines": [line for line in sorted(table.lines)],
