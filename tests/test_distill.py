@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama
@@ -332,7 +334,34 @@ def test_a_fit_that_fails_leaves_the_model_applied():
         fit(model, SAMPLES, HELD, Distillation(Branches(rank=99)))
     broken = Distillation(Branches(rank=2), end_to_end=EndToEnd(learning_rate=3e37, batch_size=8))
     with pytest.raises(
-        caprese.CapreseError, match=r"the loss is \S+ at step \d+ of end to end; lower its learning_rate"
+        caprese.CapreseError,
+        match=r"the (loss|gradient's norm) is \S+ at step \d+ of end to end; lower its learning_rate",
     ):
         fit(model, SAMPLES, HELD, broken)
     assert fit(model, SAMPLES, HELD, Distillation(Branches(rank=2), end_to_end=EndToEnd(epochs=0))).ranks == [2] * 3
+
+
+@pytest.mark.parametrize("how", ["closed", "adam"])
+def test_what_a_bad_gradient_left_is_not_gone_on_with(tmp_path, monkeypatch, how):
+    """A gradient that is no number once: the attempt stops, and the next ends as one without it."""
+    config = Distillation(
+        Branches(rank=2),
+        layerwise=Layerwise(how=how, epochs=2),
+        end_to_end=EndToEnd(batch_size=4, micro_batch=4, checkpoint_every=1),
+    )
+
+    def fitted(run=None):
+        return get_branches(fit(caprese.apply(tiny_llama(), caprese.Griffin()), SAMPLES, HELD, config, run).model)
+
+    alone, backward, steps = fitted(), torch.Tensor.backward, []
+
+    def once(loss, *arguments, **more):
+        steps.append(loss)
+        backward(loss * math.nan if len(steps) == 2 else loss, *arguments, **more)
+
+    monkeypatch.setattr(torch.Tensor, "backward", once)
+    where = "epoch 1 of layerwise" if how == "adam" else "step 2 of end to end"
+    with pytest.raises(caprese.CapreseError, match=f"the gradient's norm is nan at {where}; lower its learning_rate"):
+        fitted(Run(tmp_path, "id"))
+    again = fitted(Run(tmp_path, "id"))
+    assert all(torch.equal(again[name], value) for name, value in alone.items())

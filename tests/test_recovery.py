@@ -546,7 +546,7 @@ def test_a_stage_takes_as_long_as_all_its_attempts(tmp_path, monkeypatch):
     os.utime(state / "stages.json", (now[0] - 40,) * 2)
     assert attempt(7) == 5 + 30 + 7
     assert attempt(9) == 42  # done before: reading it back is no work
-    (stage,) = json.loads((state / "stages.json").read_text())
+    (stage,) = json.loads((state / "stages.json").read_text())["stages"]
     assert stage["done"] and "begun" not in stage
 
 

@@ -5,6 +5,7 @@ All layers train at once from one forward pass; their losses do not touch, so th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from caprese.adapters import branch_parameters
 from caprese.distill.batches import Batch, completion_hidden, prefill
+from caprese.distill.descend import check_finite
 from caprese.distill.layerwise import Layerwise
 from caprese.efficient_methods import EfficientFFN, phases_of
 from caprese.models import device_of
@@ -45,6 +47,9 @@ def fit_adam(
 
     Args:
         known: activations by batch number, if they were collected before.
+
+    Raises:
+        CapreseError: a loss or gradient that is not finite.
     """
     parameters = branch_parameters(model)
     for parameter in parameters:
@@ -68,6 +73,8 @@ def fit_adam(
                 for wrapper, (x, e) in seen.items():
                     loss = loss + (e[part] - wrapper.recovery(x[part])).square().sum(-1).mean()
                 loss.backward()
+                norm = nn.utils.clip_grad_norm_(parameters, math.inf)  # measured, not clipped
+                check_finite(f"epoch {epoch + 1} of layerwise", config.learning_rate, loss.detach(), norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 schedule.step()

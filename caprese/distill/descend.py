@@ -140,12 +140,7 @@ def descend(
                 summed = reduce(summed, "sum")
                 _add_up(parameters, summed.device)
             norm = nn.utils.clip_grad_norm_(parameters, config.clip)
-            for what, value in (("loss", summed), ("gradient's norm", norm)):
-                if not torch.isfinite(value):  # before anything of it is kept
-                    raise CapreseError(
-                        f"the {what} is {float(value)} at step {step + 1} of {name.replace('_', ' ')}; lower its "
-                        f"learning_rate (now {config.learning_rate:g})"
-                    )
+            check_finite(f"step {step + 1} of {name.replace('_', ' ')}", config.learning_rate, summed, norm)
             rate = max(schedule.get_last_lr())
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -186,3 +181,17 @@ def _add_up(parameters: Sequence[nn.Parameter], device: torch.device) -> None:
 
 def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def check_finite(where: str, rate: float, loss: torch.Tensor, norm: torch.Tensor) -> None:
+    """Before anything of a step is kept.
+
+    Args:
+        norm: of the gradient.
+
+    Raises:
+        CapreseError: one of them is no number, or infinite.
+    """
+    for what, value in (("loss", loss), ("gradient's norm", norm)):
+        if not torch.isfinite(value):
+            raise CapreseError(f"the {what} is {float(value)} at {where}; lower its learning_rate (now {rate:g})")

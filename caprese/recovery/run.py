@@ -25,7 +25,7 @@ from caprese.distill import Checkpoints
 from caprese.distill.checkpoints import Kept, shared
 from caprese.efficient_methods import Method, facts_of
 from caprese.errors import CapreseError
-from caprese.files import read_json, read_sealed, read_tensors, sha256, write_json, write_tensors
+from caprese.files import read_json, read_sealed, read_tensors, sha256, write_json, write_sealed, write_tensors
 from caprese.progress import bar, say
 from caprese.recipes import Recipe, resolve_recipe
 from caprese.report.write import PAGES, write_report
@@ -176,7 +176,7 @@ class Run(Checkpoints):
         def note(**more: Any) -> None:
             stage["seconds"] = round(spent if done else spent + time.perf_counter() - begin, 2)
             if self.main:
-                write_json(self.state / "stages.json", [*others, {**stage, **more}])
+                write_sealed(self.state / "stages.json", {"stages": [*others, {**stage, **more}]})
 
         if not done:
             note(begun=time.time())
@@ -195,11 +195,7 @@ class Run(Checkpoints):
 
     def _noted(self) -> list[dict[str, Any]]:
         path = self.state / "stages.json"
-        try:
-            found = json.loads(path.read_text()) if path.exists() else []
-            return [dict(each, name=each["name"], seconds=float(each["seconds"])) for each in found]
-        except (ValueError, TypeError, KeyError) as error:
-            raise CapreseError(f"{path} is damaged ({error}); delete it and run again") from error
+        return read_sealed(path, "delete it and run again")["stages"] if path.exists() else []
 
     def _last_write(self) -> float:
         """When the newest of a run's unfinished files was written."""

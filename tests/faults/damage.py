@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from faults.jobs import REPO, House, Job, Result, digests
@@ -49,7 +50,8 @@ class Place:
 def damages(house: House, table: Table, count: int, seed: int, names: tuple[str, ...] = ()) -> None:
     """`count` damages, spread over places, files and kinds; each is then met by all who read that place."""
     rng = random.Random(seed)
-    places = [place for place in places_of(house) if not names or place.name.startswith(names)]
+    makers = places_of(house)
+    places = [make(name) for name, make in makers.items() if not names or name.startswith(names)]
     at = house.room / "damaged" / "out"
     want = {place.name: dict(_unbroken(house, place, at)) for place in places}
     queue = [
@@ -99,21 +101,39 @@ def _fresh(house: House, place: Place, at: Path) -> None:
     shutil.copytree(place.directory, at)
 
 
-def places_of(house: House) -> list[Place]:
-    found = []
-    for name in ("griffin", "static", "hybrid"):
-        readers = [house.recover(name), *_readers(house, name)]
-        found.append(Place(f"finished {name}", house.adapter(name), house.adapter(name, seed=1), readers))
-    for name, moments in HALVES.items():
+def places_of(house: House) -> dict[str, Callable[[str], Place]]:
+    """What makes each place, by its name."""
+    found: dict[str, Callable[[str], Place]] = {}
+    for method in ("griffin", "static", "hybrid"):
+        found[f"finished {method}"] = partial(_finished, house, method)
+    for method, moments in HALVES.items():
         for file, count in moments:
-            halves = [_half(house, name, seed, file, count) for seed in (0, 1)]
-            found.append(Place(f"half {name} at {file}", *halves, [house.recover(name)]))
-    for job in house.jobs():
-        if job.name in ("scale", "eval --tasks"):
-            made, other = house.unbroken(job)[2], house.place(f"other {job.name}")
-            assert Job(job.name, [*job.arguments, "--seed", "7"], job.result).run(other).code == 0
-            found.append(Place(f"finished {job.name}", made, other, [job]))
+            found[f"half {method} at {file}"] = partial(_half, house, method, file, count)
+    for job in ("scale", "eval --tasks"):
+        found[f"finished {job}"] = partial(_done, house, job)
     return found
+
+
+def _finished(house: House, method: str, name: str) -> Place:
+    readers = [house.recover(method), *_readers(house, method)]
+    return Place(name, house.adapter(method), house.adapter(method, seed=1), readers)
+
+
+def _half(house: House, method: str, file: str, count: int, name: str) -> Place:
+    """Directories as a kill in that write leaves them."""
+    made = []
+    for seed in (0, 1):
+        made.append(house.place(name))
+        ended = house.recover(method, seed).run(made[-1], first=lambda: dying(file, count))
+        assert ended.code == -signal.SIGKILL, (name, ended)
+    return Place(name, *made, [house.recover(method)])
+
+
+def _done(house: House, name: str, place: str) -> Place:
+    job = next(job for job in house.jobs() if job.name == name)
+    made, other = house.unbroken(job)[2], house.place(f"other {name}")
+    assert Job(name, [*job.arguments, "--seed", "7"], job.result).run(other).code == 0
+    return Place(place, made, other, [job])
 
 
 def _readers(house: House, name: str) -> list[Job]:
@@ -147,14 +167,6 @@ def _quality(out: Path, ended: Ended) -> Result:
 def _checkpoint(out: Path, ended: Ended) -> Result:
 
     return digests(out.with_name("exported"), "README.md")
-
-
-def _half(house: House, name: str, seed: int, file: str, count: int) -> Path:
-    """A directory as a kill in that write leaves it."""
-    out = house.place(f"half {name} {file}")
-    ended = house.recover(name, seed).run(out, first=lambda: dying(file, count))
-    assert ended.code == -signal.SIGKILL, (name, file, ended)
-    return out
 
 
 def dying(name: str, count: int) -> None:
