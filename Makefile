@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.caprese
 
-.PHONY: help env demo test test-slow test-oldest test-newest gpu llama-cpp llama-server vllm mamba-ssm lint format check clean
+.PHONY: help env demo test test-slow test-faults test-oldest test-newest gpu llama-cpp llama-server vllm mamba-ssm lint format check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -28,6 +28,9 @@ test: env  ## the tests that take less than 15 minutes on two cores
 
 test-slow: env  ## the slow ones (those of GGUF want make llama-cpp first, of servers make llama-server, of vLLM make vllm)
 	$(BIN)/python -m pytest -q -m slow -n 2 --timeout 3600
+
+test-faults: env  ## kills, damaged files, full disks, two runs at once and a fuzzer, in numbers: some hours; PARTS names parts
+	PYTHONPATH=tests $(BIN)/python -m faults $(PARTS)
 
 # The environments of the two targets below. torch is that of constraints.txt unless TORCH names another, which may come
 # with gigabytes of CUDA; TORCH= takes the newest. How far bfloat16 rounds in a batch is another version's own affair: the

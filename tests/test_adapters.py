@@ -15,7 +15,7 @@ from test_phases import prompts
 
 import caprese
 from caprese.adapters import Adapter, attach_adapter, branch_parameters, fingerprint, get_branches
-from caprese.efficient_methods import RecoverySlot, applied_ffns
+from caprese.efficient_methods import RecoverySlot, applied_ffns, phases_of
 
 OLD = Path(__file__).parent / "data" / "adapter-0.1"
 """An adapter for reasoner-tiny that caprese 0.1.0 made, with the tokens that it gave there, greedily."""
@@ -330,3 +330,24 @@ def test_apply_twice_and_remove_twice_are_refused(tiny):
     caprese.remove(tiny)
     with pytest.raises(caprese.CapreseError, match="nothing to remove"):
         caprese.remove(tiny)
+
+
+def test_a_load_that_fails_leaves_a_base_with_methods_as_it_was(tmp_path, monkeypatch):
+    """Half of the adapter is on it when something goes wrong."""
+    caprese.save(recovered(caprese.apply(tiny_llama(), caprese.Griffin()), scale=0.3), tmp_path)
+    model = caprese.apply(tiny_llama(), caprese.Griffin())
+    ids = torch.arange(2, 12)[None]
+    before = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+    names, attach = list(dict(model.named_modules())), PeftModel.from_pretrained
+
+    def failing(*arguments, **more):
+        attach(*arguments, **more)
+        raise AttributeError("'NoneType' object has no attribute 'keys'")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(PeftModel, "from_pretrained", failing)
+        with pytest.raises(caprese.CapreseError, match=r"adapter_config.json .* is damaged .*'keys'"):
+            caprese.load(model, tmp_path, reselect_every=4)
+    assert list(dict(model.named_modules())) == names and phases_of(model).reselect_every is None
+    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=6, do_sample=False), before)
+    assert phases_of(caprese.load(model, tmp_path, reselect_every=4)).reselect_every == 4

@@ -51,6 +51,10 @@ def test_shares_add_up_and_never_fall(count, shares):
         assert abs(taken - count * share / sum(shares)) < len(shares)
 
 
+def test_shares_of_a_hundred_million():
+    assert share_out(10**8, [0.45, 0.45, 0.1]) == [45_000_000, 45_000_000, 10_000_000]
+
+
 def test_any_beginning_is_a_mixture():
     mixed = interleave([["a"] * 30, ["b"] * 10], [0.75, 0.25])
     for n in range(4, 41, 4):

@@ -84,14 +84,12 @@ def load(
         raise CapreseError(
             "this model has what another adapter trained in place of its parts; caprese.remove(model) first"
         )
-    if applied:
-        if phases_of(base).prefill != prefill:
-            raise CapreseError(
-                f"prompts run {phases_of(base).prefill} on this model, and {prefill} for {adapter}; "
-                "caprese.remove(model) first"
-            )
-        phases_of(base).reselect(every)
-    else:
+    if applied and phases_of(base).prefill != prefill:
+        raise CapreseError(
+            f"prompts run {phases_of(base).prefill} on this model, and {prefill} for {adapter}; "
+            "caprese.remove(model) first"
+        )
+    if not applied:
         apply(base, methods, calibration=calibration, reselect_every=every, prefill=prefill)
     try:
         _check_slots(base, adapter)
@@ -101,11 +99,12 @@ def load(
             OneStudent.put_on(model, adapter.sidecar.mixers_sha256)
         settle(model)
         unwrap(model).eval()
+        phases_of(base).reselect(every)
         if not keep_dense:
             drop_dense(model)
     except BaseException as error:
-        if not applied:  # the base goes back as it came
-            empty_slots(base)
+        empty_slots(base)  # the base goes back as it came
+        if not applied:
             remove(base)
         if isinstance(error, CapreseError) or not isinstance(error, Exception):
             raise

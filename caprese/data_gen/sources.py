@@ -96,8 +96,9 @@ def _is_number(text: str) -> bool:
 
 def share_out(count: int, shares: Sequence[float]) -> list[int]:
     """`count` divided in proportion to `shares`: whole numbers that add up to it, and never fall as it grows."""
-    total, taken = sum(shares), [0] * len(shares)
-    for _ in range(count):  # the next one goes to whoever is furthest behind
+    total = sum(shares)
+    taken = [max(0, math.floor(count * share / total) - len(shares)) for share in shares]  # at most what each ends with
+    for _ in range(count - sum(taken)):  # the next one goes to whoever is furthest behind
         chosen = min(range(len(shares)), key=lambda i: ((taken[i] + 0.5) * total / shares[i], i))
         taken[chosen] += 1
     return taken

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import io
 import json
-import random
 import shutil
 import sys
 import tempfile
@@ -22,7 +21,7 @@ import torch
 import yaml
 from conftest import byte_tokenizer, tiny_llama
 from hub import Hub
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import caprese
@@ -333,11 +332,8 @@ def spoilt_json_lines(good: bytes) -> st.SearchStrategy[bytes]:
     return spoilt_json(first).map(lambda line: line + b"\n" + rest) | spoilt_bytes(good)
 
 
-def fuzz(readers: list[Reader], seconds: float, examples: int, seed: int | None = None) -> dict[str, dict[str, Any]]:
+def fuzz(readers: list[Reader], seconds: float, examples: int, start: int) -> dict[str, dict[str, Any]]:
     """Rounds of `examples` for each reader and good file until `seconds` are over (one round if 0).
-
-    Args:
-        seed: None takes the same examples every time.
 
     Returns: by reader {"examples", "refused", "failures": tracebacks}.
     """
@@ -347,14 +343,14 @@ def fuzz(readers: list[Reader], seconds: float, examples: int, seed: int | None 
             if found[reader.name]["failures"]:
                 continue
             for good in reader.good:
-                _round(reader, good, examples, None if seed is None else seed + turn, found[reader.name])
+                _round(reader, good, examples, start + turn, found[reader.name])
             said = {key: value for key, value in found[reader.name].items() if key != "failures"}
             print(f"{time.monotonic() - begin:6.0f} s {reader.name}: {said}", file=sys.stderr, flush=True)
         turn += 1
     return found
 
 
-def _round(reader: Reader, good: bytes, examples: int, seed: int | None, counts: dict[str, Any]) -> None:
+def _round(reader: Reader, good: bytes, examples: int, number: int, counts: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as room:
         path = Path(room) / (
             "file.parquet" if "parquet" in reader.name else "file.jsonl" if "prompts" in reader.name else "file.yaml"
@@ -376,12 +372,9 @@ def _round(reader: Reader, good: bytes, examples: int, seed: int | None, counts:
             max_examples=examples,
             deadline=None,
             database=None,
-            derandomize=seed is None,
             phases=[Phase.generate, Phase.shrink],
             suppress_health_check=list(HealthCheck),
-        )(given(reader.make(good))(attempt))
-        if seed is not None:
-            random.seed(seed)
+        )(seed(number)(given(reader.make(good))(attempt)))
         try:
             test()
         except Exception:
