@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from faults.jobs import REPO, House, Job, Result, digests
+from faults.jobs import REPO, House, Job, Result
 from faults.processes import Ended
 from faults.table import Table
 
@@ -138,17 +138,13 @@ def _done(house: House, name: str, place: str) -> Place:
 
 def _readers(house: House, name: str) -> list[Job]:
     both = ["--model", str(house.base), "--adapter", "{out}", "--json"]
-    few = ["--samples", "4", "--latency-tokens", "0", "--prompts", "gym:simple_equations"]
-    readers = [
+    few = ["--samples", "2", "--latency-tokens", "0", "--prompts", "gym:simple_equations"]
+    return [
         Job("info", ["info", "{out}", "--json"], _printed),
         Job("generate", ["generate", *both, "--prompt", "1+1", "--max-new-tokens", "8"], _text),
         Job("eval", ["eval", *both, *few, "--max-new-tokens", "8"], _quality),
         Job("push", ["push", "{out}", REPO, "--json"], house.pushed),
     ]
-    if name == "static":
-        to = ["--model", str(house.base), "--to", "{out}/../exported", "--samples", "0", "--json"]
-        readers.append(Job("export", ["export", "{out}", *to], _checkpoint))
-    return readers
 
 
 def _printed(out: Path, ended: Ended) -> Result:
@@ -162,11 +158,6 @@ def _text(out: Path, ended: Ended) -> Result:
 def _quality(out: Path, ended: Ended) -> Result:
     told = json.loads(ended.said)
     return {key: told[key] for key in ("quality", "recovered_fraction", "settings") if key in told}
-
-
-def _checkpoint(out: Path, ended: Ended) -> Result:
-
-    return digests(out.with_name("exported"), "README.md")
 
 
 def dying(name: str, count: int) -> None:
