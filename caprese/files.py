@@ -181,6 +181,7 @@ def _umask() -> int:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
+    """A file as `write_atomic` writes one."""
     write_atomic(path, lambda tmp: tmp.write_bytes(data))
 
 
@@ -316,10 +317,17 @@ def path_of(text: str | os.PathLike[str]) -> Path:
     return path
 
 
-def free_bytes(directory: Path) -> int:
+def existing(directory: Path) -> Path:
+    """The directory, or the nearest one above that is there."""
+    directory = directory.absolute()
     while not directory.exists():
         directory = directory.parent
-    return shutil.disk_usage(directory).free
+    return directory
+
+
+def free_bytes(directory: Path) -> int:
+    """Of the disk that a directory is on, or will be."""
+    return shutil.disk_usage(existing(directory)).free
 
 
 def cache_dir() -> Path:

@@ -13,10 +13,14 @@ from typing import Any
 import pytest
 from conftest import HUB_SOCKET, REAL_HUB, byte_tokenizer, recovered, tiny_llama
 from hub import Hub, Lie, Repo, Sent
+from huggingface_hub import close_session
+from huggingface_hub.utils import get_session
+from huggingface_hub.utils._http import default_client_factory
 from typer.testing import CliRunner
 
 import caprese
 from caprese.cli import app
+from caprese.models.answers import checked_answers
 
 pytestmark = pytest.mark.skipif(REAL_HUB, reason="needs a hub that can be made to lie")
 RESOLVE, INFO = r"(HEAD|GET) /.*/resolve/", r"GET /api/models/[^/]+/[^/]+(/revision/.*)?$"
@@ -68,14 +72,22 @@ LIES: dict[str, tuple[str, Lie, str]] = {
     "a linked etag that is one": (RESOLVE, headed(X_Linked_Etag=OUT), "a path in place of x-linked-etag"),
     "a commit that is one": (RESOLVE, headed(X_Repo_Commit=OUT.strip('"')), "a path in place of x-repo-commit"),
     "a revision that is one": (INFO, told(lambda facts: {**facts, "sha": OUT.strip('"')}), "a path in place of sha"),
-    "no revision": (INFO, told(lambda facts: {"id": 3}), "the hub refused"),
+    "no revision": (INFO, told(lambda facts: {"id": 3}), "the hub failed for"),
     "a list of what is there that is none": (r"GET /api/models/", told(lambda facts: None), ""),
     "none of an adapter's files": (r"GET /api/models/", listing("a.txt"), "holds none of"),
-    "a page": (r".", instead(b"<html>Please log in</html>"), "the hub refused"),
+    "a page": (r".", instead(b"<html>Please log in</html>"), "the hub failed for"),
     "other weights": (r"GET /lfs/", lambda status, body, headers: (status, body[::-1], headers), "damaged"),
     "another size": (RESOLVE + ".*safetensors", headed(X_Linked_Size="17"), "should be of size 17"),
-    "ten terabytes": (RESOLVE + ".*safetensors", huge, "announces 10000.0 GB for adapter_model.safetensors"),
-    "terabytes of JSON": (RESOLVE + ".*adapter_config.json", huge, "announces 10000.0 GB for adapter_config.json"),
+    "ten terabytes": (
+        RESOLVE + ".*safetensors",
+        huge,
+        f"announces {HUGE:,} bytes of adapter_model.s",
+    ),
+    "terabytes of JSON": (
+        RESOLVE + ".*adapter_config.json",
+        huge,
+        f"announces {HUGE:,} bytes of adapter_config",
+    ),
     "a size that is none": (RESOLVE + ".*safetensors", headed(X_Linked_Size="9" * 99), "announces"),
     "a circle": (r"(HEAD|GET) /lfs/", elsewhere(SELF), "cannot reach the hub"),
     "nowhere": (RESOLVE, elsewhere("http://127.0.0.1:9/x"), "cannot reach the hub"),
@@ -128,6 +140,37 @@ def test_a_lie_is_one_line(hub: Hub, around: Path, name: str) -> None:
             _tree_cache._IN_MEMORY_TREE_CACHE.clear()
     honest = CliRunner().invoke(app, ["info", ADAPTER])
     assert honest.exit_code == 0, (honest.output, hub.log[-12:])
+
+
+def test_a_refused_connection_does_not_end_the_checks(hub: Hub, around: Path) -> None:
+    """huggingface_hub then makes a client anew."""
+    turns = iter([elsewhere("http://127.0.0.1:9/x")])
+    hub.lie(r"GET /lfs/", lambda *sent: next(turns, lambda *same: same)(*sent))
+    hub.lie(RESOLVE + ".*caprese_config", headed(ETag=OUT))
+    found = CliRunner().invoke(app, ["info", ADAPTER])
+    assert found.exit_code == 1 and "a path in place of etag" in " ".join(found.output.split()), found.output
+    hub.lies.pop()
+    with checked_answers():
+        get_session().close()
+        close_session()
+        assert len(get_session().event_hooks["response"]) == 1 + before()
+    assert len(get_session().event_hooks["response"]) == before()
+    assert outside(around) == []
+
+
+def before() -> int:
+    """Hooks that huggingface_hub has of its own."""
+    return len(default_client_factory().event_hooks["response"])
+
+
+def test_what_is_in_the_cache_needs_no_room(hub: Hub, around: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert CliRunner().invoke(app, ["info", ADAPTER]).exit_code == 0
+    hub.repos[ADAPTER].commit("a note", {**hub.repos[ADAPTER].commits[-1].files, "README.md": b"changed"})
+    usage = shutil.disk_usage(around)._replace(free=100)
+    monkeypatch.setattr("caprese.models.answers.shutil.disk_usage", lambda path: usage)
+    shutil.rmtree(around / CACHE / "models--alice--adapter" / "snapshots")
+    found = CliRunner().invoke(app, ["info", ADAPTER])
+    assert found.exit_code in (0, 1) and "adapter_model.safetensors" not in found.output
 
 
 def test_names_that_lead_elsewhere_are_not_asked_for(hub: Hub, around: Path) -> None:

@@ -35,7 +35,7 @@ def is_hub_id(name: str) -> bool:
 def again(name: object) -> str:
     """How to have an adapter anew whose files are damaged: what was fetched stays in the hub's cache as it is."""
     repo = str(name).partition("@")[0]
-    if is_hub_id(repo) and not Path(repo).is_dir():
+    if is_hub_id(repo) and not Path(str(name)).is_dir():
         return f"run `hf cache rm model/{repo}` and fetch it again"
     return "fetch or make the adapter again"
 
@@ -184,8 +184,8 @@ def explain(error: Exception, repo: str, *, revision: str | None = None, writing
     if status >= 500:
         return CapreseError(f"the hub has trouble ({status}); run the same again later: what was sent is kept")
     if isinstance(error, LocalEntryNotFoundError) or _is_connection(error):
-        again = "; run the same again, whatever was sent is kept" if writing else ""
-        return CapreseError(f"cannot reach the hub for {repo}; check the network and HF_ENDPOINT{again}")
+        kept = "; run the same again, whatever was sent is kept" if writing else ""
+        return CapreseError(f"cannot reach the hub for {repo}; check the network and HF_ENDPOINT{kept}")
     if isinstance(error, EntryNotFoundError):
         return CapreseError(f"{repo} lacks a file ({first}); is it a caprese adapter?")
-    return CapreseError(f"the hub refused {repo}: {type(error).__name__}: {first}")
+    return CapreseError(f"the hub failed for {repo} ({type(error).__name__}: {first}); check HF_ENDPOINT, or try again")

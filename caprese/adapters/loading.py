@@ -99,9 +99,10 @@ def load(
             OneStudent.put_on(model, adapter.sidecar.mixers_sha256)
         settle(model)
         unwrap(model).eval()
-        phases_of(base).reselect(every)
         if not keep_dense:
             drop_dense(model)
+        if applied:
+            phases_of(base).reselect(every)
     except BaseException as error:
         empty_slots(base)  # the base goes back as it came
         if not applied:

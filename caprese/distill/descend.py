@@ -161,6 +161,23 @@ def descend(
     return Course(least, curve, checks)
 
 
+def check_finite(where: str, rate: float, loss: torch.Tensor, norm: torch.Tensor) -> None:
+    """Refuse a step whose loss or gradient is no number, before anything of it is kept.
+
+    Args:
+        where: the step, as the line says it.
+        rate: the learning rate.
+        loss: a scalar.
+        norm: of the gradient, a scalar.
+
+    Raises:
+        CapreseError: one of them is NaN or infinite.
+    """
+    for what, value in (("loss", loss), ("gradient's norm", norm)):
+        if not torch.isfinite(value):
+            raise CapreseError(f"the {what} is {float(value)} at {where}; lower its learning_rate (now {rate:g})")
+
+
 def _by_rate(model: nn.Module, parameters: Sequence[nn.Parameter], rate: float) -> list[dict[str, Any]]:
     """Those that learn at a fraction of the rate apart from the others."""
     known = {id(p): at.rate_of(name) for at in stand_ins(model) for name, p in at.trained.named_parameters()}
@@ -181,17 +198,3 @@ def _add_up(parameters: Sequence[nn.Parameter], device: torch.device) -> None:
 
 def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def check_finite(where: str, rate: float, loss: torch.Tensor, norm: torch.Tensor) -> None:
-    """Before anything of a step is kept.
-
-    Args:
-        norm: of the gradient.
-
-    Raises:
-        CapreseError: one of them is no number, or infinite.
-    """
-    for what, value in (("loss", loss), ("gradient's norm", norm)):
-        if not torch.isfinite(value):
-            raise CapreseError(f"the {what} is {float(value)} at {where}; lower its learning_rate (now {rate:g})")

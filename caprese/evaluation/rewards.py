@@ -15,6 +15,7 @@ from caprese.data_gen.chains import soundness
 from caprese.errors import CapreseError
 from caprese.evaluation.accuracy import Marker
 from caprese.models import context_of, encode_text, load_base, resolve
+from caprese.models.answers import checked_answers
 from caprese.models.loading import pick_device
 
 #: (problem, completion) -> how good it looks, from 0 to 1
@@ -62,10 +63,11 @@ def _likelihood(name: str, device: str) -> Scorer:
 def _classifier(name: str, device: str) -> Scorer:
     try:
         source = resolve(name).source
-        judge, facts = AutoModelForSequenceClassification.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True
-        )
-        words = AutoTokenizer.from_pretrained(source)
+        with checked_answers():
+            judge, facts = AutoModelForSequenceClassification.from_pretrained(
+                source, use_safetensors=True, output_loading_info=True
+            )
+            words = AutoTokenizer.from_pretrained(source)
     except Exception as error:
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CapreseError(

@@ -199,9 +199,10 @@ def pick_device(device: str) -> str:
     local = os.environ.get("LOCAL_RANK")
     if local is not None and accelerator is not None and device == accelerator.type:
         device = f"{device}:{local}"
+    if device == "meta":
+        raise CapreseError("device 'meta' holds shapes and no weights; `device=auto` takes what is there")
     try:
-        if torch.empty(0, device=device).is_meta:
-            raise NotImplementedError("it holds shapes alone")
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CapreseError(f"cannot use device {device!r} ({first}); `device=auto` takes what is there") from error

@@ -16,7 +16,7 @@ from hub import WRITE, Hub
 from huggingface_hub.utils import disable_progress_bars
 
 from faults import damage, disk, fuzz, kills, ranks
-from faults.jobs import House
+from faults.jobs import House, chosen
 from faults.table import Table
 
 PARTS = ("kills", "damages", "disks", "moments", "ranks", "fuzz")
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=10, help="fuzz: for how long; 0 is one round")
     parser.add_argument("--examples", type=int, default=100, help="fuzz: of each reader in a round")
-    parser.add_argument("--of", nargs="*", default=[], help="kills, damages: only jobs or places that begin so")
+    parser.add_argument("--of", nargs="*", default=[], help="of one part, only jobs, places or readers that begin so")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON of the table")
     args = parser.parse_args()
@@ -54,8 +54,8 @@ def main() -> None:
             elif part == "moments":
                 disk.moments(house, table, args.moments, args.seed)
             elif part == "fuzz":
-                bench = fuzz.Bench(house.room / "fuzz", house.hub)
-                readers = [reader for reader in bench.readers() if not names or reader.name.startswith(names)]
+                files = fuzz.Files(house.room / "fuzz", house.hub)
+                readers = chosen({reader.name: reader for reader in files.readers()}, names)
                 found = fuzz.fuzz(readers, 60 * args.minutes, args.examples, args.seed)
                 table.wrong += [f"{name}: {each}" for name, told in found.items() for each in told["failures"]]
             else:
@@ -70,7 +70,7 @@ def main() -> None:
             "fuzz": found,
             "rows": table.rows(),
             "all": table.total(),
-            "lines": [line for line in sorted(table.lines)],
+            "lines": sorted(table.lines),
             "wrong": table.wrong,
         }
         args.output.write_text(json.dumps(told, indent=2) + "\n")

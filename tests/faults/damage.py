@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from faults.jobs import REPO, House, Job, Result
+from faults.jobs import REPO, House, Job, Result, chosen
 from faults.processes import Ended
 from faults.table import Table
 
@@ -26,6 +26,7 @@ DAMAGES: dict[str, Callable[[bytes, bytes, random.Random], bytes | None]] = {
     "truncated": lambda data, other, rng: data[: rng.randrange(len(data))] if data else None,
     "emptied": lambda data, other, rng: b"" if data else None,
     "another run's": lambda data, other, rng: other if other != data else None,
+    "removed": lambda data, other, rng: b"",
 }
 
 
@@ -38,7 +39,7 @@ def flipped(data: bytes, rng: random.Random) -> bytes | None:
 
 
 @dataclass(frozen=True)
-class Place:
+class Damaged:
     """A directory to damage, another run's, and who reads it."""
 
     name: str
@@ -50,8 +51,7 @@ class Place:
 def damages(house: House, table: Table, count: int, seed: int, names: tuple[str, ...] = ()) -> None:
     """`count` damages, spread over places, files and kinds; each is then met by all who read that place."""
     rng = random.Random(seed)
-    makers = places_of(house)
-    places = [make(name) for name, make in makers.items() if not names or name.startswith(names)]
+    places = [make() for make in chosen(places_of(house), names)]
     at = house.room / "damaged" / "out"
     want = {place.name: dict(_unbroken(house, place, at)) for place in places}
     queue = [
@@ -73,20 +73,21 @@ def damages(house: House, table: Table, count: int, seed: int, names: tuple[str,
             for use in place.uses:
                 _fresh(house, place, at)
                 (at / path).write_bytes(damaged)
+                if kind == "removed":
+                    (at / path).unlink()
+                expected = want[place.name][use.name]
+                whole = use.allowed(at, expected)
                 ended = use.run(at)
-                what = f"{place.name}: {use.name}"
                 before = len(table.wrong)
-                table.note(kind, what, ended, use, at, want[place.name][use.name])
-                if len(table.wrong) > before:
-                    table.wrong[-1] = f"{path}: {table.wrong[-1]}"
-                    print(f"  that was {path}", flush=True)
+                table.note(kind, f"{place.name}: {use.name}", ended, use, at, expected, whole=whole)
+                table.wrong[before:] = [f"{path}: {each}" for each in table.wrong[before:]]
             done += 1
             if done >= count:
                 break
     table.damages += done
 
 
-def _unbroken(house: House, place: Place, at: Path) -> Iterator[tuple[str, Result]]:
+def _unbroken(house: House, place: Damaged, at: Path) -> Iterator[tuple[str, Result]]:
     for use in place.uses:
         _fresh(house, place, at)
         ended = use.run(at)
@@ -94,46 +95,46 @@ def _unbroken(house: House, place: Place, at: Path) -> Iterator[tuple[str, Resul
         yield use.name, use.result(at, ended)
 
 
-def _fresh(house: House, place: Place, at: Path) -> None:
+def _fresh(house: House, place: Damaged, at: Path) -> None:
     house.hub.repos.clear()
     shutil.rmtree(at.parent, ignore_errors=True)
     at.parent.mkdir()
     shutil.copytree(place.directory, at)
 
 
-def places_of(house: House) -> dict[str, Callable[[str], Place]]:
-    """What makes each place, by its name."""
-    found: dict[str, Callable[[str], Place]] = {}
+def places_of(house: House) -> dict[str, Callable[[], Damaged]]:
+    """By the name of each directory to damage, what makes it."""
+    found: dict[str, Callable[[], Damaged]] = {}
     for method in ("griffin", "static", "hybrid"):
-        found[f"finished {method}"] = partial(_finished, house, method)
+        found[f"finished {method}"] = partial(_finished, house, method, f"finished {method}")
     for method, moments in HALVES.items():
         for file, count in moments:
-            found[f"half {method} at {file}"] = partial(_half, house, method, file, count)
+            found[f"half {method} at {file}"] = partial(_half, house, method, file, count, f"half {method} at {file}")
     for job in ("scale", "eval --tasks"):
-        found[f"finished {job}"] = partial(_done, house, job)
+        found[f"finished {job}"] = partial(_done, house, job, f"finished {job}")
     return found
 
 
-def _finished(house: House, method: str, name: str) -> Place:
+def _finished(house: House, method: str, name: str) -> Damaged:
     readers = [house.recover(method), *_readers(house, method)]
-    return Place(name, house.adapter(method), house.adapter(method, seed=1), readers)
+    return Damaged(name, house.adapter(method), house.adapter(method, seed=1), readers)
 
 
-def _half(house: House, method: str, file: str, count: int, name: str) -> Place:
+def _half(house: House, method: str, file: str, count: int, name: str) -> Damaged:
     """Directories as a kill in that write leaves them."""
     made = []
     for seed in (0, 1):
-        made.append(house.place(name))
+        made.append(house.new_directory(name))
         ended = house.recover(method, seed).run(made[-1], first=lambda: dying(file, count))
         assert ended.code == -signal.SIGKILL, (name, ended)
-    return Place(name, *made, [house.recover(method)])
+    return Damaged(name, *made, [house.recover(method)])
 
 
-def _done(house: House, name: str, place: str) -> Place:
+def _done(house: House, name: str, place: str) -> Damaged:
     job = next(job for job in house.jobs() if job.name == name)
-    made, other = house.unbroken(job)[2], house.place(f"other {name}")
+    made, other = house.unbroken(job)[2], house.new_directory(f"other {name}")
     assert Job(name, [*job.arguments, "--seed", "7"], job.result).run(other).code == 0
-    return Place(place, made, other, [job])
+    return Damaged(place, made, other, [job])
 
 
 def _readers(house: House, name: str) -> list[Job]:
@@ -143,7 +144,7 @@ def _readers(house: House, name: str) -> list[Job]:
         Job("info", ["info", "{out}", "--json"], _printed),
         Job("generate", ["generate", *both, "--prompt", "1+1", "--max-new-tokens", "8"], _text),
         Job("eval", ["eval", *both, *few, "--max-new-tokens", "8"], _quality),
-        Job("push", ["push", "{out}", REPO, "--json"], house.pushed),
+        Job("push", ["push", "{out}", REPO, "--json"], house.pushed, whole=house.pushed),
     ]
 
 
@@ -157,7 +158,7 @@ def _text(out: Path, ended: Ended) -> Result:
 
 def _quality(out: Path, ended: Ended) -> Result:
     told = json.loads(ended.said)
-    return {key: told[key] for key in ("quality", "recovered_fraction", "settings") if key in told}
+    return {key: told[key] for key in ("quality", "recovered_fraction")}
 
 
 def dying(name: str, count: int) -> None:

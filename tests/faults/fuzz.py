@@ -60,12 +60,14 @@ class Reader:
         good: files as they should be.
         read: what reads the file at a path; it may be given damaged content.
         make: hypothesis's ways of spoiling a file.
+        file: its name.
     """
 
     name: str
     good: list[bytes]
     read: Callable[[Path], object]
     make: Callable[[bytes], st.SearchStrategy[bytes]]
+    file: str = "file.yaml"
 
 
 def spoilt_bytes(good: bytes) -> st.SearchStrategy[bytes]:
@@ -92,17 +94,17 @@ def spoilt_bytes(good: bytes) -> st.SearchStrategy[bytes]:
     return spoil()
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def paths_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Of a tree of dicts and lists, the paths to all that is in it."""
     yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
-        yield from places(inner, (*path, key))
+        yield from paths_in(inner, (*path, key))
 
 
 def spoilt_tree(good: Any) -> st.SearchStrategy[Any]:
     """One to three values replaced, left out, or given another key."""
-    paths = list(places(good))
+    paths = list(paths_in(good))
 
     @st.composite
     def spoil(draw: st.DrawFn) -> Any:
@@ -160,7 +162,7 @@ def spoilt_text(good: bytes) -> st.SearchStrategy[bytes]:
     ) | spoilt_bytes(good)
 
 
-class Bench:
+class Files:
     """Good files of every kind, and what reads them."""
 
     def __init__(self, room: Path, hub: Hub) -> None:
@@ -219,8 +221,14 @@ class Bench:
                 "a method", [b"mamba:keep_attention=0.5+griffin:0.5", b"cats:sparsity=0.5"], self.method, spoilt_text
             ),
             Reader("a shard", [shard], lambda path: (shard_settings(path), read_shard(path)), spoilt_bytes),
-            Reader("prompts", [prompts], lambda path: load_prompts(str(path), 4, 0), spoilt_json_lines),
-            Reader("prompts.parquet", [self.parquet()], lambda path: load_prompts(str(path), 4, 0), spoilt_bytes),
+            Reader("prompts", [prompts], lambda path: load_prompts(str(path), 4, 0), spoilt_json_lines, "file.jsonl"),
+            Reader(
+                "prompts.parquet",
+                [self.parquet()],
+                lambda path: load_prompts(str(path), 4, 0),
+                spoilt_bytes,
+                "file.parquet",
+            ),
             Reader("config.json", [(self.base / "config.json").read_bytes()], self.config, spoilt_json),
             Reader("state.safetensors", [tensors.read_bytes()], lambda path: read_tensors(path, "again"), spoilt_bytes),
             Reader(
@@ -229,7 +237,7 @@ class Bench:
                 lambda path: read_json(path, "again"),
                 spoilt_json,
             ),
-            Reader("a hub's listing", [b"{}"], self.listing, lambda good: spoilt_json(self.told())),
+            Reader("a hub's listing", [self.listed()], self.listing, spoilt_json),
             Reader(
                 "a path",
                 [b"out/adapter"],
@@ -300,7 +308,7 @@ class Bench:
         pq.write_table(pa.table({"prompt": ["1+1", "2+2"], "answer": ["2", "4"]}), out, compression="none")
         return out.getvalue()
 
-    def told(self) -> bytes:
+    def listed(self) -> bytes:
         if REPO not in self.hub.repos:
             push(self.out, REPO)
         files = sorted(self.hub.repos[REPO].commits[-1].files)
@@ -352,9 +360,7 @@ def fuzz(readers: list[Reader], seconds: float, examples: int, start: int) -> di
 
 def _round(reader: Reader, good: bytes, examples: int, number: int, counts: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as room:
-        path = Path(room) / (
-            "file.parquet" if "parquet" in reader.name else "file.jsonl" if "prompts" in reader.name else "file.yaml"
-        )
+        path = Path(room) / reader.file
 
         def attempt(data: bytes) -> None:
             counts["examples"] += 1

@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from conftest import byte_tokenizer, tiny_llama
 from hub import Hub
 
-from caprese.data_gen import load_prompts
+from caprese.data_gen import load_prompts, read_shard
+from caprese.data_gen.shards import shard_settings
 from faults.processes import Ended, call
 
 Result = dict[str, Any]
+T = TypeVar("T")
 REPO = "alice/pushed"
 
 RECIPE = """\
@@ -79,6 +82,10 @@ class Job:
     def run(self, out: Path, **how: Any) -> Ended:
         return call(self.written(out), **how)
 
+    def allowed(self, out: Path, want: Result) -> list[Result]:
+        """What may be there as a whole once it has run: what is there now, or the result."""
+        return [self.whole(out), {name: each for name, each in want.items() if name != "left over"}]
+
 
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -97,16 +104,33 @@ def left_over(out: Path) -> list[str]:
 
 
 def recovered(out: Path, _: Ended) -> Result:
+    """All of a finished directory but times, places, and what shows them; that is there, as the report vouches."""
     report = json.loads((out / "report.json").read_text())
     told = {key: value for key, value in report.items() if key not in PASSING}
+    told["stages"] = [{key: each[key] for key in ("name", "kept", "note")} for each in report["stages"]]
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     recipe.pop("output")
-    passing = ("report.", "README.md", "plots", "recipe.yaml")  # they hold times and places
-    return {**digests(out, *passing), "recipe": recipe, "report": told, "left over": left_over(out)}
+    shards = {p.name: (shard_settings(p), [vars(row) for row in read_shard(p)]) for p in out.glob("samples/*.parquet")}
+    pages = ("report.", "README.md", "plots", "recipe.yaml", "samples")
+    return {
+        **digests(out, *pages),
+        "recipe": recipe,
+        "report": told,
+        "samples": shards,
+        "there": sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()),
+        "altered": [name for name, known in report["files"].items() if digest(out / name) != known],
+        "left over": left_over(out),
+    }
 
 
-def shards(out: Path) -> Result:
-    return {p.name: p.stat().st_mtime_ns for p in out.glob("samples/*") if p.suffix in (".parquet", ".json")}
+def finished(out: Path) -> Result:
+    """Samples, and how long each stage took that is done: nothing of it changes in the attempts that follow."""
+    found = {p.name: p.stat().st_mtime_ns for p in out.glob("samples/*") if p.suffix in (".parquet", ".json")}
+    for path in (out / ".state" / "stages.json", out / "report.json"):
+        if path.is_file():
+            stages = json.loads(path.read_text())["stages"]
+            return found | {each["name"]: each["seconds"] for each in stages if each.get("done", True)}
+    return found
 
 
 def checkpoint(out: Path) -> Result:
@@ -132,7 +156,7 @@ class House:
 
     def __init__(self, room: Path, hub: Hub) -> None:
         self.room, self.hub = room, hub
-        self._places = 0
+        self._made = 0
         self._unbroken: dict[str, tuple[Result, float, Path]] = {}
         self.base = room / "base"
         tiny_llama().save_pretrained(self.base)
@@ -149,7 +173,7 @@ class House:
             RECIPE.format(model=self.base, method=method, layerwise=layerwise, epochs=epochs, rounds=rounds)
         )
         flags = ["--recipe", str(recipe), "--seed", str(seed), "--json"]
-        return Job(f"recover {name}", ["recover", *flags, "--output", "{out}"], recovered, kept=shards)
+        return Job(f"recover {name}", ["recover", *flags, "--output", "{out}"], recovered, kept=finished)
 
     def adapter(self, name: str, seed: int = 0) -> Path:
         """A finished one, made when it is first asked for."""
@@ -159,17 +183,17 @@ class House:
             assert made.code == 0, made.error
         return out
 
-    def place(self, name: str) -> Path:
-        """Where a job's directory may be made: what it leaves beside that is seen."""
-        self._places += 1
-        made = self.room / f"{self._places}-{name.replace(' ', '-')}" / "out"
+    def new_directory(self, name: str) -> Path:
+        """Where a job's directory may be made, alone in another: what it leaves beside its own is seen."""
+        self._made += 1
+        made = self.room / f"{self._made}-{name.replace(' ', '-')}" / "out"
         made.parent.mkdir()
         return made
 
     def unbroken(self, job: Job) -> tuple[Result, float, Path]:
         """What a job comes to, in how many seconds, and where."""
         if job.name not in self._unbroken:
-            out = self.place(job.name)
+            out = self.new_directory(job.name)
             job.before(out)
             ended = job.run(out)
             assert ended.code == 0, (job.name, ended)
@@ -187,7 +211,7 @@ class House:
             *(self.recover(name) for name in METHODS),
             Job("export", export, exported, whole=checkpoint),
             Job("export --overwrite", [*export, "--overwrite"], exported, before=_something, whole=checkpoint),
-            Job("scale", scale, scaled, kept=shards),
+            Job("scale", scale, scaled, kept=finished),
             Job("eval --tasks", tasks, judged),
             Job(
                 "push",
@@ -213,3 +237,11 @@ def _something(out: Path) -> None:
     """A checkpoint that is there before; whole or not there is all that may become of it."""
     out.mkdir()
     tiny_llama(seed=3).save_pretrained(out)
+
+
+def chosen(known: dict[str, T], names: tuple[str, ...]) -> list[T]:
+    """Of what is known by name, what begins with one of `names`; all of it where there are none."""
+    found = [each for name, each in known.items() if not names or name.startswith(names)]
+    if not found:
+        sys.exit(f"nothing begins with {', '.join(names)}; there are {', '.join(known)}")
+    return found

@@ -6,14 +6,14 @@ import random
 import shutil
 import signal
 
-from faults.jobs import House, Job, Result
+from faults.jobs import House, Job, Result, chosen
 from faults.table import Table
 
 
 def kills(house: House, table: Table, count: int, seed: int, names: tuple[str, ...] = ()) -> None:
     """`count` kills over all jobs, or those whose names start so: one to three of a job before it may finish."""
     rng = random.Random(seed)
-    jobs = [job for job in house.jobs() if not names or job.name.startswith(names)]
+    jobs = chosen({job.name: job for job in house.jobs()}, names)
     done = 0
     while done < count:
         for job in jobs:
@@ -23,9 +23,9 @@ def kills(house: House, table: Table, count: int, seed: int, names: tuple[str, .
 
 def _one(house: House, job: Job, rng: random.Random, table: Table) -> int:
     want, seconds, _ = house.unbroken(job)
-    out = house.place(job.name)
+    out = house.new_directory(job.name)
     job.before(out)
-    whole = [job.whole(out), {name: each for name, each in want.items() if name != "left over"}]
+    whole = job.allowed(out, want)
     times, killed, lost = rng.randint(1, 3), 0, []
     for _ in range(times):
         held = job.kept(out)
@@ -37,11 +37,11 @@ def _one(house: House, job: Job, rng: random.Random, table: Table) -> int:
     held = job.kept(out)
     ended = job.run(out)
     lost += _lost(held, job.kept(out))
-    table.note("kill -9", job.name, ended, job, out, want, tries=killed, lost=lost)
+    table.note("kill -9", job.name, ended, job, out, want, tries=killed, lost=lost, must=True)
     shutil.rmtree(out.parent)
     return killed
 
 
 def _lost(before: Result, after: Result) -> list[str]:
-    """What was finished and is made anew."""
-    return [name for name, stamp in before.items() if after.get(name, stamp) != stamp]
+    """What was finished and is gone, or was made anew."""
+    return [name for name, stamp in before.items() if after.get(name) != stamp]

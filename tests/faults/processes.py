@@ -34,9 +34,10 @@ class Ended:
 
     @property
     def one_line(self) -> bool:
-        """Whether what went wrong was said as users are to read it."""
+        """Whether what went wrong was said as users are to read it: once, at the end."""
         lines = self.error.strip().splitlines()
-        return bool(lines) and lines[-1].startswith("error: ") and "Traceback" not in self.error
+        said = [line for line in lines if line.startswith("error: ")]
+        return len(said) == 1 and lines[-1] == said[0] and "Traceback" not in self.error
 
 
 Doing = Callable[[], object]
@@ -47,14 +48,13 @@ def call(
     *,
     first: Doing | None = None,
     kill_after: float | None = None,
-    sort: int = signal.SIGKILL,
     limit: float = 120,
 ) -> Ended:
     """`caprese arguments` to its end.
 
     Args:
         first: done in the new process before the command.
-        kill_after: seconds after which the process and its children get the signal `sort`.
+        kill_after: seconds after which the process and its children are killed.
         limit: seconds after which it counts as hung.
     """
     begin = time.monotonic()
@@ -65,7 +65,7 @@ def call(
             if kill_after is None:  # hung: where
                 os.kill(process, signal.SIGUSR1)
                 time.sleep(1)
-            os.killpg(process, sort if kill_after is not None else signal.SIGKILL)
+            os.killpg(process, signal.SIGKILL)
             code = _wait(process, time.monotonic() + limit)
             if kill_after is None:
                 code = None

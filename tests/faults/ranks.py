@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -9,44 +10,52 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from pathlib import Path
 
 from faults.jobs import House, Job
 from faults.processes import Ended
 from faults.table import Table
 
+MARK = "CAPRESE_FAULTS_RUN"
+
 
 def ranks(house: House, table: Table, count: int, seed: int) -> None:
     """`count` times one rank of two dies somewhere; both then begin again."""
     rng = random.Random(seed)
     job = house.recover("griffin")
-    out = house.place("two ranks")
+    out = house.new_directory("two ranks")
     begin = time.monotonic()
     ended = _together(job, out)
     assert ended.code == 0, ended.error
     want, seconds = job.result(out, ended), time.monotonic() - begin
     for _ in range(count):
-        out = house.place("two ranks")
-        died = _together(job, out, rng.uniform(0.5, 1) * seconds, rng.randrange(2))
-        table.require("a rank dies", job.name, died.code != 0, "the other did not notice")
+        out = house.new_directory("two ranks")
+        died = _together(job, out, rng.uniform(0.4, 0.9) * seconds, rng.randrange(2))
+        noticed = died.code is not None and died.code != 0
+        table.require("a rank dies", job.name, noticed, f"the other did not notice: {died.code}")
         again = _together(job, out)
-        table.note("a rank dies", job.name, again, job, out, want)
+        table.note("a rank dies", job.name, again, job, out, want, must=True)
 
 
 def _together(job: Job, out: Path, dies_after: float | None = None, rank: int = 0) -> Ended:
     """Two ranks, of which one is killed after so many seconds."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "caprese"]
-    begin = time.monotonic()
+    begin, mark = time.monotonic(), uuid.uuid4().hex
+    environment = {**os.environ, MARK: mark}
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as error:
-        run = subprocess.Popen([*command, *job.written(out)], stdout=said, stderr=error, start_new_session=True)
+        run = subprocess.Popen(
+            [*command, *job.written(out)], stdout=said, stderr=error, start_new_session=True, env=environment
+        )
         if dies_after is not None:
             time.sleep(dies_after)
-            if (found := _process_of(rank)) is not None:
+            for found in _processes(mark, rank):
                 os.kill(found, signal.SIGKILL)
         try:
             code = run.wait(timeout=300)
         except subprocess.TimeoutExpired:
-            os.killpg(run.pid, signal.SIGKILL)
+            for left in [run.pid, *_processes(mark)]:
+                os.kill(left, signal.SIGKILL)
             code = None
         texts = []
         for file in (said, error):
@@ -55,12 +64,12 @@ def _together(job: Job, out: Path, dies_after: float | None = None, rank: int = 
     return Ended(code, texts[0], texts[1], time.monotonic() - begin)
 
 
-def _process_of(rank: int) -> int | None:
-    """The process that has this rank, of those that are here."""
+def _processes(mark: str, rank: int | None = None) -> list[int]:
+    """Those of one run, by what its environment holds; of a rank alone, or all."""
+    found, wanted = [], [f"{MARK}={mark}"] + ([f"LOCAL_RANK={rank}"] if rank is not None else [])
     for each in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"\0LOCAL_RANK={rank}\0".encode() in b"\0" + (each / "environ").read_bytes() + b"\0":
-                return int(each.name)
-        except OSError:
-            continue
-    return None
+        with contextlib.suppress(OSError):
+            held = (each / "environ").read_bytes().decode(errors="replace").split("\0")
+            if all(pair in held for pair in wanted):
+                found.append(int(each.name))
+    return found

@@ -24,7 +24,7 @@ class Table:
 
     counts: dict[tuple[str, str], dict[str, int]] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
-    lines: dict[str, int] = field(default_factory=dict)
+    lines: set[str] = field(default_factory=set)
     kills: int = 0
     damages: int = 0
 
@@ -38,13 +38,20 @@ class Table:
         want: Result,
         tries: int = 1,
         lost: list[str] | None = None,
+        must: bool = False,
+        whole: list[Result] | None = None,
     ) -> None:
-        """One try (or several that came to one end) of a job in `out`."""
+        """One try (or several that came to one end) of a job in `out`.
+
+        Args:
+            must: survive, since nothing is damaged; a line is not enough.
+            whole: what may be there as a whole now, where that is asked.
+        """
         row = self.counts.setdefault((kind, what), dict.fromkeys(COLUMNS, 0))
         row["tried"] += tries
         how, why = "survived", ""
-        if lost:
-            how, why = "lost", str(lost)
+        if lost or (whole is not None and job.whole(out) not in whole):
+            how, why = "lost", str(lost or "half of it is there")
         elif ended.code == 0:
             try:
                 found = job.result(out, ended)
@@ -52,16 +59,19 @@ class Table:
             except Exception as error:
                 why = f"no result: {error!r}"
             how = "silent" if why else how
-        elif ended.code is not None and ended.code > 0 and ended.one_line:
+        elif ended.code is not None and ended.code > 0 and ended.one_line and not must:
             how = "detected"
-            line = ended.error.strip().splitlines()[-1]
-            self.lines[line] = self.lines.get(line, 0) + 1
+            self.lines.add(ended.error.strip().splitlines()[-1])
         else:
             how, why = "unclear", f"code {ended.code}, {ended.error[-6000:]!r}"
         row[how] += tries
         if how not in GOOD:
             self.wrong.append(f"{kind}, {what}: {how}: {why}")
             print(self.wrong[-1], file=sys.stderr, flush=True)
+
+    def leave_out(self, kind: str, why: str) -> None:
+        """Say in the table that a fault cannot be made here."""
+        self.counts[kind, why] = dict.fromkeys(COLUMNS, 0)
 
     def require(self, kind: str, what: str, held: bool, why: str) -> None:
         """Something else that has to hold of a try that was noted."""
