@@ -451,9 +451,9 @@ simple("adapter_missing", lambda d: d.generate("--adapter", d.tmp / "gone"), "no
 simple("adapter_empty", lambda d: d.generate("--adapter", d.base), f"holds no {SIDECAR}", "run caprese recover")
 damaged_adapter("no_sidecar", lambda o: (o / SIDECAR).unlink(), f"holds no {SIDECAR}", "run caprese recover")
 damaged_adapter("no_weights", lambda o: (o / WEIGHTS).unlink(), f"holds no {WEIGHTS}", "run caprese recover")
-damaged_adapter("truncated", lambda o: truncate(o / WEIGHTS), "truncated or damaged", "make it again")
+damaged_adapter("truncated", lambda o: truncate(o / WEIGHTS), "truncated or damaged", "make the adapter again")
 damaged_adapter("altered", lambda o: flip(o / WEIGHTS), "was altered after it was saved", "fetch or make")
-damaged_adapter("nan", lambda o: edit_weights(o / WEIGHTS, poison), "NaN or infinity", "make it again")
+damaged_adapter("nan", lambda o: edit_weights(o / WEIGHTS, poison), "NaN or infinity", "make the adapter again")
 damaged_adapter("sidecar_truncated", lambda o: truncate(o / SIDECAR), f"{SIDECAR} of", "is damaged", "again")
 damaged_adapter("sidecar_binary", lambda o: (o / SIDECAR).write_bytes(b"\xff"), "is damaged", "again")
 damaged_adapter(

@@ -49,3 +49,16 @@ def test_a_directory(tmp_path: Path) -> None:
     code, facts = looked(out)
     assert code == 1 and "adapter_config.json" in facts["wrong"][1] and facts["checked"] == []
     assert CliRunner().invoke(app, ["doctor", str(tmp_path / "none")]).exit_code == 1
+
+
+def test_a_report_that_is_gone_is_missed(tmp_path: Path) -> None:
+    """A run leaves recipe and report; an adapter that was saved has neither."""
+    out = tmp_path / "out"
+    caprese.save(attach_adapter(caprese.apply(tiny_llama(), caprese.Griffin()), 4), out)
+    assert looked(out)[0] == 0
+    (out / "recipe.yaml").write_text("model: reasoner-tiny\n")
+    code, facts = looked(out)
+    assert code == 1 and "report.json" in facts["wrong"][0] and "missing beside recipe.yaml" in facts["wrong"][0]
+    for verb in (["info", str(out)], ["push", str(out), "alice/x", "--dry-run"]):
+        result = CliRunner().invoke(app, verb)
+        assert result.exit_code == 1 and "missing beside recipe.yaml" in " ".join(result.output.split())

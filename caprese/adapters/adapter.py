@@ -161,12 +161,13 @@ class Adapter:
         """The report of the run that made it, where it lies beside.
 
         Raises:
-            CapreseError: it is damaged, or of another adapter.
+            CapreseError: it is damaged, or of another adapter, or missing beside a recipe.
         """
-        path = self.directory / REPORT
+        path, remedy = self.directory / REPORT, f"run caprese recover again, or delete it and {RECIPE}"
         if not path.is_file():
+            if self.recipe is not None:  # a run leaves both, and this last
+                raise CapreseError(f"{REPORT} of {self} is missing beside {RECIPE}; run caprese recover again")
             return None
-        remedy = "run caprese recover again, or delete it"
         first = self.sidecar.caprese_version == "0.1.0"  # whose reports have no digest of themselves
         report = (read_json if first else read_sealed)(path, remedy, f"{REPORT} of {self}")
         files = report.get("files", {})
