@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def push(
         terms = base_terms(base.id)
     files: dict[str, Path | bytes] = {name: source / name for name in adapter.files}
     if report is not None:
-        _check_run(source, report)
+        _check_run(source, report, adapter.files)
         files |= {name: source / name for name in _RUN if (source / name).is_file()}
         files |= {f"plots/{path.name}": path for path in sorted((source / "plots").glob("*.png"))}
     card = _card(report, terms, repo) if report else _bare_card(adapter, terms, repo)
@@ -82,11 +82,11 @@ def _holding() -> Iterator[None]:
         ) from error
 
 
-def _check_run(directory: Path, report: dict[str, Any]) -> None:
-    """What goes along is as the run left it."""
+def _check_run(directory: Path, report: dict[str, Any], own: Collection[str]) -> None:
+    """What is sent is as the run left it: the adapter's own files, and what goes along."""
     for name, digest in report.get("files", {}).items():  # caprese 0.1.0 noted none
         path = directory / name
-        if (name in _RUN or name.startswith("plots/")) and not (path.is_file() and sha256(path) == digest):
+        if (name in {*_RUN, *own} or name.startswith("plots/")) and not (path.is_file() and sha256(path) == digest):
             raise CapreseError(f"{path} is damaged or missing; run caprese recover again, which makes it anew")
 
 

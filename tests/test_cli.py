@@ -304,13 +304,14 @@ def test_what_a_terminal_obeys_is_written_out():
 
 @pytest.fixture
 def foreign(adapter, tmp_path):
-    """An adapter whose directory, sidecar and recipe hold what a terminal would obey."""
+    """An adapter whose directory and sidecar hold what a terminal would obey."""
     place = shutil.copytree(adapter, tmp_path / "x[" / "foo] \x1b[31m\x1b]0;t\x07\u202e")
     sidecar = json.loads((place / "caprese_config.json").read_text())
     sidecar["base"] |= {"id": FOREIGN}
     sidecar["caprese_version"] = "0 [/x] \x1b[2J"
     (place / "caprese_config.json").write_text(json.dumps(sidecar))
-    (place / "report.json").unlink()
+    for name in ("report.json", "recipe.yaml"):
+        (place / name).unlink()
     return place
 
 

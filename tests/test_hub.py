@@ -440,6 +440,13 @@ def test_what_is_damaged_is_not_pushed(finished, hub, tmp_path):
     weights.write_bytes(data[:-7])
     with pytest.raises(caprese.CapreseError, match="truncated"):
         caprese.push(copy, "alice/x")
+    copy = shutil.copytree(out, tmp_path / "first")
+    for name in ("adapter_config.json", "caprese_config.json"):  # what decides no result is damage too
+        before = (copy / name).read_bytes()
+        (copy / name).write_bytes(before + b" ")
+        with pytest.raises(caprese.CapreseError, match=f"{name} is damaged or missing"):
+            caprese.push(copy, "alice/x")
+        (copy / name).write_bytes(before)
     copy = shutil.copytree(out, tmp_path / "second")
     report = read_sealed(copy / "report.json", "")
     write_sealed(copy / "report.json", {**report, "adapter_digest": "0" * 32})

@@ -78,9 +78,7 @@ def damages(house: House, table: Table, count: int, seed: int, names: tuple[str,
                 expected = want[place.name][use.name]
                 whole = use.allowed(at, expected)
                 ended = use.run(at)
-                before = len(table.wrong)
-                table.note(kind, f"{place.name}: {use.name}", ended, use, at, expected, whole=whole)
-                table.wrong[before:] = [f"{path}: {each}" for each in table.wrong[before:]]
+                table.note(kind, f"{place.name}: {use.name}", ended, use, at, expected, whole=whole, where=f"{path}: ")
             done += 1
             if done >= count:
                 break

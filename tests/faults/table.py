@@ -40,12 +40,14 @@ class Table:
         lost: list[str] | None = None,
         must: bool = False,
         whole: list[Result] | None = None,
+        where: str = "",
     ) -> None:
         """One try (or several that came to one end) of a job in `out`.
 
         Args:
             must: survive, since nothing is damaged; a line is not enough.
             whole: what may be there as a whole now, where that is asked.
+            where: the fault struck, for who reads what went wrong.
         """
         row = self.counts.setdefault((kind, what), dict.fromkeys(COLUMNS, 0))
         row["tried"] += tries
@@ -66,7 +68,7 @@ class Table:
             how, why = "unclear", f"code {ended.code}, {ended.error[-6000:]!r}"
         row[how] += tries
         if how not in GOOD:
-            self.wrong.append(f"{kind}, {what}: {how}: {why}")
+            self.wrong.append(f"{where}{kind}, {what}: {how}: {why}")
             print(self.wrong[-1], file=sys.stderr, flush=True)
 
     def leave_out(self, kind: str, why: str) -> None:
