@@ -26,22 +26,26 @@ def ranks(house: House, table: Table, count: int, seed: int) -> None:
     job = house.recover("griffin")
     out = house.new_directory("two ranks")
     begin = time.monotonic()
-    ended = _together(job, out)
+    ended, _ = _together(job, out)
     assert ended.code == 0, ended.error
     want, seconds = job.result(out, ended), time.monotonic() - begin
-    for _ in range(count):
+    done = 0
+    while done < count:
         out = house.new_directory("two ranks")
-        died = _together(job, out, rng.uniform(0.4, 0.9) * seconds, rng.randrange(2))
+        died, struck = _together(job, out, rng.uniform(0.4, 0.9) * seconds, rng.randrange(2))
+        if not struck:  # they were done before
+            continue
+        done += 1
         noticed = died.code is not None and died.code != 0
         table.require("a rank dies", job.name, noticed, f"the other did not notice: {died.code}")
-        again = _together(job, out)
+        again, _ = _together(job, out)
         table.note("a rank dies", job.name, again, job, out, want, must=True)
 
 
-def _together(job: Job, out: Path, dies_after: float | None = None, rank: int = 0) -> Ended:
-    """Two ranks, of which one is killed after so many seconds."""
+def _together(job: Job, out: Path, dies_after: float | None = None, rank: int = 0) -> tuple[Ended, bool]:
+    """Two ranks, of which one is killed after so many seconds, and whether it still was there."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "caprese"]
-    begin, mark = time.monotonic(), uuid.uuid4().hex
+    begin, mark, struck = time.monotonic(), uuid.uuid4().hex, False
     environment = {**os.environ, MARK: mark}
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as error:
         run = subprocess.Popen(
@@ -51,6 +55,7 @@ def _together(job: Job, out: Path, dies_after: float | None = None, rank: int = 
             time.sleep(dies_after)
             for found in _processes(mark, rank):
                 os.kill(found, signal.SIGKILL)
+                struck = True
         try:
             code = run.wait(timeout=300)
         except subprocess.TimeoutExpired:
@@ -61,7 +66,7 @@ def _together(job: Job, out: Path, dies_after: float | None = None, rank: int = 
         for file in (said, error):
             file.seek(0)
             texts.append(file.read())
-    return Ended(code, texts[0], texts[1], time.monotonic() - begin)
+    return Ended(code, texts[0], texts[1], time.monotonic() - begin), struck
 
 
 def _processes(mark: str, rank: int | None = None) -> list[int]:
