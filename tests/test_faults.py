@@ -16,18 +16,17 @@ from faults.table import Table
 FEW = {
     "kills": ["--kills", "3", "--of", "recover griffin", "push"],
     "damages": ["--damages", "4", "--of", "finished static"],
-    "disks": ["--disks", "1"],
-    "moments": ["--moments", "1"],
     "fuzz": ["--minutes", "0", "--examples", "12"],
 }
+SLOW = {"disks": ["--disks", "1"], "moments": ["--moments", "1"], "ranks": ["--ranks", "1"]}
 
 
-@pytest.mark.parametrize("part", FEW)
+@pytest.mark.parametrize("part", [*FEW, *(pytest.param(part, marks=pytest.mark.slow) for part in SLOW)])
 def test_a_few(part: str, tmp_path: Path) -> None:
     out = tmp_path / "table.json"
     here = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
-    run = [sys.executable, "-m", "faults", part, *FEW[part], "--output", str(out)]
+    run = [sys.executable, "-m", "faults", part, *{**FEW, **SLOW}[part], "--output", str(out)]
     done = subprocess.run(run, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(out.read_text())
