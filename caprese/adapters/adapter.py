@@ -164,11 +164,11 @@ class Adapter:
             CapreseError: it is damaged, or of another adapter, or missing beside a recipe.
         """
         path, remedy = self.directory / REPORT, f"run caprese recover again, or delete it and {RECIPE}"
+        first = self.sidecar.caprese_version == "0.1.0"  # whose reports have no digest of themselves
         if not path.is_file():
-            if self.recipe is not None:  # a run leaves both, and this last
+            if self.recipe is not None and not first:  # a run leaves both, and this last
                 raise CapreseError(f"{REPORT} of {self} is missing beside {RECIPE}; run caprese recover again")
             return None
-        first = self.sidecar.caprese_version == "0.1.0"  # whose reports have no digest of themselves
         report = (read_json if first else read_sealed)(path, remedy, f"{REPORT} of {self}")
         files = report.get("files", {})
         if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
