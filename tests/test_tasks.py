@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,13 +50,18 @@ metric_list:
 """
 
 
-@pytest.fixture
-def tasks(tmp_path):
+def write_tasks(place: Path) -> None:
+    """chains.yaml, which generates, and choose.yaml, which scores, over twelve problems."""
     rows = load_prompts("chains:test", 12, 1, "prompt", set())
-    data = tmp_path / "chains.jsonl"
+    data = place / "chains.jsonl"
     data.write_text("\n".join(json.dumps({"question": r.text, "answer": r.answer}) for r in rows))
     for name, text in (("chains", GENERATE), ("choose", CHOOSE)):
-        (tmp_path / f"{name}.yaml").write_text(text.format(data=data))
+        (place / f"{name}.yaml").write_text(text.format(data=data))
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    write_tasks(tmp_path)
     return tmp_path
 
 

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import yaml
 from conftest import byte_tokenizer, tiny_llama
 from hub import Hub
+from test_tasks import write_tasks
 
-from caprese.data_gen import load_prompts, read_shard
+from caprese.data_gen import read_shard
 from caprese.data_gen.shards import shard_settings
 from faults.processes import Ended, call
 
@@ -34,18 +35,6 @@ alignment: {{epochs: 1, hidden_epochs: 1, matrices: 0.1, batch_size: 4, micro_ba
 end_to_end: {{epochs: {epochs}, rounds: {rounds}, batch_size: 4, micro_batch: 4, checkpoint_every: 2,
   learning_rate: 0.003}}
 evaluation: {{latency_tokens: 0, batch_size: 4}}
-"""
-TASK = """\
-task: choose
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}\\n"
-doc_to_choice: ["{{{{answer}}}}", "0"]
-doc_to_target: 0
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
 """
 METHODS = {
     "griffin": ("griffin:0.5", "closed", 2, 1),
@@ -161,10 +150,7 @@ class House:
         self.base = room / "base"
         tiny_llama().save_pretrained(self.base)
         byte_tokenizer().save_pretrained(self.base)
-        rows = load_prompts("chains:test", 6, 1, "prompt", set())
-        data = room / "rows.jsonl"
-        data.write_text("\n".join(json.dumps({"question": r.text, "answer": r.answer}) for r in rows))
-        (room / "choose.yaml").write_text(TASK.format(data=data))
+        write_tasks(room)
 
     def recover(self, name: str, seed: int = 0) -> Job:
         method, layerwise, epochs, rounds = METHODS[name]
