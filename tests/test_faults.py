@@ -49,6 +49,7 @@ def result(out: Path, ended: Ended) -> dict[str, str]:
     [
         (Ended(0, "4", "", 1), [], "survived"),
         (Ended(1, "", "a note\nerror: x.json is damaged; run again\n", 1), [], "detected"),
+        (Ended(1, "", "error: x.json is damaged\n", 1), [], "unclear"),
         (Ended(0, "5", "", 1), [], "silent"),
         (Ended(1, "", "Traceback (most recent call last):\nKeyError: 'a'\n", 1), [], "unclear"),
         (Ended(1, "", "", 1), [], "unclear"),

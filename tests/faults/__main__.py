@@ -54,7 +54,7 @@ def main() -> None:
             elif part == "moments":
                 disk.moments(house, table, args.moments, args.seed)
             elif part == "fuzz":
-                files = fuzz.Files(house.room / "fuzz", house.hub)
+                files = fuzz.Files(house)
                 readers = chosen({reader.name: reader for reader in files.readers()}, names)
                 found = fuzz.fuzz(readers, 60 * args.minutes, args.examples, args.seed)
                 table.wrong += [f"{name}: {each}" for name, told in found.items() for each in told["failures"]]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from faults.jobs import REPO, House, Job, Result, chosen
+from faults.jobs import REPO, WRITTEN, House, Job, Result, chosen
 from faults.processes import Ended
 from faults.table import Table
 
@@ -21,6 +22,7 @@ HALVES = {
     "griffin": (("train-0000", 2), ("moments", 1), ("layerwise", 1), ("end_to_end", 3), ("recovered", 1)),
     "hybrid": (("sensitivity", 2), ("alignment", 1), ("hidden_states", 1), ("round-1", 1), ("report.json", 1)),
 }
+AFTER = "after: what the line says"
 DAMAGES: dict[str, Callable[[bytes, bytes, random.Random], bytes | None]] = {
     "a flipped bit": lambda data, other, rng: flipped(data, rng),
     "truncated": lambda data, other, rng: data[: rng.randrange(len(data))] if data else None,
@@ -40,12 +42,13 @@ def flipped(data: bytes, rng: random.Random) -> bytes | None:
 
 @dataclass(frozen=True)
 class Damaged:
-    """A directory to damage, another run's, and who reads it."""
+    """A directory to damage, another run's, who reads it, and what makes it."""
 
     name: str
     directory: Path
     other: Path
     uses: list[Job]
+    maker: Job
 
 
 def damages(house: House, table: Table, count: int, seed: int, names: tuple[str, ...] = ()) -> None:
@@ -60,7 +63,7 @@ def damages(house: House, table: Table, count: int, seed: int, names: tuple[str,
         for path in sorted(p.relative_to(place.directory) for p in place.directory.rglob("*") if p.is_file())
         for kind in DAMAGES
     ]
-    done = 0
+    done, followed = 0, set[tuple[str, str, str]]()
     while done < count:
         rng.shuffle(queue)
         for place, path, kind in queue:
@@ -78,7 +81,12 @@ def damages(house: House, table: Table, count: int, seed: int, names: tuple[str,
                 expected = want[place.name][use.name]
                 whole = use.allowed(at, expected)
                 ended = use.run(at)
-                table.note(kind, f"{place.name}: {use.name}", ended, use, at, expected, whole=whole, where=f"{path}: ")
+                what = f"{place.name}: {use.name}"
+                line = table.note(kind, what, ended, use, at, expected, whole=whole, where=f"{path}: ")
+                if line is not None and (place.name, use.name, line) not in followed:
+                    followed.add((place.name, use.name, line))
+                    ended, again = _remedied(place, use, at, ended), _made_again(use)
+                    table.note(AFTER, what, ended, again, at, _lasting(expected), must=True, where=f"{path}: ")
             done += 1
             if done >= count:
                 break
@@ -91,6 +99,37 @@ def _unbroken(house: House, place: Damaged, at: Path) -> Iterator[tuple[str, Res
         ended = use.run(at)
         assert ended.code == 0, (place.name, use.name, ended.error)
         yield use.name, use.result(at, ended)
+
+
+def _remedied(place: Damaged, use: Job, at: Path, ended: Ended) -> Ended:
+    """How `use` ends once what its line says has been done: files deleted, or the directory made again."""
+    for _ in range(4):  # what took damage along may be named next
+        line = ended.line
+        named = {Path(path) for path in re.findall(rf"{re.escape(str(at))}[\w./-]*", line)}
+        if "delete it" in line and "recover again" not in line:
+            for path in named - {at}:
+                path.unlink()
+        elif "--overwrite" in line:
+            made = Job(place.maker.name, [*place.maker.arguments, "--overwrite"], place.maker.result).run(at)
+            assert made.code == 0, (line, made)
+        else:
+            made = place.maker.run(at)
+            if made.code != 0 and use is not place.maker:
+                made = _remedied(place, place.maker, at, made)
+            assert made.code == 0, (line, made)
+        ended = use.run(at)
+        if ended.code == 0:
+            break
+    return ended
+
+
+def _made_again(use: Job) -> Job:
+    """What reads a directory that was made anew, and so has other pages: their times differ."""
+    return replace(use, result=lambda out, ended: _lasting(use.result(out, ended)))
+
+
+def _lasting(result: Result) -> Result:
+    return {name: value for name, value in result.items() if not name.startswith(WRITTEN)}
 
 
 def _fresh(house: House, place: Damaged, at: Path) -> None:
@@ -115,7 +154,7 @@ def places_of(house: House) -> dict[str, Callable[[], Damaged]]:
 
 def _finished(house: House, method: str, name: str) -> Damaged:
     readers = [house.recover(method), *_readers(house, method)]
-    return Damaged(name, house.adapter(method), house.adapter(method, seed=1), readers)
+    return Damaged(name, house.adapter(method), house.adapter(method, seed=1), readers, readers[0])
 
 
 def _half(house: House, method: str, file: str, count: int, name: str) -> Damaged:
@@ -125,14 +164,15 @@ def _half(house: House, method: str, file: str, count: int, name: str) -> Damage
         made.append(house.new_directory(name))
         ended = house.recover(method, seed).run(made[-1], first=lambda: dying(file, count))
         assert ended.code == -signal.SIGKILL, (name, ended)
-    return Damaged(name, *made, [house.recover(method)])
+    job = house.recover(method)
+    return Damaged(name, *made, [job], job)
 
 
 def _done(house: House, name: str, place: str) -> Damaged:
     job = next(job for job in house.jobs() if job.name == name)
     made, other = house.unbroken(job)[2], house.new_directory(f"other {name}")
     assert Job(name, [*job.arguments, "--seed", "7"], job.result).run(other).code == 0
-    return Damaged(place, made, other, [job])
+    return Damaged(place, made, other, [job], job)
 
 
 def _readers(house: House, name: str) -> list[Job]:

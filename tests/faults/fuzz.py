@@ -19,8 +19,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 import yaml
-from conftest import byte_tokenizer, tiny_llama
-from hub import Hub
+from conftest import tiny_llama
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -30,11 +29,12 @@ from caprese.data_gen import load_prompts, read_shard
 from caprese.data_gen.shards import shard_settings
 from caprese.doctor import directory
 from caprese.errors import CapreseError
-from caprese.files import path_of, read_json, read_sealed, read_tensors, write_sealed, write_tensors
+from caprese.files import path_of, read_sealed, read_tensors, write_sealed, write_tensors
 from caprese.models import load_config, resolve
 from caprese.publish import info, push
 from caprese.recipes import resolve_recipe
-from faults.jobs import REPO
+from caprese.recovery.run import Run
+from faults.jobs import REPO, House
 
 #: seconds that a reader may take for anything
 LIMIT = 20.0
@@ -165,29 +165,10 @@ def spoilt_text(good: bytes) -> st.SearchStrategy[bytes]:
 class Files:
     """Good files of every kind, and what reads them."""
 
-    def __init__(self, room: Path, hub: Hub) -> None:
-        self.room, self.hub = room, hub
-        room.mkdir()
-        self.base = room / "base"
-        tiny_llama().save_pretrained(self.base)
-        byte_tokenizer().save_pretrained(self.base)
-        self.out = room / "out"
-        recipe = caprese.Recipe(
-            model=str(self.base),
-            rank=4,
-            output=str(self.out),
-            samples={
-                "train": 8,
-                "validation": 2,
-                "test": 2,
-                "max_new_tokens": 4,
-                "prompts": "gym:simple_equations",
-                "elsewhere": 0,
-            },
-            end_to_end={"epochs": 1},
-            evaluation={"latency_tokens": 0},
-        )
-        caprese.recover(*caprese.load_base(str(self.base)), recipe)
+    def __init__(self, house: House) -> None:
+        self.room, self.hub, self.base = house.room / "fuzz", house.hub, house.base
+        self.room.mkdir()
+        self.out = house.adapter("griffin")
         self.model = tiny_llama()
         self.weights = {name: value.clone() for name, value in self.model.state_dict().items()}
 
@@ -234,7 +215,7 @@ class Files:
             Reader(
                 "identity.json",
                 [b'{"identity": "0123456789abcdef"}'],
-                lambda path: read_json(path, "again"),
+                self.mark,
                 spoilt_json,
             ),
             Reader("a hub's listing", [self.listed()], self.listing, spoilt_json),
@@ -290,6 +271,13 @@ class Files:
                 return
             read_sealed(sealed, "again")
             self.adapter("report.json")(sealed)
+
+    def mark(self, path: Path) -> None:
+        """Whose a directory is, by the mark of a run that is half way through."""
+        run = Run(self.room / "half", "0123456789abcdef")
+        run.state.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, run.state / "identity.json")
+        run.claim(overwrite=False)
 
     @staticmethod
     def method(path: Path) -> object:

@@ -42,7 +42,8 @@ METHODS = {
     "compressed": ("int8", "closed", 1, 1),
     "hybrid": ("mamba:keep_attention=0.34:selected=sensitivity+griffin:0.5", "closed", 1, 2),
 }
-#: of report.json, what may differ from one run to the next
+#: what tells of a run, with its times; and of report.json, what may differ from one run to the next
+WRITTEN = ("report.", "README.md", "plots", "recipe.yaml")
 PASSING = ("stages", "latency", "files", "environment", "seconds", "date", "created", "recipe", "sha256")
 
 
@@ -100,9 +101,8 @@ def recovered(out: Path, _: Ended) -> Result:
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     recipe.pop("output")
     shards = {p.name: (shard_settings(p), [vars(row) for row in read_shard(p)]) for p in out.glob("samples/*.parquet")}
-    pages = ("report.", "README.md", "plots", "recipe.yaml", "samples")
     return {
-        **digests(out, *pages),
+        **digests(out, *WRITTEN, "samples"),
         "recipe": recipe,
         "report": told,
         "samples": shards,

@@ -39,6 +39,11 @@ class Ended:
         said = [line for line in lines if line.startswith("error: ")]
         return len(said) == 1 and lines[-1] == said[0] and "Traceback" not in self.error
 
+    @property
+    def line(self) -> str:
+        """The last line that it wrote of what went wrong."""
+        return (self.error.strip().splitlines() or [""])[-1]
+
 
 Doing = Callable[[], object]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,10 @@ from faults.processes import Ended
 
 COLUMNS = ("tried", "survived", "detected", "silent", "lost", "unclear")
 GOOD = ("tried", "survived", "detected")
+#: of a line, what differs from one run to the next
+_PASSING = re.compile(r"/\S*(?=/)|\b[0-9a-f]{8,}\b|\d+")
+#: what a line must hold: the cause, then what to do
+_REMEDY = re.compile(r"\S; \S+ \S+")
 
 
 @dataclass
@@ -41,17 +46,19 @@ class Table:
         must: bool = False,
         whole: list[Result] | None = None,
         where: str = "",
-    ) -> None:
+    ) -> str | None:
         """One try (or several that came to one end) of a job in `out`.
 
         Args:
             must: survive, since nothing is damaged; a line is not enough.
             whole: what may be there as a whole now, where that is asked.
             where: the fault struck, for who reads what went wrong.
+
+        Returns: the line that said what is wrong, without paths and numbers, if that is how it came out.
         """
         row = self.counts.setdefault((kind, what), dict.fromkeys(COLUMNS, 0))
         row["tried"] += tries
-        how, why = "survived", ""
+        how, why, line = "survived", "", None
         if lost or (whole is not None and job.whole(out) not in whole):
             how, why = "lost", str(lost or "half of it is there")
         elif ended.code == 0:
@@ -62,14 +69,16 @@ class Table:
                 why = f"no result: {error!r}"
             how = "silent" if why else how
         elif ended.code is not None and ended.code > 0 and ended.one_line and not must:
-            how = "detected"
-            self.lines.add(ended.error.strip().splitlines()[-1])
+            line = _PASSING.sub("...", ended.line)
+            self.lines.add(line)
+            how, why = ("detected", "") if _REMEDY.search(line) else ("unclear", f"no remedy: {ended.line}")
         else:
             how, why = "unclear", f"code {ended.code}, {ended.error[-6000:]!r}"
         row[how] += tries
         if how not in GOOD:
             self.wrong.append(f"{where}{kind}, {what}: {how}: {why}")
             print(self.wrong[-1], file=sys.stderr, flush=True)
+        return line if how == "detected" else None
 
     def leave_out(self, kind: str, why: str) -> None:
         """Say in the table that a fault cannot be made here."""
