@@ -33,6 +33,7 @@ OPTIONAL = (
     Extra("bitsandbytes", "bitsandbytes", "nf4, int8", 'pip install "caprese[quantized]"'),
     Extra("lm_eval", "lm-eval", "caprese eval --tasks", 'pip install "caprese[eval]"'),
     Extra("compressed_tensors", "compressed-tensors", "export for vLLM", 'pip install "caprese[compressed]"'),
+    Extra("openai", "openai", "recover --teacher", 'pip install "caprese[endpoint]"'),
     Extra("mamba_ssm", "mamba-ssm", "mixers' kernels on a GPU", 'pip install "caprese[mamba]" --no-build-isolation'),
     Extra("causal_conv1d", "causal-conv1d", "the same", 'pip install "caprese[mamba]" --no-build-isolation'),
     Extra("triton", "triton", "fused kernels on a GPU", "it comes with torch for CUDA"),

@@ -164,7 +164,7 @@ def unwritable(path: Path, error: Exception) -> CapreseError:
     number = _number(error)
     remedy = "free space" if number is None else _REMEDIES.get(number)
     why = os.strerror(number) if number else str(error)
-    remedy = "choose another `output`" if remedy is None else f"{remedy} or choose another `output`"
+    remedy = "choose another directory" if remedy is None else f"{remedy} or choose another directory"
     return CapreseError(f"cannot write {path}: {why}; {remedy}, then run again (finished work is kept)")
 
 

@@ -537,12 +537,12 @@ def base_fine_tuned(d: Desk) -> list[str]:
 
 
 # output
-@case("cannot write", "Not a directory", "choose another --output")
+@case("cannot write", "Not a directory", "choose another directory")
 def output_under_file(d: Desk) -> list[str]:
     return d.recover("--output", d.out / "report.json" / "out")
 
 
-@case("cannot write", "File exists", "choose another --output")
+@case("cannot write", "File exists", "choose another directory")
 def output_is_file(d: Desk) -> list[str]:
     return d.recover("--output", d.out / "report.json")
 

@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 
 import caprese
 from caprese.cli import app
+from caprese.data_gen.vllm import find_vllm
 from caprese.efficient_methods import Griffin, Nf4
 from caprese.errors import CapreseError
 from caprese.models import random_model, shape_config
 from caprese.studies import ROWS, bench
 from caprese.studies.bench import Contender, weights_read
-from caprese.studies.engines import find_vllm
 from caprese.studies.rows import rows_of
 
 MADE = rows_of([Griffin()], dtype=torch.float32)
@@ -230,7 +230,7 @@ def test_a_python_without_vllm_is_refused_before_any_work(
 
 
 def test_two_rows_of_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("caprese.studies.engines.find_vllm", lambda: "python")
+    monkeypatch.setattr("caprese.data_gen.vllm.find_vllm", lambda: "python")
     for place in ("a", "b"):
         tiny("llama").save_pretrained(tmp_path / place / "exported")
     both = [word for place in "ab" for word in ("--checkpoint", str(tmp_path / place / "exported"))]

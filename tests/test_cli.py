@@ -257,7 +257,7 @@ def test_eval_does_not_ask_what_the_adapter_was_trained_on(tiny_dir, adapter, tm
     monkeypatch.setattr(
         measuring,
         "complete_in_shards",
-        lambda *a: (asked.extend(p.text for p in a[2] if p.source != "elsewhere"), make(*a))[1],
+        lambda *a: (asked.extend(p.text for p in a[1] if p.source != "elsewhere"), make(*a))[1],
     )
     call("eval", "--model", str(tiny_dir), "--adapter", str(adapter), "--prompts", str(file), *SHORT)
     assert set(asked) == {"1 + 1 = ?", "2 + 2 = ?"}

@@ -8,9 +8,10 @@ import pytest
 from conftest import tiny_llama
 
 import caprese
+from caprese.data_gen.vllm import find_vllm
 from caprese.efficient_methods import Griffin
 from caprese.studies import bench, engines
-from caprese.studies.engines import engine_types, find_vllm
+from caprese.studies.engines import engine_types
 
 # what the worker asks of vLLM, and nothing else
 STAND_IN = """

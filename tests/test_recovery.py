@@ -392,12 +392,20 @@ def test_a_base_is_kept_in_its_checkpoints_type_or_not_at_all(tmp_path, monkeypa
     assert again.dtype == torch.bfloat16 and caprese.models.base_of(again).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", ["sparse", pytest.param("hybrid", marks=pytest.mark.slow)])
-def test_two_processes_do_the_work_of_one(request, kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [
+        ("sparse", 2),
+        pytest.param("sparse", 4, marks=pytest.mark.slow),
+        pytest.param("hybrid", 2, marks=pytest.mark.slow),
+        pytest.param("hybrid", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_several_processes_do_the_work_of_one(request, kind, count, tmp_path):
     names = ("command", "unbroken") if kind == "sparse" else ("hybrid", "unbroken_hybrid")
     command, unbroken = map(request.getfixturevalue, names)
     out = tmp_path / "out"
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29571", "-m", "caprese"]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "--master-port", "29571", "-m", "caprese"]
     done = subprocess.run(
         [sys.executable, *launch, *command, "--output", str(out)],
         capture_output=True,
@@ -406,10 +414,10 @@ def test_two_processes_do_the_work_of_one(request, kind, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert {p.name for p in out.iterdir()} >= LEFT
-    two, one = (read_sealed(d / "report.json", "") for d in (out, unbroken))
-    assert json.loads(done.stdout) == two
-    assert two["quality"]["recovered"]["kl"] == pytest.approx(one["quality"]["recovered"]["kl"], rel=0.02)
-    assert two["samples"] == one["samples"]
+    several, one = (read_sealed(d / "report.json", "") for d in (out, unbroken))
+    assert json.loads(done.stdout) == several
+    assert several["quality"]["recovered"]["kl"] == pytest.approx(one["quality"]["recovered"]["kl"], rel=0.02)
+    assert several["samples"] == one["samples"]
 
 
 # Two processes that disagree wherever they can: rank 1 looks late, calibrates otherwise, fits other branches and finds

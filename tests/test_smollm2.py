@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import caprese
-from caprese.data_gen import OWN, OwnPrompts, Samples, Shards
+from caprese.data_gen import OWN, Here, OwnPrompts, Samples, Shards
 from caprese.recipes import resolve_recipe
 
 
@@ -47,7 +47,7 @@ def test_unequal_prompts_in_a_batch_get_the_tokens_they_get_alone(smollm2):
 def test_it_writes_prompts_of_its_own(smollm2, tmp_path):
     model, tokenizer = smollm2
     config = Samples(prompts="self", self_tokens=48, batch_size=16)
-    writer = OwnPrompts(model, tokenizer, config, Shards(tmp_path, OWN, {"seed": 0}, 16))
+    writer = OwnPrompts(model, Here(model, tokenizer), config, Shards(tmp_path, OWN, {"seed": 0}, 16))
     texts = [prompt.text for prompt in islice(writer(8), 8)]
     assert len(set(texts)) == 8 and all("<|im_" not in text for text in texts)
     assert sum(len(text.split()) > 4 for text in texts) >= 7

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import caprese
 from caprese.data_gen import (
     OWN,
+    Here,
     OwnPrompts,
     Sample,
     Samples,
@@ -178,22 +179,21 @@ def test_own_prompts_follow_from_the_seed_and_go_on(tmp_path, monkeypatch):
     config = Samples(prompts="self", self_tokens=24, batch_size=4)
 
     def first(n, directory, seed=0):
-        writer = OwnPrompts(model, tokenizer, config, Shards(directory, OWN, {"seed": seed}, 4))
+        writer = OwnPrompts(model, Here(model, tokenizer), config, Shards(directory, OWN, {"seed": seed}, 4))
         return [p.text for p in islice(writer(n), n)]
 
     ten = first(10, tmp_path / "a")
     assert first(4, tmp_path / "b") == ten[:4] and first(10, tmp_path / "c", seed=1) != ten
     assert first(10, tmp_path / "b") == ten
-    monkeypatch.setattr("caprese.data_gen.generate.complete", None)  # all is there
+    monkeypatch.setattr(Here, "complete", None)  # all is there
     assert first(10, tmp_path / "a") == ten
 
 
 def test_a_model_that_writes_too_little_is_named(tmp_path):
     model, tokenizer = tiny_llama(), chat_tokenizer()
     model.lm_head.weight.data.zero_()  # uniform: draws hardly ever end in time
-    writer = OwnPrompts(
-        model, tokenizer, Samples(prompts="self", self_tokens=2), Shards(tmp_path, OWN, {"seed": 0}, 64)
-    )
+    config = Samples(prompts="self", self_tokens=2)
+    writer = OwnPrompts(model, Here(model, tokenizer), config, Shards(tmp_path, OWN, {"seed": 0}, 64))
     with pytest.raises(CapreseError, match=r"prompts `self`: \d+ of 1\d\d prompts that the model wrote can be used"):
         list(writer(5000))  # which is known long before as many are drawn
 
@@ -202,12 +202,12 @@ def test_own_prompts_leave_room_for_their_answers(tmp_path):
     model, tokenizer = tiny_llama(), byte_tokenizer()
     model.config.max_position_embeddings = 24
     config = Samples(prompts="self", self_tokens=20, max_new_tokens=21, batch_size=4)
-    writer = OwnPrompts(model, tokenizer, config, Shards(tmp_path / "a", OWN, {"seed": 0}, 16))
+    writer = OwnPrompts(model, Here(model, tokenizer), config, Shards(tmp_path / "a", OWN, {"seed": 0}, 16))
     encode = config.encode(tokenizer, config.sources[0])
     assert all(len(encode(p.text)) + 21 <= 24 for p in islice(writer(4), 4)) and writer.sieve.counts["too long"]
     longer = config.model_copy(update={"self_tokens": 100})
     with pytest.raises(CapreseError, match=r"leaves \d+ tokens for a prompt of `self`"):
-        next(iter(OwnPrompts(model, tokenizer, longer, Shards(tmp_path / "b", OWN, {"seed": 0}, 16))(1)))
+        next(iter(OwnPrompts(model, Here(model, tokenizer), longer, Shards(tmp_path / "b", OWN, {"seed": 0}, 16))(1)))
 
 
 def test_a_base_models_prompts_hold_no_marks():

@@ -82,3 +82,33 @@ def test_vllm_runs_beside_ours(model, monkeypatch, tmp_path):
     assert list(rows) == ["dense", "vllm bfloat16", "vllm w4a16"]
     assert rows["vllm w4a16"]["bytes_per_token"] < 0.6 * rows["vllm bfloat16"]["bytes_per_token"]
     assert all(row["ttnt_ms"] > 0 for row in rows.values())
+
+
+def test_vllm_draws_the_samples(monkeypatch, tmp_path):
+    """It is started, proves that it is the model, and is gone afterwards; nothing is drawn twice."""
+    monkeypatch.setenv("CAPRESE_VLLM_PYTHON", PYTHON)
+    base, tokenizer = caprese.load_base("smollm2-135m", dtype="float32")
+    recipe = caprese.Recipe(
+        model="smollm2-135m",
+        output=str(tmp_path / "out"),
+        rank=4,
+        samples={
+            "teacher": "vllm",
+            "train": 24,
+            "validation": 4,
+            "test": 4,
+            "elsewhere": 2,
+            "max_new_tokens": 12,
+            "prompts": "gym:simple_equations=0.5,self=0.5",
+            "self_tokens": 32,
+        },
+        layerwise={"how": "none"},
+        end_to_end={"epochs": 0},
+        evaluation={"latency_tokens": 0, "generate": False},
+    )
+    report = caprese.recover(base, tokenizer, recipe)
+    assert report["samples"]["train"]["samples"] == 24 and report["recipe"]["samples"]["teacher"] == "endpoint"
+    assert subprocess.run(["pgrep", "-f", "caprese-teacher"], capture_output=True).returncode == 1
+    monkeypatch.setenv("CAPRESE_VLLM_PYTHON", "/nowhere")
+    (tmp_path / "out" / "report.json").unlink()
+    assert caprese.recover(base, tokenizer, recipe)["quality"] == report["quality"]

@@ -245,8 +245,8 @@ def _given(flags: Flags) -> dict[str, Path]:
     Raises:
         CapreseError: a file or directory that there is not, or an engine.
     """
+    from caprese.data_gen.vllm import find_vllm
     from caprese.exports.gguf import check_llama_cpp
-    from caprese.studies.engines import find_vllm
 
     given: dict[str, Path] = {}
     for name in flags.gguf or []:

@@ -113,6 +113,22 @@ class Flags:
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Length limit of a completion.", rich_help_panel=SAMPLES)
     ] = None
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            "--teacher",
+            "--teacher-url",
+            help="What draws the samples: here; vllm (started for it); or the address of an OpenAI-compatible endpoint "
+            "that serves MODEL, http://HOST:PORT/v1.",
+            rich_help_panel=SAMPLES,
+        ),
+    ] = None
+    teacher_model: Annotated[
+        str | None, typer.Option(help="Which of an endpoint's models.", rich_help_panel=SAMPLES)
+    ] = None
+    teacher_concurrency: Annotated[
+        int | None, typer.Option(help="Requests to an endpoint at once.", rich_help_panel=SAMPLES)
+    ] = None
     layerwise: Annotated[
         str | None, typer.Option(help="closed, sequential, adam or none.", rich_help_panel=TRAINING)
     ] = None
@@ -179,6 +195,9 @@ def recover(flags: Flags) -> None:
         "samples.column": flags.column,
         "samples.train": flags.samples,
         "samples.max_new_tokens": flags.max_new_tokens,
+        "samples.teacher": flags.teacher,
+        "samples.teacher_model": flags.teacher_model,
+        "samples.teacher_concurrency": flags.teacher_concurrency,
         "layerwise.how": flags.layerwise,
         "end_to_end.objective": flags.objective,
         "end_to_end.epochs": flags.epochs,

@@ -1,9 +1,9 @@
 """Prompts -> the teacher's own completions, as resumable shards."""
 
+from caprese.data_gen.completer import Asked, Completer, Here
 from caprese.data_gen.generate import (
     ELSEWHERE,
     OwnPrompts,
-    complete,
     complete_in_shards,
     describe,
     draw_prompts,
@@ -14,21 +14,26 @@ from caprese.data_gen.generate import (
     trained_prompts,
 )
 from caprese.data_gen.prompts import Prompt, load_prompts
-from caprese.data_gen.samples import Samples
+from caprese.data_gen.samples import ENDPOINT, HERE, Samples
 from caprese.data_gen.shards import VERSION, Sample, Shards, read_shard, shard_settings, write_shard
 from caprese.data_gen.sources import OWN, Source, interleave, name_of
+from caprese.data_gen.teachers import teacher_of
 
 __all__ = [
     "ELSEWHERE",
+    "ENDPOINT",
+    "HERE",
     "OWN",
     "VERSION",
+    "Asked",
+    "Completer",
+    "Here",
     "OwnPrompts",
     "Prompt",
     "Sample",
     "Samples",
     "Shards",
     "Source",
-    "complete",
     "complete_in_shards",
     "describe",
     "draw_prompts",
@@ -41,6 +46,7 @@ __all__ = [
     "read_shard",
     "shard_settings",
     "split_prompts",
+    "teacher_of",
     "trained_prompts",
     "write_shard",
 ]

@@ -1,8 +1,7 @@
-"""The dense model completes prompts: left-padded batches, reproducible from a seed, shard by shard."""
+"""The dense model completes prompts: reproducible from a seed, shard by shard."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -17,51 +16,21 @@ from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from caprese.data_gen.completer import Asked, Completer, Here
 from caprese.data_gen.own import Head, Sieve, head_of
 from caprese.data_gen.prompts import Encode, Prompt, distinct, load_prompts
 from caprese.data_gen.samples import Samples
 from caprese.data_gen.shards import VERSION, Sample, Shards, read_shard, write_shard
 from caprese.data_gen.sources import OWN, Source, interleave, share_out
 from caprese.errors import CapreseError
-from caprese.inference.generate import completions, ends_of, generate
-from caprese.inference.sampling import nucleus
-from caprese.models import check_context, context_of, device_of
+from caprese.inference.generate import ends_of
+from caprese.models import check_context, context_of
 from caprese.progress import bar, say
 
 SPLITS = ("test", "validation", "train")
 ELSEWHERE = "elsewhere"
 #: prompts of kinds that no recipe trains on
 _ELSEWHERE = Source(source=str(Path(__file__).with_name("elsewhere.jsonl")), instruction="")
-
-
-def _seed(*parts: object) -> int:
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
-
-
-def complete(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    config: Samples,
-    seed: object,
-    advance: Callable[[int], None] | None = None,
-    ends: Collection[int] = (),
-) -> list[list[int]]:
-    """Sampled completions of tokenised prompts, in their order; each stops at an end of text, one of `ends`, or the
-    limit."""
-    device, ends = device_of(model), ends_of(model, tokenizer).union(ends)
-    # long prompts together: less padding
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    results: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(order), config.batch_size):
-        batch = order[start : start + config.batch_size]
-        sampler = nucleus(len(batch), config.temperature, config.top_p, _seed(seed, start), device)
-        steps = generate(model, [prompts[i] for i in batch], config.max_new_tokens, sampler, ends=ends)
-        for i, tokens in zip(batch, completions(steps, len(batch)), strict=True):
-            results[i] = tokens
-        if advance is not None:
-            advance(len(batch))
-    return results
 
 
 Own = Callable[[int], Iterable[Prompt]]
@@ -159,17 +128,21 @@ def make_samples(
     seed: int,
     identity: Mapping[str, str],
     replacing: Callable[[], None] | None = None,
+    teacher: Completer | None = None,
 ) -> dict[str, list[Sample]]:
     """Stage 1: every split as shards in `directory`, and `elsewhere`; shards that exist are read, not made.
 
     Args:
+        model: dense.
         identity: fingerprint of the model, kept with the shards.
         replacing: shards made with other settings are replaced, and this is called before the first of them is
             deleted; None refuses them.
+        teacher: completes the prompts; without one the model does, here.
 
     Raises:
-        CapreseError: bad prompts, prompts that do not fit the context, damaged or foreign shards.
+        CapreseError: bad prompts, prompts that do not fit the context, damaged or foreign shards, a teacher that fails.
     """
+    teacher = teacher or Here(model, tokenizer)
     # sizes of the splits are not part of what a sample is
     facts = {key: value for key, value in config.facts.items() if key not in (*SPLITS, ELSEWHERE)}
     settings: dict[str, object] = {**facts, "seed": seed, "model": dict(identity), "version": VERSION}
@@ -184,7 +157,7 @@ def make_samples(
                     path.unlink()
             PartialState().wait_for_everyone()
 
-    writer = OwnPrompts(model, tokenizer, config, shards[OWN])
+    writer = OwnPrompts(model, teacher, config, shards[OWN])
     writes = any(one.source == OWN for one in config.sources)
     make_room(writer.foreign() if writes else sorted(directory.glob(f"{OWN}-*.parquet")))
     other = load_elsewhere(config, tokenizer, model)
@@ -201,7 +174,7 @@ def make_samples(
         for path in shards[split].foreign([p.ids for p in prompts.get(split, ())])
     )
     with bar("1/4 samples", sum(len(p) for p in prompts.values()), "samples") as advance:
-        return {s: complete_in_shards(model, tokenizer, p, config, shards[s], advance) for s, p in prompts.items()}
+        return {s: complete_in_shards(teacher, p, config, shards[s], advance) for s, p in prompts.items()}
 
 
 def load_elsewhere(
@@ -222,11 +195,14 @@ class OwnPrompts:
     """Prompts that a model writes itself; its draws are kept as shards.
 
     Args:
+        model: dense; its context is theirs.
+        teacher: draws them.
         shards: where; the seed is theirs.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Samples, shards: Shards) -> None:
-        self.model, self.tokenizer, self.config, self.shards = model, tokenizer, config, shards
+    def __init__(self, model: nn.Module, teacher: Completer, config: Samples, shards: Shards) -> None:
+        self.model, self.teacher, self.config, self.shards = model, teacher, config, shards
+        self.tokenizer = teacher.tokenizer
         self.sieve: Sieve | None = None
 
     def __call__(self, count: int) -> Iterator[Prompt]:
@@ -275,7 +251,7 @@ class OwnPrompts:
             wave = range(first, first + world.num_processes)
             path = self.shards.path(mine := wave[world.process_index])
             if not path.exists():
-                _make_shard(self.model, self.tokenizer, begin, config, self.shards, mine, self.head.ends)
+                _make_shards(self.teacher, {mine: begin}, config, self.shards, self.head.ends)
             world.wait_for_everyone()
             for number in wave:
                 yield from (sample.completion_ids for sample in read_shard(self.shards.path(number), made_with))
@@ -307,8 +283,7 @@ def trained_prompts(directory: Path, vouched: Collection[str] = ()) -> set[str]:
 
 
 def complete_in_shards(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    teacher: Completer,
     prompts: Sequence[Prompt],
     config: Samples,
     shards: Shards,
@@ -323,35 +298,43 @@ def complete_in_shards(
     """
     world = PartialState()
     chunks = shards.chunks(len(prompts))
+    mine = {}
     for number, chunk in enumerate(chunks):
         if shards.path(number).exists():
             advance(len(prompts[chunk]))
         elif number % world.num_processes == world.process_index:
-            _make_shard(model, tokenizer, prompts[chunk], config, shards, number, advance=advance)
+            mine[number] = prompts[chunk]
+    _make_shards(teacher, mine, config, shards, advance=advance)
     world.wait_for_everyone()
     made_with = [shards.made_with([p.ids for p in prompts[chunk]]) for chunk in chunks]
     return [s for number, facts in enumerate(made_with) for s in read_shard(shards.path(number), facts)]
 
 
-def _make_shard(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
+def _make_shards(
+    teacher: Completer,
+    prompts: Mapping[int, Sequence[Prompt]],
     config: Samples,
     shards: Shards,
-    number: int,
     ends: Collection[int] = (),
     advance: Callable[[int], None] | None = None,
 ) -> None:
-    """Complete prompts into shard `number`."""
-    encoded = [list(p.ids) for p in prompts]
-    seed = (shards.settings["seed"], shards.name, number)
-    completions = complete(model, tokenizer, encoded, config, seed, advance, ends)
-    rows = [
-        Sample(ids + new, len(ids), p.text, str(tokenizer.decode(new, skip_special_tokens=True)), p.answer, p.source)
-        for p, ids, new in zip(prompts, encoded, completions, strict=True)
-    ]
-    write_shard(shards.path(number), rows, shards.made_with(encoded))
+    """Complete prompts into shards, by their numbers; each is written when it is whole."""
+    seed, tokenizer = shards.settings["seed"], teacher.tokenizer
+    asked = (Asked([p.ids for p in rows], (seed, shards.name, number), ends) for number, rows in prompts.items())
+    drawn = teacher.complete(asked, config, advance)
+    for (number, each), completions in zip(prompts.items(), drawn, strict=True):
+        rows = [
+            Sample(
+                [*p.ids, *new],
+                len(p.ids),
+                p.text,
+                str(tokenizer.decode(new, skip_special_tokens=True)),
+                p.answer,
+                p.source,
+            )
+            for p, new in zip(each, completions, strict=True)
+        ]
+        write_shard(shards.path(number), rows, shards.made_with([p.ids for p in each]))
 
 
 def describe(samples: list[Sample]) -> dict[str, Any]:

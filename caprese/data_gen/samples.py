@@ -5,17 +5,58 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
 from transformers import PreTrainedTokenizerBase
 
 from caprese.data_gen.prompts import Encode, encoder
 from caprese.data_gen.sources import OWN, PLACES, Source, read_sources
-from caprese.limits import Count, Some, Temperature
+from caprese.errors import CapreseError
+from caprese.limits import LONGEST, Count, Some, Temperature
+
+HERE, VLLM = "here", "vllm"
+#: stands for the address of an endpoint where that is nobody's business
+ENDPOINT = "endpoint"
+#: names the key of an endpoint that wants one
+KEY = "OPENAI_API_KEY"
+
+Text = Annotated[str, Field(min_length=1, max_length=LONGEST)]
 
 
 def _facts(sources: Sequence[Source]) -> list[dict[str, Any]]:
     return [one.model_dump(mode="json", exclude_none=True) for one in sources]
+
+
+def checked_teacher(teacher: str) -> str:
+    """Refuse what names no teacher.
+
+    Raises:
+        CapreseError: neither a name nor an address, or one that holds a password.
+    """
+    if teacher not in (HERE, VLLM, ENDPOINT):
+        address_of(teacher)
+    return teacher
+
+
+def address_of(url: str) -> str:
+    """An endpoint's address as OpenAI's clients take it: with a path, /v1 if none is given.
+
+    Raises:
+        CapreseError: it is none, or holds a password.
+    """
+    if url == ENDPOINT:
+        raise CapreseError("samples were drawn from an endpoint whose address was not kept; give one as `teacher`")
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise CapreseError(f"teacher {url[:80]!r} is neither here nor vllm nor an address; give http://HOST:PORT/v1")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise CapreseError(f"an endpoint's address holds no name, key or question; set {KEY} where it wants a key")
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
 
 
 class Samples(BaseModel):
@@ -50,6 +91,13 @@ class Samples(BaseModel):
     """At which the model writes the prompts of `self`."""
     self_tokens: Annotated[int, Field(ge=2, le=10_000_000)] = 128
     """Length limit of a prompt of `self`, in tokens; longer ones are dropped."""
+    teacher: Annotated[Text, AfterValidator(checked_teacher)] = HERE
+    """What draws them: here; vllm, which is started for it where it is installed; or the address of an
+    OpenAI-compatible endpoint that serves this base, http://HOST:PORT/v1."""
+    teacher_model: Text | None = None
+    """Which of the models that an endpoint serves; null: the only one."""
+    teacher_concurrency: Annotated[int, Field(ge=1, le=100_000)] = 64
+    """Requests to an endpoint that are under way at once."""
     batch_size: Count = 32
     """Sequences generated together."""
     shard_size: Count = 512
@@ -73,8 +121,10 @@ class Samples(BaseModel):
     @property
     def facts(self) -> dict[str, Any]:
         """What samples depend on, however it is spelled."""
-        said = self.model_dump(mode="json", exclude={"prompts", "column", "instruction"})
-        return {**said, "sources": _facts(self.sources)}
+        places = {"teacher", "teacher_model", "teacher_concurrency"}
+        said = self.model_dump(mode="json", exclude={"prompts", "column", "instruction", *places})
+        drawn = {} if self.teacher == HERE else {"teacher": ENDPOINT}  # each engine's numbers are its own
+        return {**said, **drawn, "sources": _facts(self.sources)}
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, source: Source | None = None) -> Encode:
         """How prompts of a source, the first if none is given, are asked: text -> token ids."""

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from caprese.data_gen import (
     ELSEWHERE,
     OWN,
+    Here,
     OwnPrompts,
     Prompt,
     Sample,
@@ -106,7 +107,7 @@ def evaluate(
             for name in VARIANTS[1:]:
                 shards = Shards(scratch, name, settings, samples.shard_size)
                 with variant(model, name):
-                    answers[name] = complete_in_shards(model, tokenizer, prompts, samples, shards, advance)
+                    answers[name] = complete_in_shards(Here(model, tokenizer), prompts, samples, shards, advance)
     for name in VARIANTS:
         quality[name]["accuracy"] = accuracy(answers[name]) if name in answers else None
         quality[name]["mean_new_tokens"] = mean_new_tokens(answers[name]) if name in answers else None
@@ -177,7 +178,7 @@ def measure(
             asked = held_out_prompts(model, tokenizer, samples, seed, exclude)
             with bar("evaluation: dense", sum(map(len, asked.values())), "samples") as advance:
                 answered = {
-                    name: complete_in_shards(model, tokenizer, prompts, samples, shards[name], advance)
+                    name: complete_in_shards(Here(model, tokenizer), prompts, samples, shards[name], advance)
                     for name, prompts in asked.items()
                 }
         measured = evaluate(
@@ -202,7 +203,9 @@ def held_out_prompts(
     with tempfile.TemporaryDirectory(prefix="caprese-") as scratch:
         # no more at once than are wanted, and none that the job drew
         size = min(samples.shard_size, max(samples.batch_size, samples.test))
-        writer = OwnPrompts(model, tokenizer, samples, Shards(Path(scratch), OWN, {"seed": [seed, "held out"]}, size))
+        writer = OwnPrompts(
+            model, Here(model, tokenizer), samples, Shards(Path(scratch), OWN, {"seed": [seed, "held out"]}, size)
+        )
         (drawn,) = draw_prompts(samples, [samples.test], seed, tokenizer, writer, exclude)
     asked = {
         "test": interleave(drawn, [one.share for one in samples.sources]),

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from caprese.adapters import fingerprint, save
-from caprese.data_gen import ELSEWHERE, make_samples, shard_settings
+from caprese.data_gen import ELSEWHERE, make_samples, shard_settings, teacher_of
 from caprese.distill import Distillation, fit
 from caprese.distill.precision import is_quicker, kept_casts, quick_products
 from caprese.efficient_methods import Method, apply, remove, stand_ins
@@ -86,11 +86,14 @@ def _recover(
         recipe.autocast
         and run.once("precision", lambda: ({}, {"quick": _is_quick(model, out / "samples")}))[1]["quick"]
     )
-    with run.stage("samples") as stage, kept_casts(model, quick):
+    drawing = teacher_of(recipe.samples, model, tokenizer)
+    with run.stage("samples") as stage, kept_casts(model, quick), drawing as teacher:
         replacing = run.unmark if overwrite else None
         made_by = {**prints, **({"products": "bfloat16"} if quick else {})}
-        samples = make_samples(model, tokenizer, recipe.samples, out / "samples", run.seed, made_by, replacing)
-        stage.update(note=", ".join(f"{len(samples[split])} {split}" for split in ("train", "validation", "test")))
+        place = out / "samples"
+        samples = make_samples(model, tokenizer, recipe.samples, place, run.seed, made_by, replacing, teacher)
+        counts = [f"{len(samples[split])} {split}" for split in ("train", "validation", "test")]
+        stage.update(note=", ".join([*counts, teacher.note] if teacher.note else counts))
     check_samples(samples)
     limit, size = recipe.end_to_end.cache_gigabytes, recipe.layerwise.batch_size
     calibrating = Calibrating(

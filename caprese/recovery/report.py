@@ -9,7 +9,7 @@ from typing import Any
 
 from caprese import __version__
 from caprese.adapters import Adapter, public_id
-from caprese.data_gen import Sample, describe, public_names
+from caprese.data_gen import ENDPOINT, HERE, Sample, describe, public_names
 from caprese.distill import Fitted
 from caprese.efficient_methods import applied_ffns, facts_of, phases_of, stand_ins
 from caprese.evaluation import environment
@@ -20,11 +20,12 @@ from caprese.recovery.run import Run
 
 
 def portable(recipe: Recipe, revision: str | None) -> Recipe:
-    """The recipe without this machine's directories, and with the base's commit."""
+    """The recipe without this machine's directories and its neighbours' addresses, and with the base's commit."""
     sources = recipe.samples.prompts
     names = public_names([one.source for one in sources])
     prompts = tuple(one.model_copy(update={"source": name}) for one, name in zip(sources, names, strict=True))
-    samples = recipe.samples.model_copy(update={"prompts": prompts})
+    teacher = HERE if recipe.samples.teacher == HERE else ENDPOINT
+    samples = recipe.samples.model_copy(update={"prompts": prompts, "teacher": teacher, "teacher_model": None})
     places = {
         "model": public_id(recipe.model) if recipe.model else None,
         "output": path_of(recipe.output).resolve().name,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from caprese.data_gen.vllm import find_vllm
 from caprese.errors import CapreseError
 from caprese.exports.compressed import SCHEMES, check_scheme
 from caprese.exports.gguf import OUTTYPES, QUANTISED, check_llama_cpp
@@ -23,11 +22,6 @@ _TYPES: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
     "llama.cpp": ((*OUTTYPES, *QUANTISED), ("q8_0", "q4_0", "q4_k_m")),
     "vllm": (("bfloat16", *SCHEMES), ("bfloat16", "w4a16", "w8a8")),
 }
-# seconds that a Python has to answer
-_PATIENCE = 60
-_FOUND = 77
-#: names the Python that has vLLM
-VLLM_PYTHON = "CAPRESE_VLLM_PYTHON"
 
 
 class Engine:
@@ -107,28 +101,6 @@ class Engine:
         self.close()
         last = said[-1] if said else "no message"
         raise CapreseError(f"{self.engine} ended with {self.path.name} (exit {code}: {last})")
-
-
-def find_vllm() -> str:
-    """The Python that has vLLM: $CAPRESE_VLLM_PYTHON, or this one.
-
-    Raises:
-        CapreseError: neither has it.
-    """
-    python = os.environ.get(VLLM_PYTHON)
-    if python is None:
-        if importlib.util.find_spec("vllm") is not None:
-            return sys.executable
-        raise CapreseError(f"vLLM is not installed here: make vllm, and set {VLLM_PYTHON} to .venv-vllm/bin/python")
-    look = f"import importlib.util; raise SystemExit({_FOUND} if importlib.util.find_spec('vllm') else 1)"
-    try:
-        asked = subprocess.run([python, "-c", look], capture_output=True, timeout=_PATIENCE)
-        found = asked.returncode == _FOUND  # what is no Python does not end so
-    except (OSError, subprocess.TimeoutExpired):
-        found = False
-    if not found:
-        raise CapreseError(f"{VLLM_PYTHON} is {python}, which is no Python that has vLLM; make vllm sets one up")
-    return python
 
 
 def engine_types(engines: str | None, types: str | None) -> dict[str, list[str]]:

@@ -1,0 +1,197 @@
+"""vLLM on this machine: found, started for as long as it is needed, and stopped; in its own process, never imported."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import chain
+from typing import IO
+
+from accelerate import PartialState
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from caprese.data_gen.completer import Advance, Asked, Completer
+from caprese.data_gen.endpoint import Endpoint
+from caprese.data_gen.samples import Samples
+from caprese.errors import CapreseError
+from caprese.models import base_of, device_of, unwrap
+from caprese.progress import say
+
+#: names the Python that has vLLM
+VLLM_PYTHON = "CAPRESE_VLLM_PYTHON"
+_NAME = "caprese-teacher"
+# seconds that a Python has to answer, a server has to start (it may compile), and one has to stop
+_PATIENCE, _START, _STOP = 60, 1200, 20
+_FOUND = 77
+_DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+# of our environment, what another Python would go wrong by
+_OURS = {"PYTHONPATH", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+# GiB for KV caches on a CPU, where vLLM would take half of the machine's memory
+_KV_GIB = "2"
+
+
+def find_vllm() -> str:
+    """The Python that has vLLM: $CAPRESE_VLLM_PYTHON, or this one.
+
+    Raises:
+        CapreseError: neither has it.
+    """
+    python = os.environ.get(VLLM_PYTHON)
+    if python is None:
+        if importlib.util.find_spec("vllm") is not None:
+            return sys.executable
+        raise CapreseError(f"vLLM is not installed here: make vllm, and set {VLLM_PYTHON} to .venv-vllm/bin/python")
+    look = f"import importlib.util; raise SystemExit({_FOUND} if importlib.util.find_spec('vllm') else 1)"
+    try:
+        asked = subprocess.run([python, "-c", look], capture_output=True, timeout=_PATIENCE)
+        found = asked.returncode == _FOUND  # what is no Python does not end so
+    except (OSError, subprocess.TimeoutExpired):
+        found = False
+    if not found:
+        raise CapreseError(f"{VLLM_PYTHON} is {python}, which is no Python that has vLLM; make vllm sets one up")
+    return python
+
+
+@contextmanager
+def serving(config: Samples, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[Completer]:
+    """A teacher in vLLM on this machine; it is started when it is first asked, and stopped at the end.
+
+    Raises:
+        CapreseError: several processes would each start one.
+    """
+    if PartialState().num_processes > 1:
+        raise CapreseError(
+            "each of several processes would start a vLLM of its own; start one (vllm serve) and give its address "
+            "as `teacher`"
+        )
+    teacher = _Served(config, model, tokenizer)
+    try:
+        yield teacher
+    finally:
+        teacher.stop()
+
+
+class _Served:
+    """An endpoint whose server runs while this does."""
+
+    def __init__(self, config: Samples, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer, self._model = tokenizer, model
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        url = f"http://127.0.0.1:{self._port}"
+        self._endpoint = Endpoint(url, config.model_copy(update={"teacher_model": _NAME}), model, tokenizer)
+        self._process: subprocess.Popen[str] | None = None
+        self._log: IO[str] | None = None
+
+    @property
+    def note(self) -> str:
+        """See `Completer`."""
+        return self._endpoint.note
+
+    def complete(
+        self, asked: Iterable[Asked], config: Samples, advance: Advance | None = None
+    ) -> Iterator[list[list[int]]]:
+        """See `Completer.complete`.
+
+        Raises:
+            CapreseError: vLLM is not installed, does not start with this model, or stops.
+        """
+        asked = iter(asked)
+        for first in asked:  # nothing is asked of it where all shards are there
+            if self._process is None:
+                self._start()
+            try:
+                yield from self._endpoint.complete(chain([first], asked), config, advance)
+            except CapreseError as error:
+                assert self._process is not None
+                if self._process.poll() is not None:
+                    raise self._ended() from error
+                raise
+
+    def _start(self) -> None:
+        base, on_cpu = base_of(self._model), device_of(self._model).type == "cpu"
+        # builds for CPUs have no working `vllm` command
+        words = ["-m", "vllm.entrypoints.openai.api_server", "--model", base.source]
+        words += ["--served-model-name", _NAME]
+        words += ["--host", "127.0.0.1", "--port", str(self._port), "--generation-config", "vllm"]
+        words += ["--dtype", str(base.dtype or unwrap(self._model).dtype).removeprefix("torch.")]
+        words += ["--revision", base.revision] if base.revision else []
+        environment = {name: value for name, value in os.environ.items() if name not in _OURS}
+        environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        if on_cpu:
+            words.append("--enforce-eager")  # compiling takes minutes, and gives little here
+            environment.setdefault("VLLM_CPU_KVCACHE_SPACE", _KV_GIB)
+        say(f"starting vLLM with {base}")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
+        self._process = subprocess.Popen(
+            [find_vllm(), *words],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+        until = time.monotonic() + _START
+        while not self._healthy():
+            if self._process.poll() is not None:
+                raise self._ended()
+            if time.monotonic() > until:
+                raise CapreseError(
+                    f"vLLM has not started within {_START // 60} minutes; start it yourself (vllm serve) and give its "
+                    "address as `teacher`"
+                )
+            time.sleep(0.5)
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _ended(self) -> CapreseError:
+        assert self._log is not None and self._process is not None
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log.read().splitlines() if line.strip()]
+        telling = [line for line in lines if "Error" in line] or lines or ["no message"]
+        return CapreseError(
+            f"vLLM ended (exit {self._process.returncode}: {telling[-1][-300:]}); draw the samples here instead: leave "
+            "out `teacher`"
+        )
+
+    def stop(self) -> None:
+        """End the server and its engine, if it was started."""
+        if self._process is None:
+            return
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, how)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP)
+                break
+        with suppress(ProcessLookupError):  # what the server left behind
+            os.killpg(self._process.pid, signal.SIGKILL)
+        assert self._log is not None
+        self._log.close()
+        self._process = None
+
+
+def _die_with_parent() -> None:
+    """A server whose starter was killed would hold its memory for ever."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGTERM)
