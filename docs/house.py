@@ -28,6 +28,7 @@ ROOMS = (
     "data_gen",
     "distill",
     "exports",
+    "serving",
     "evaluation",
     "studies",
     "report",

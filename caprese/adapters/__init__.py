@@ -10,13 +10,14 @@ from caprese.adapters.branch import (
     set_branches,
     without_branches,
 )
-from caprese.adapters.fingerprint import fingerprint
+from caprese.adapters.fingerprint import Fingerprint, fingerprint
 from caprese.adapters.loading import load
 from caprese.adapters.saving import save
 from caprese.adapters.sidecar import public_id
 
 __all__ = [
     "Adapter",
+    "Fingerprint",
     "attach_adapter",
     "branch_parameters",
     "empty_slots",

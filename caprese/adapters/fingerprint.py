@@ -31,23 +31,49 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     """
     if any(wrapper.phases.lean for wrapper in applied_ffns(model).values()):
         raise CapreseError(NO_DENSE)
-    digests = {group: hashlib.sha256() for group in ("ffn", "attention", "rest")}
-    for name, group, parameter in sorted(base_parameters(model), key=lambda item: item[0]):
-        digests[group].update(f"{name}{tuple(parameter.shape)}".encode())
-        if is_traceable_wrapper_subclass(parameter):
-            continue  # packed by some library: there are no values to compare
-        if parameter.is_meta:
-            raise CapreseError(
-                f"weight {name} is not in memory (device_map='auto' leaves some on disk where memory is short), so the "
-                "base cannot be told from others: load it on devices that hold it whole"
-            )
-        flat = parameter.detach().flatten()
-        step = max(1, flat.numel() // _SAMPLE)
-        values = flat[::step].to("cpu")
-        if values.is_floating_point():
-            if not torch.isfinite(values).all():
-                raise CapreseError(f"weight {name} holds NaN or infinity; download the base model again")
-            values = values.to(torch.bfloat16)  # before any is dropped: some round up to the smallest that stays
-            values = torch.where(values.abs() < _SMALLEST, 0.0, values).view(torch.int16)
-        digests[group].update(values.contiguous().numpy().tobytes())
-    return {group: digest.hexdigest()[:32] for group, digest in digests.items()}
+    found = Fingerprint()
+    for name, group, parameter in base_parameters(model):
+        found.add(name, group, parameter)
+    return found.digests()
+
+
+class Fingerprint:
+    """`fingerprint`, of parameters that pass one by one, in any order."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[str, str, bytes]] = []
+
+    def add(self, name: str, group: str, parameter: torch.Tensor) -> None:
+        """One parameter, by its name in the bare model; one that is shared is to be added once.
+
+        Raises:
+            CapreseError: as `fingerprint`.
+        """
+        self._rows.append((name, group, _sampled(name, parameter)))
+
+    def digests(self) -> dict[str, str]:
+        """By group."""
+        digests = {group: hashlib.sha256() for group in ("ffn", "attention", "rest")}
+        for _, group, sampled in sorted(self._rows):
+            digests[group].update(sampled)
+        return {group: digest.hexdigest()[:32] for group, digest in digests.items()}
+
+
+def _sampled(name: str, parameter: torch.Tensor) -> bytes:
+    known = f"{name}{tuple(parameter.shape)}".encode()
+    if is_traceable_wrapper_subclass(parameter):
+        return known  # packed by some library: there are no values to compare
+    if parameter.is_meta:
+        raise CapreseError(
+            f"weight {name} is not in memory (device_map='auto' leaves some on disk where memory is short), so the "
+            "base cannot be told from others: load it on devices that hold it whole"
+        )
+    flat = parameter.detach().flatten()
+    step = max(1, flat.numel() // _SAMPLE)
+    values = flat[::step].to("cpu")
+    if values.is_floating_point():
+        if not torch.isfinite(values).all():
+            raise CapreseError(f"weight {name} holds NaN or infinity; download the base model again")
+        values = values.to(torch.bfloat16)  # before any is dropped: some round up to the smallest that stays
+        values = torch.where(values.abs() < _SMALLEST, 0.0, values).view(torch.int16)
+    return known + values.contiguous().numpy().tobytes()
