@@ -1284,3 +1284,13 @@ def test_recipes_for_llama_are_planned_without_the_hub(name, monkeypatch):
     assert planned["estimated_gpu_hours"] > 1 and planned["layerwise_bytes"] == 0
     with pytest.raises(caprese.CapreseError, match="cannot reach"):
         config_of(recipe.model_copy(update={"model": "owner/unknown"}))
+
+
+def test_a_layer_all_of_whose_heads_stay_keeps_its_attention():
+    """Told after hours of measuring that they are all of a layer, a run could not go on."""
+    asked = caprese.Mamba(keep_attention=0.0, keep_heads=0.5, selected="far")
+    cost = {"0/0": 3.0, "0/1": 4.0, "1/0": 1.0, "1/1": 2.0, "2/0": 5.0, "2/1": 0.5}
+    decided = asked.decided(cost, 3)
+    assert decided.keep_attention == [0] and decided.keep_heads == ["2/0"]
+    assert decided.layer_indices(3) == [1, 2]
+    assert asked.decided({**cost, "1/1": 9.0, "0/0": 0.1}, 3).keep_attention == []

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -105,6 +106,17 @@ def test_samples_read_back_from_text_are_counted():
     assert read()[1] == (
         "6 of 6 samples were read back from their text, 1 drawn anew as theirs does not give back its tokens"
     )
+    engine.shape, asked = "llama.cpp", len(engine.asked)
+
+    def merged(body: dict[str, Any]) -> dict[str, Any]:
+        told = answer(body)
+        if body["temperature"] and len(engine.asked) == asked + 12:  # letters of several tokens have one row
+            del told["choices"][0]["logprobs"]["content"][1:3]
+        return told
+
+    engine.answer = merged
+    assert read()[1].startswith("0 of 6 samples were read back from their text, 1 drawn anew")
+    engine.shape = "none"
     engine.answer = lambda body: {**answer(body), "usage": {"completion_tokens": 99}}
     with pytest.raises(CapreseError, match="gives no token ids, and its texts do not give back those that were drawn"):
         read()
@@ -213,6 +225,69 @@ def test_no_address_is_refused_before_any_work(teacher, line, tiny_dir):
     assert done.exit_code == 1 and line in " ".join(done.output.split()) and "secret" not in done.output
 
 
+def test_what_never_passes_is_not_the_prompts_fault(engine):
+    engine.failures = [503] * 1000
+    with pytest.raises(CapreseError, match=r"no answer from .*503.*; see that it runs, then run again"):
+        drawn(engine)
+
+
+def test_a_page_is_no_endpoint(engine, monkeypatch):
+    monkeypatch.setattr(engine, "served", "<html>")
+    with pytest.raises(CapreseError, match="lists no models .*; give the address that ends in /v1"):
+        drawn(engine)
+
+
+def test_a_key_of_a_text_is_none(engine, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "\u201csk\u201d")
+    with pytest.raises(CapreseError, match="OPENAI_API_KEY is no key"):
+        drawn(engine)
+
+
+def test_no_proxy_stands_before_this_machine(engine, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert drawn(engine)
+
+
+def test_behind_an_end_that_the_engine_does_not_know_nothing_is_kept(engine):
+    answer, end = engine.answer, engine.tokenizer.eos_token_id
+
+    def longer(body: dict[str, Any]) -> dict[str, Any]:
+        told = answer(body)
+        if body["temperature"]:
+            told["choices"][0] |= {"token_ids": [5, end, 7, 8], "finish_reason": "length"}
+        return told
+
+    engine.answer = longer
+    assert drawn(engine)[0] == [[5, end]] * 6
+
+
+def test_where_nothing_can_be_written_nothing_more_is_asked(engine, tmp_path):
+    config = Samples(teacher=engine.url, max_new_tokens=3, temperature=1.0, teacher_concurrency=2)
+    shards = Shards(tmp_path / "file" / "samples", "train", {"seed": 0}, 4)
+    (tmp_path / "file").write_text("")
+    prompts = [Prompt(str(i), ids=[2 + i, 9]) for i in range(80)]
+    with teacher_of(config, tiny_llama(), byte_tokenizer()) as teacher:
+        with pytest.raises(CapreseError, match="cannot write"):
+            complete_in_shards(teacher, prompts, config, shards, lambda n: None)
+        assert len(samples_of(engine)) < 40
+        assert not [thread for thread in threading.enumerate() if thread.name == "caprese-endpoint"]
+
+
+def test_a_model_of_no_endpoint_is_refused():
+    with pytest.raises(CapreseError, match="`teacher_model` is of an endpoint"):
+        Samples(teacher_model="base")
+
+
+def test_one_text_proves_nothing(engine):
+    """Where a model writes prompts, all begin alike: other questions are asked."""
+    config = Samples(teacher=engine.url, max_new_tokens=3, temperature=1.0)
+    with teacher_of(config, tiny_llama(), byte_tokenizer()) as teacher:
+        list(teacher.complete([Asked([[5]] * 8, 0)], config))
+    probes = [tuple(body["prompt"]) for body in engine.asked if not body["temperature"]]
+    assert len(set(probes)) == len(probes) == 6
+
+
 def test_nobody_there(engine):
     engine.close()
     with pytest.raises(CapreseError, match=r"no answer from http://127.*finished shards are kept"):
@@ -249,12 +324,13 @@ def test_a_server_that_goes_loses_no_finished_shard(engine, tmp_path):
     assert make() == made
 
 
-def test_where_all_is_there_nobody_is_asked(engine, small_recipe):
+def test_where_all_is_there_nobody_is_asked(engine, small_recipe, monkeypatch):
     model, tokenizer = tiny_llama(), byte_tokenizer()
     recipe = small_recipe.model_copy(update={"samples": {"teacher": engine.url}})
     report = caprese.recover(model, tokenizer, recipe)
     out = Path(recipe.output)
     engine.close()
+    monkeypatch.setitem(sys.modules, "openai", None)  # nor is the client wanted
     (out / "report.json").unlink()
     again = caprese.recover(model, tokenizer, recipe)
     assert again["quality"] == report["quality"]

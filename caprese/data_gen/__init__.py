@@ -14,7 +14,7 @@ from caprese.data_gen.generate import (
     trained_prompts,
 )
 from caprese.data_gen.prompts import Prompt, load_prompts
-from caprese.data_gen.samples import ENDPOINT, HERE, Samples
+from caprese.data_gen.samples import ENDPOINT, HERE, VLLM, Samples
 from caprese.data_gen.shards import VERSION, Sample, Shards, read_shard, shard_settings, write_shard
 from caprese.data_gen.sources import OWN, Source, interleave, name_of
 from caprese.data_gen.teachers import teacher_of
@@ -25,6 +25,7 @@ __all__ = [
     "HERE",
     "OWN",
     "VERSION",
+    "VLLM",
     "Asked",
     "Completer",
     "Here",

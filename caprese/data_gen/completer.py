@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,7 +42,7 @@ class Completer(Protocol):
 
     def complete(
         self, asked: Iterable[Asked], config: Samples, advance: Advance | None = None
-    ) -> Iterator[list[list[int]]]:
+    ) -> Generator[list[list[int]], None, None]:
         """Sampled completions, shard by shard in the order in which they were asked for, each in the order of its
         prompts and with the token that ended it; `advance` hears how many are done."""
         ...
@@ -63,7 +63,7 @@ class Here:
 
     def complete(
         self, asked: Iterable[Asked], config: Samples, advance: Advance | None = None
-    ) -> Iterator[list[list[int]]]:
+    ) -> Generator[list[list[int]], None, None]:
         """See `Completer.complete`."""
         for each in asked:
             yield self._shard(each, config, advance)

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from caprese.errors import CapreseError
 from caprese.models import device_of, unwrap
 
-# Nats by which log-probabilities may differ, in the mean: what other kernels and orders of summing do, at least, or so
-# many times what rounding to bfloat16 does to these weights here.
-_LEAST, _TIMES = 0.02, 3.0
+# Nats by which log-probabilities may differ, in the mean: what other kernels and orders of summing do, at least, by how
+# many bits are computed with here, or so many times what computing in bfloat16 does to these weights.
+_LEAST, _LEAST_IN_16_BITS, _TIMES = 0.02, 0.08, 3.0
 # Nats by which a greedy token may be less likely here than the likeliest: ties fall to either side.
 _TIE = 0.5
 
@@ -70,13 +70,13 @@ def prove(model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequence
         float(torch.cat(rounding).mean()),
         float(torch.cat(below).max()),
     )
-    allowed = max(_LEAST, _TIMES * noise)
+    least = _LEAST if unwrap(model).dtype == torch.float32 else _LEAST_IN_16_BITS
+    allowed = max(least, _TIMES * noise)
     figures = f"log-probabilities {mean:.4f} nats apart over {sum(map(len, apart))} tokens"
     if not (mean <= allowed and worst <= _TIE):
         raise CapreseError(
-            f"{who} is not the model that is loaded here: {figures} ({allowed:.4f} at most; bfloat16 makes "
-            f"{noise:.4f}), a greedy token up to {worst:.2f} below the likeliest; serve the base itself, without LoRA "
-            "and not in fewer bits"
+            f"{who} is not the model that is loaded here: {figures} ({allowed:.4f} at most), a greedy "
+            f"token up to {worst:.2f} below the likeliest; serve the base itself, without LoRA and not in fewer bits"
         )
     return f"{who} is the model that is loaded here: {figures} ({allowed:.4f} at most)"
 
@@ -84,5 +84,5 @@ def prove(model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequence
 def _logprobs(model: nn.Module, prompt: list[int], ids: list[int]) -> torch.Tensor:
     """Of every token where `ids` stand after `prompt`, [len(ids), vocabulary]."""
     whole = torch.tensor([prompt + ids], device=device_of(model))
-    logits = unwrap(model)(input_ids=whole, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    logits = unwrap(model)(input_ids=whole, use_cache=False, logits_to_keep=len(ids) + 1).logits[0, :-1]
     return logits.double().log_softmax(-1).cpu()

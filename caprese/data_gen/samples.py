@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from caprese.data_gen.prompts import Encode, encoder
@@ -101,7 +101,13 @@ class Samples(BaseModel):
     batch_size: Count = 32
     """Sequences generated together."""
     shard_size: Count = 512
-    """Samples per file; an interrupted run loses at most one."""
+    """Samples per file; an interrupted run loses at most one, and what an endpoint has under way."""
+
+    @model_validator(mode="after")
+    def _of_an_endpoint(self) -> Samples:
+        if self.teacher_model is not None and self.teacher in (HERE, VLLM):
+            raise CapreseError("`teacher_model` is of an endpoint; give its address as `teacher`")
+        return self
 
     @property
     def sources(self) -> tuple[Source, ...]:

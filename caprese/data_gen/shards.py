@@ -108,7 +108,7 @@ def read_shard(path: Path, settings: dict[str, Any] | None = None) -> list[Sampl
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, error) from error
     if settings is not None and made_with != settings:
-        differ = ", ".join(k for k in sorted(settings) if made_with.get(k) != settings[k])
+        differ = ", ".join(k for k in sorted({*settings, *made_with}) if made_with.get(k) != settings.get(k))
         raise CapreseError(
             f"{path.parent} holds samples made with another {differ}; choose another `output`, or give `overwrite=True`"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,11 +14,13 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import chain
 from typing import IO
 
+import torch
 from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -38,6 +41,7 @@ _FOUND = 77
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 # of our environment, what another Python would go wrong by
 _OURS = {"PYTHONPATH", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+_OURS |= {"VLLM_API_KEY"}  # it would want one of us
 # GiB for KV caches on a CPU, where vLLM would take half of the machine's memory
 _KV_GIB = "2"
 
@@ -103,7 +107,7 @@ class _Served:
 
     def complete(
         self, asked: Iterable[Asked], config: Samples, advance: Advance | None = None
-    ) -> Iterator[list[list[int]]]:
+    ) -> Generator[list[list[int]], None, None]:
         """See `Completer.complete`.
 
         Raises:
@@ -131,11 +135,15 @@ class _Served:
         words += ["--revision", base.revision] if base.revision else []
         environment = {name: value for name, value in os.environ.items() if name not in _OURS}
         environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        words += ["--max-model-len", "auto"]  # as much of the context as there is memory for
         if on_cpu:
             words.append("--enforce-eager")  # compiling takes minutes, and gives little here
             environment.setdefault("VLLM_CPU_KVCACHE_SPACE", _KV_GIB)
+        elif torch.cuda.is_available():  # beside the base that is loaded here
+            free, whole = torch.cuda.mem_get_info()
+            words += ["--gpu-memory-utilization", f"{0.9 * free / whole:.2f}"]
         say(f"starting vLLM with {base}")
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - as long as the process
         self._process = subprocess.Popen(
             [find_vllm(), *words],
             stdin=subprocess.DEVNULL,
@@ -144,7 +152,7 @@ class _Served:
             text=True,
             env=environment,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=_dying_with_parent(),
         )
         until = time.monotonic() + _START
         while not self._healthy():
@@ -159,7 +167,8 @@ class _Served:
 
     def _healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/health", timeout=5) as answer:
+            ask = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+            with ask(f"http://127.0.0.1:{self._port}/health", timeout=5) as answer:
                 return bool(answer.status == 200)
         except (urllib.error.URLError, OSError):
             return False
@@ -168,9 +177,10 @@ class _Served:
         assert self._log is not None and self._process is not None
         self._log.seek(0)
         lines = [line.strip() for line in self._log.read().splitlines() if line.strip()]
-        telling = [line for line in lines if "Error" in line] or lines or ["no message"]
+        errors = [line for line in lines if re.search(r"\w(Error|Exception): ", line)]
+        telling = errors[:1] or lines[-1:] or ["no message"]  # the first is the cause of those after it
         return CapreseError(
-            f"vLLM ended (exit {self._process.returncode}: {telling[-1][-300:]}); draw the samples here instead: leave "
+            f"vLLM ended (exit {self._process.returncode}: {telling[0][-300:]}); draw the samples here instead: leave "
             "out `teacher`"
         )
 
@@ -178,20 +188,25 @@ class _Served:
         """End the server and its engine, if it was started."""
         if self._process is None:
             return
-        for how in (signal.SIGTERM, signal.SIGKILL):
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, how)
+        for how in (self._process.terminate, partial(_end_all, self._process.pid)):
+            how()
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_STOP)
-                break
-        with suppress(ProcessLookupError):  # what the server left behind
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
         assert self._log is not None
         self._log.close()
         self._process = None
 
 
-def _die_with_parent() -> None:
-    """A server whose starter was killed would hold its memory for ever."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGTERM)
+def _end_all(process: int) -> None:
+    """What a server started and left behind."""
+    if os.name == "posix":
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process, signal.SIGKILL)
+
+
+def _dying_with_parent() -> Callable[[], object] | None:
+    """Done in a new process: a server whose starter was killed would hold its memory for ever. Where Linux is."""
+    if sys.platform != "linux":
+        return None
+    return partial(ctypes.CDLL(None).prctl, _DIES_WITH_PARENT, signal.SIGTERM)

@@ -9,7 +9,7 @@ from typing import Any
 
 from caprese import __version__
 from caprese.adapters import Adapter, public_id
-from caprese.data_gen import ENDPOINT, HERE, Sample, describe, public_names
+from caprese.data_gen import ENDPOINT, HERE, VLLM, Sample, describe, public_names
 from caprese.distill import Fitted
 from caprese.efficient_methods import applied_ffns, facts_of, phases_of, stand_ins
 from caprese.evaluation import environment
@@ -24,7 +24,7 @@ def portable(recipe: Recipe, revision: str | None) -> Recipe:
     sources = recipe.samples.prompts
     names = public_names([one.source for one in sources])
     prompts = tuple(one.model_copy(update={"source": name}) for one, name in zip(sources, names, strict=True))
-    teacher = HERE if recipe.samples.teacher == HERE else ENDPOINT
+    teacher = recipe.samples.teacher if recipe.samples.teacher in (HERE, VLLM) else ENDPOINT
     samples = recipe.samples.model_copy(update={"prompts": prompts, "teacher": teacher, "teacher_model": None})
     places = {
         "model": public_id(recipe.model) if recipe.model else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
@@ -260,11 +261,17 @@ class Mamba(Method):
         """Attention stays where a mixer costs most, or where giving attention back leaves least."""
         rising, settled = sorted(cost, key=cost.__getitem__), {"selected": "evenly", "probe": "samples"}
         if isinstance(self.keep_heads, float):
-            heads = rising[-max(1, round(self.keep_heads * len(rising))) :]
-            return self.model_copy(update={**settled, "keep_heads": _heads(heads)})
+            heads = _heads(rising[-max(1, round(self.keep_heads * len(rising))) :])
+            assert isinstance(heads, list)
+            chosen, there = (Counter(_numbers(head)[0] for head in each) for each in (heads, map(str, cost)))
+            whole = {layer for layer in chosen if chosen[layer] == there[layer]}  # stays as it is, without a mixer
+            replaced = self.layer_indices(count)
+            kept = {layer for layer in super().layer_indices(count) if layer not in replaced}
+            update = {"keep_heads": [head for head in heads if _numbers(head)[0] not in whole]}
+            return self.model_copy(update={**settled, **update, "keep_attention": sorted(whole | kept)})
         many = self.kept(count)
-        kept = rising[:many] if self.selected == "restored" else rising[len(rising) - many :]
-        return self.model_copy(update={**settled, "keep_attention": sorted(map(int, map(str, kept)))})
+        stay = rising[:many] if self.selected == "restored" else rising[len(rising) - many :]
+        return self.model_copy(update={**settled, "keep_attention": sorted(map(int, map(str, stay)))})
 
     def prepare(self, model: nn.Module, tokens: Tokens) -> None:
         if self.start == "calibrated":

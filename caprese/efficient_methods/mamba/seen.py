@@ -83,7 +83,7 @@ class Seen:
         return twin
 
     def bytes_at(self, tokens: int) -> float:
-        """Bytes of the keys and values of a sequence of so many tokens."""
-        held = tokens if self.window is None else min(tokens, self.window + self.sinks)
+        """Bytes of the keys and values of a sequence of so many tokens, at most: see `let_go`."""
+        held = tokens if self.window is None else min(tokens, 2 * self.window + self.sinks)
         keys, values = self.layer.keys, self.layer.values
         return (keys.nbytes + values.nbytes) / max(1, keys.shape[0] * keys.shape[-2]) * held
