@@ -10,6 +10,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 from conftest import HUB_SOCKET  # first: it says where the hub is and what this machine may do
 from hub import WRITE, Hub
@@ -42,26 +43,33 @@ def main() -> None:
     os.environ["HF_TOKEN"] = WRITE
     disable_progress_bars()
     begin, table, names, found = time.monotonic(), Table(), tuple(args.of), {}
-    with tempfile.TemporaryDirectory(prefix="caprese-faults-") as room:
-        house = House(Path(room).resolve(), Hub(HUB_SOCKET))
-        for part in args.parts or PARTS:
-            if part == "kills":
-                kills.kills(house, table, args.kills, args.seed, names)
-            elif part == "damages":
-                damage.damages(house, table, args.damages, args.seed, names)
-            elif part == "disks":
-                disk.disks(house, table, args.disks, args.seed)
-            elif part == "moments":
-                disk.moments(house, table, args.moments, args.seed)
-            elif part == "fuzz":
-                files = fuzz.Files(house)
-                readers = chosen({reader.name: reader for reader in files.readers()}, names)
-                found = fuzz.fuzz(readers, 60 * args.minutes, args.examples, args.seed)
-                table.wrong += [f"{name}: {each}" for name, told in found.items() for each in told["failures"]]
-            else:
-                ranks.ranks(house, table, args.ranks, args.seed)
+    try:
+        with tempfile.TemporaryDirectory(prefix="caprese-faults-") as room:
+            house = House(Path(room).resolve(), Hub(HUB_SOCKET))
+            for part in args.parts or PARTS:
+                if part == "kills":
+                    kills.kills(house, table, args.kills, args.seed, names)
+                elif part == "damages":
+                    damage.damages(house, table, args.damages, args.seed, names)
+                elif part == "disks":
+                    disk.disks(house, table, args.disks, args.seed)
+                elif part == "moments":
+                    disk.moments(house, table, args.moments, args.seed)
+                elif part == "fuzz":
+                    files = fuzz.Files(house)
+                    readers = chosen({reader.name: reader for reader in files.readers()}, names)
+                    found = fuzz.fuzz(readers, 60 * args.minutes, args.examples, args.seed)
+                    table.wrong += [f"{name}: {each}" for name, told in found.items() for each in told["failures"]]
+                else:
+                    ranks.ranks(house, table, args.ranks, args.seed)
+    finally:  # what was tried until then is known
+        _tell(args.output, table, found, begin)
+    sys.exit(bool(table.wrong))
+
+
+def _tell(output: Path | None, table: Table, found: dict[str, Any], begin: float) -> None:
     print(table.markdown())
-    if args.output is not None:
+    if output is not None:
         told = {
             "command": " ".join(["PYTHONPATH=tests python -m faults", *sys.argv[1:]]),
             "kills": table.kills,
@@ -73,8 +81,7 @@ def main() -> None:
             "lines": sorted(table.lines),
             "wrong": table.wrong,
         }
-        args.output.write_text(json.dumps(told, indent=2) + "\n")
-    sys.exit(bool(table.wrong))
+        output.write_text(json.dumps(told, indent=2) + "\n")
 
 
 main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+import sys
 
 from faults.jobs import House, Job, Result, chosen
 from faults.table import Table
@@ -17,8 +18,10 @@ def kills(house: House, table: Table, count: int, seed: int, names: tuple[str, .
     done = 0
     while done < count:
         for job in jobs:
-            done += _one(house, job, rng, table)
-    table.kills += done
+            killed = _one(house, job, rng, table)
+            done += killed
+            table.kills += killed
+        print(f"{done} of {count} kills: {table.total()}", file=sys.stderr, flush=True)
 
 
 def _one(house: House, job: Job, rng: random.Random, table: Table) -> int:
