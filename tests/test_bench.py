@@ -223,7 +223,7 @@ def test_a_python_without_vllm_is_refused_before_any_work(
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)
-    monkeypatch.setattr("caprese.studies.engines._PATIENCE", 1)
+    monkeypatch.setattr("caprese.data_gen.vllm._PATIENCE", 1)
     monkeypatch.setenv("CAPRESE_VLLM_PYTHON", str(python))
     with pytest.raises(CapreseError, match="which is no Python that has vLLM"):
         find_vllm()

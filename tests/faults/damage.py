@@ -53,7 +53,7 @@ class Damaged:
 
 
 def damages(house: House, table: Table, count: int, seed: int, names: tuple[str, ...] = ()) -> None:
-    """`count` damages, spread over places, files and kinds; each is then met by two of those who read that place."""
+    """`count` damages, spread over places, files and kinds; each is then met by one of those who read that place."""
     rng = random.Random(seed)
     places = [make() for make in chosen(places_of(house), names)]
     at = house.room / "damaged" / "out"
@@ -74,20 +74,20 @@ def damages(house: House, table: Table, count: int, seed: int, names: tuple[str,
             damaged = DAMAGES[kind](data, twin.read_bytes() if twin.is_file() else b"", rng)
             if damaged is None:
                 continue
-            for use in rng.sample(place.uses, min(2, len(place.uses))):
-                _fresh(house, place, at)
-                (at / path).write_bytes(damaged)
-                if kind == "removed":
-                    (at / path).unlink()
-                expected = want[place.name][use.name]
-                whole = use.allowed(at, expected)
-                ended = use.run(at)
-                what = f"{place.name}: {use.name}"
-                line = table.note(kind, what, ended, use, at, expected, whole=whole, where=f"{path}: ")
-                if line is not None and (place.name, use.name, line) not in followed:
-                    followed.add((place.name, use.name, line))
-                    ended, again = _remedied(place, use, at, ended), _made_again(use)
-                    table.note(AFTER, what, ended, again, at, _lasting(expected), must=True, where=f"{path}: ")
+            use = rng.choice(place.uses)
+            _fresh(house, place, at)
+            (at / path).write_bytes(damaged)
+            if kind == "removed":
+                (at / path).unlink()
+            expected = want[place.name][use.name]
+            whole = use.allowed(at, expected)
+            ended = use.run(at)
+            what = f"{place.name}: {use.name}"
+            line = table.note(kind, what, ended, use, at, expected, whole=whole, where=f"{path}: ")
+            if line is not None and (place.name, use.name, line) not in followed:
+                followed.add((place.name, use.name, line))
+                ended, again = _remedied(place, use, at, ended), _made_again(use)
+                table.note(AFTER, what, ended, again, at, _lasting(expected), must=True, where=f"{path}: ")
             done += 1
             table.damages += 1
             if done % 20 == 0:
