@@ -239,6 +239,7 @@ def read_json(path: Path, remedy: str, named: str | None = None) -> dict[str, An
         found = json.loads(path.read_bytes())
         if not isinstance(found, dict):
             raise ValueError(f"not an object but {type(found).__name__}")
+        json.dumps(found, ensure_ascii=False).encode()  # half a letter, written as \ud800, can be written nowhere
     except (OSError, ValueError, RecursionError) as error:
         raise CapreseError(f"{named or path} is damaged ({error}); {remedy}") from error
     return found

@@ -441,3 +441,9 @@ def test_flags_on_top_of_a_written_recipe(tmp_path):
         not resolve_recipe(str(file), method="cats:0.4").allocates
         and resolve_recipe(str(file), method="cats").allocates
     )
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 3000, "layers=" + "9" * 5000])
+def test_a_value_that_is_none_is_refused(value):
+    with pytest.raises(CapreseError, match="write NAME, NAME:SPARSITY or NAME:key=value"):
+        parse_methods(f"griffin:{value}")

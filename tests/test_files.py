@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock
 
 from caprese.errors import CapreseError
-from caprese.files import alone, whole_directory
+from caprese.files import alone, read_json, read_sealed, whole_directory, write_sealed
 
 # files of this process end at 20,000 bytes
 LIMITED = """
@@ -152,3 +152,18 @@ def test_what_is_no_matter_of_the_disk_is_not_said_to_be(tmp_path: Path) -> None
         raise RuntimeError("Error code: 404")
     with pytest.raises(OSError, match="Can't load"), whole_directory(tmp_path / "out"):
         raise OSError("Can't load the model")
+
+
+@pytest.mark.parametrize("text", ['{"a": "\\ud800"}', '{"\\udfff": 1}', "[]", "{", "[" * 99_999])
+def test_json_that_could_be_written_nowhere_is_refused(text: str, tmp_path: Path) -> None:
+    """Half a letter, which JSON can say and no file can hold."""
+    path = tmp_path / "file.json"
+    path.write_text(text)
+    with pytest.raises(CapreseError, match="is damaged"):
+        read_json(path, "make it again")
+    path.write_bytes(b'{"a": "\xed\xa0\x80"}')
+    with pytest.raises(CapreseError, match="is damaged"):
+        read_json(path, "make it again")
+    write_sealed(path, {"a": "\ud800"})  # it vouches for itself
+    with pytest.raises(CapreseError, match="is damaged"):
+        read_sealed(path, "make it again")

@@ -106,7 +106,7 @@ def parse_methods(text: str) -> list[dict[str, Any]]:
                 raise CapreseError(f"method {text!r}: {key} is said twice; leave one out")
             try:
                 facts[key] = yaml.safe_load(value)
-            except yaml.YAMLError:
+            except (yaml.YAMLError, ValueError, RecursionError):  # a number of thousands of digits, a thousand brackets
                 name = ""
         if not name:
             raise CapreseError(f"method {text!r}: write NAME, NAME:SPARSITY or NAME:key=value, joined by +")

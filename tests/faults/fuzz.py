@@ -372,5 +372,6 @@ def _round(reader: Reader, good: bytes, examples: int, number: int, counts: dict
         try:
             test()
         except Exception:
-            counts["failures"].append(traceback.format_exc()[-4000:])
+            lines = [line[:300] for line in traceback.format_exc().splitlines()]  # an example may fill pages
+            counts["failures"].append("\n".join(lines[-60:]))
             print(counts["failures"][-1], file=sys.stderr, flush=True)
