@@ -31,7 +31,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import caprese
 from caprese import progress
 from caprese.adapters import attach_adapter, branch_parameters
-from caprese.data_gen import Asked, Here, Samples
 
 # models this small are many times slower on threads that wait for each other, most of all where cores are shared;
 # processes that tests start inherit it
@@ -84,13 +83,6 @@ def recovered(
     for parameter in branch_parameters(adapted):
         parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return adapted.eval()
-
-
-def complete(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]], config: Samples, seed: object
-) -> list[list[int]]:
-    """One shard, drawn in this process."""
-    return next(Here(model, tokenizer).complete([Asked(prompts, seed)], config))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import json
 import datasets
 import pytest
 import torch
-from conftest import byte_tokenizer, complete, tiny_llama
+from conftest import byte_tokenizer, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, normalizers
@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, TemperatureLogitsWarper, TopPLogitsWarpe
 from caprese.data_gen import (
     Sample,
     Samples,
+    complete,
     load_prompts,
     read_shard,
     split_prompts,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import byte_tokenizer, complete, tiny_llama
+from conftest import byte_tokenizer, tiny_llama
 from families import BUILDERS
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 import caprese
 from caprese import progress
-from caprese.data_gen import Samples
+from caprese.data_gen import Samples, complete
 from caprese.inference import generate as loop
 from caprese.inference import stream
 from caprese.inference.generate import completions, ends_of, generate

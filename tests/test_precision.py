@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_tokenizer, complete, tiny_llama
+from conftest import byte_tokenizer, tiny_llama
 from test_prefill import samples
 
 import caprese
-from caprese.data_gen import Samples
+from caprese.data_gen import Samples, complete
 from caprese.distill import Branches, Distillation, EndToEnd, HeldOut, Layerwise, fit, make_batches
 from caprese.distill.precision import is_quicker, kept_casts, quick_products
 from caprese.models import quickest as room

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import complete
 
 import caprese
-from caprese.data_gen import Samples, load_prompts
+from caprese.data_gen import Samples, complete, load_prompts
 from caprese.evaluation.accuracy import Marker
 from caprese.models import count_parameters, encode_prompt
 

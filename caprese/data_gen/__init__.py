@@ -1,6 +1,6 @@
 """Prompts -> the teacher's own completions, as resumable shards."""
 
-from caprese.data_gen.completer import Asked, Completer, Here
+from caprese.data_gen.completer import Asked, Completer, Here, complete
 from caprese.data_gen.generate import (
     ELSEWHERE,
     OwnPrompts,
@@ -35,6 +35,7 @@ __all__ = [
     "Samples",
     "Shards",
     "Source",
+    "complete",
     "complete_in_shards",
     "describe",
     "draw_prompts",

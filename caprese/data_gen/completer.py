@@ -84,3 +84,15 @@ class Here:
             if advance is not None:
                 advance(len(batch))
         return results
+
+
+def complete(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    config: Samples,
+    seed: object,
+) -> list[list[int]]:
+    """Sampled completions of tokenised prompts in this process, in their order; each stops at an end of text or the
+    limit."""
+    return next(Here(model, tokenizer).complete([Asked(prompts, seed)], config))
