@@ -184,8 +184,8 @@ class Endpoint:
             raise self._refused(error) from error
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise CapreseError(
-                f"{self.url} does not answer as OpenAI's completions do ({error!r}); is it one?"
-            ) from None
+                f"{self.url} does not answer as OpenAI's completions do ({error!r}); give the address of an engine that does"
+            ) from error
 
     def _read(self, answer: dict[str, Any], ends: Collection[int], most: int) -> _Draw:
         (choice,) = answer["choices"]

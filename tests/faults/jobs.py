@@ -42,8 +42,9 @@ METHODS = {
     "compressed": ("int8", "closed", 1, 1),
     "hybrid": ("mamba:keep_attention=0.34:selected=sensitivity+griffin:0.5", "closed", 1, 2),
 }
-#: what tells of a run, with its times; and of report.json, what may differ from one run to the next
+#: files that tell of a run, with its times
 WRITTEN = ("report.", "README.md", "plots", "recipe.yaml")
+#: of report.json, what may differ from one run to the next
 PASSING = ("stages", "latency", "files", "environment", "seconds", "date", "created", "recipe", "sha256")
 
 
