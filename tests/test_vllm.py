@@ -107,7 +107,7 @@ def test_vllm_draws_the_samples(monkeypatch, tmp_path):
         evaluation={"latency_tokens": 0, "generate": False},
     )
     report = caprese.recover(base, tokenizer, recipe)
-    assert report["samples"]["train"]["samples"] == 24 and report["recipe"]["samples"]["teacher"] == "endpoint"
+    assert report["samples"]["train"]["samples"] == 24 and report["recipe"]["samples"]["teacher"] == "vllm"
     assert subprocess.run(["pgrep", "-f", "caprese-teacher"], capture_output=True).returncode == 1
     monkeypatch.setenv("CAPRESE_VLLM_PYTHON", "/nowhere")
     (tmp_path / "out" / "report.json").unlink()

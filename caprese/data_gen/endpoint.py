@@ -184,7 +184,7 @@ class Endpoint:
             raise self._refused(error) from error
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise CapreseError(
-                f"{self.url} does not answer as OpenAI's completions do ({error!r}); give the address of an engine that does"
+                f"{self.url} does not answer as OpenAI's completions do ({error!r}); give that of an engine that does"
             ) from error
 
     def _read(self, answer: dict[str, Any], ends: Collection[int], most: int) -> _Draw:
