@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -393,21 +394,24 @@ def test_a_base_is_kept_in_its_checkpoints_type_or_not_at_all(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("kind", "count"),
+    ("kind", "count", "residency"),
     [
-        ("sparse", 2),
-        pytest.param("sparse", 4, marks=pytest.mark.slow),
-        pytest.param("hybrid", 2, marks=pytest.mark.slow),
-        pytest.param("hybrid", 4, marks=pytest.mark.slow),
+        ("sparse", 2, "whole"),
+        ("sparse", 2, "sharded"),
+        *(
+            pytest.param(kind, count, residency, marks=pytest.mark.slow)
+            for kind, count, residency in product(("sparse", "hybrid"), (2, 4), ("whole", "sharded"))
+            if (kind, count) != ("sparse", 2)
+        ),
     ],
 )
-def test_several_processes_do_the_work_of_one(request, kind, count, tmp_path):
+def test_several_processes_do_the_work_of_one(request, kind, count, residency, tmp_path):
     names = ("command", "unbroken") if kind == "sparse" else ("hybrid", "unbroken_hybrid")
     command, unbroken = map(request.getfixturevalue, names)
     out = tmp_path / "out"
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "--master-port", "29571", "-m", "caprese"]
     done = subprocess.run(
-        [sys.executable, *launch, *command, "--output", str(out)],
+        [sys.executable, *launch, *command, "--residency", residency, "--output", str(out)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},

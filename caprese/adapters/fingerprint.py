@@ -12,6 +12,7 @@ from caprese.efficient_methods import applied_ffns
 from caprese.efficient_methods.passes import NO_DENSE
 from caprese.errors import CapreseError
 from caprese.models import base_parameters
+from caprese.models.residency import whole
 
 _SAMPLE = 1 << 16
 # the smallest normal float16
@@ -33,7 +34,7 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
         raise CapreseError(NO_DENSE)
     found = Fingerprint()
     for name, group, parameter in base_parameters(model):
-        found.add(name, group, parameter)
+        found.add(name, group, whole(model, name, parameter))
     return found.digests()
 
 

@@ -148,6 +148,13 @@ class Flags:
     revision: Annotated[str | None, typer.Option(help="Hub revision of the base model.", rich_help_panel=MODEL)] = None
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=MODEL)] = None
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...", rich_help_panel=MODEL)] = None
+    residency: Annotated[
+        str | None,
+        typer.Option(
+            help="Where decoder layers are while they do not run: whole; sharded over processes; streamed from disk.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another recipe's result in --output.", rich_help_panel=OUTPUT)
     ] = False
@@ -207,6 +214,7 @@ def recover(flags: Flags) -> None:
         "revision": flags.revision,
         "dtype": flags.dtype,
         "device": flags.device,
+        "residency": flags.residency,
     }
     for path, value in (*made_for.items(), *given.items()):
         _set(overrides, path, value)
@@ -232,7 +240,11 @@ def recover(flags: Flags) -> None:
     if flags.push_to_hub is not None:
         hub.prepare(flags.push_to_hub, flags.private)
     loaded, tokenizer = load_base(
-        resolved.model, revision=resolved.revision, dtype=resolved.dtype, device=resolved.device
+        resolved.model,
+        revision=resolved.revision,
+        dtype=resolved.dtype,
+        device=resolved.device,
+        residency=resolved.residency,
     )
     whole = path_of(resolved.output) / "base"
     if flags.full:

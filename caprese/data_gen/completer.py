@@ -33,6 +33,8 @@ class Asked:
 class Completer(Protocol):
     """A teacher that completes prompts."""
 
+    model: nn.Module
+    """The dense base that it stands for."""
     tokenizer: PreTrainedTokenizerBase
 
     @property

@@ -25,6 +25,7 @@ from caprese.data_gen.probes import Probe, prove
 from caprese.data_gen.samples import KEY, Samples, address_of
 from caprese.errors import CapreseError
 from caprese.inference.generate import ends_of
+from caprese.models.residency import residency_of
 from caprese.progress import say
 
 # Further tries of a request that the server could not take, from half a second to eight apart: a minute in all.
@@ -101,6 +102,11 @@ class Endpoint:
             yield from _in_order(lambda put: self._all(client, rest, config, advance, put))  # noqa: B023
 
     def _connect(self) -> Any:
+        if residency_of(self.model) == "sharded":  # the probes are a pass through it, for which all would have to meet
+            raise CapreseError(
+                "a base that is sharded over processes cannot be compared with an engine's; draw the samples first, in "
+                "one process with `residency=streamed` (epochs 0), and run again: finished shards are kept"
+            )
         try:
             import openai
         except ImportError as error:

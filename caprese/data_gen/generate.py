@@ -25,6 +25,7 @@ from caprese.data_gen.sources import OWN, Source, interleave, share_out
 from caprese.errors import CapreseError
 from caprese.inference.generate import ends_of
 from caprese.models import check_context, context_of
+from caprese.models.residency import share_of
 from caprese.progress import bar, say
 
 SPLITS = ("test", "validation", "train")
@@ -247,10 +248,10 @@ class OwnPrompts:
         config, world = self.config.model_copy(update=update), PartialState()
         begin = [Prompt("", ids=self.head.ids)] * self.shards.size
         made_with = self.shards.made_with([self.head.ids] * self.shards.size)
-        for first in count(0, world.num_processes):
-            wave = range(first, first + world.num_processes)
-            path = self.shards.path(mine := wave[world.process_index])
-            if not path.exists():
+        number_of_us, sharing = share_of(self.model)
+        for first in count(0, sharing):
+            wave = range(first, first + sharing)
+            if not self.shards.path(mine := wave[number_of_us]).exists():
                 _make_shards(self.teacher, {mine: begin}, config, self.shards, self.head.ends)
             world.wait_for_everyone()
             for number in wave:
@@ -296,16 +297,16 @@ def complete_in_shards(
     Raises:
         CapreseError: damaged or foreign shards.
     """
-    world = PartialState()
+    ours, sharing = share_of(teacher.model)
     chunks = shards.chunks(len(prompts))
     mine = {}
     for number, chunk in enumerate(chunks):
         if shards.path(number).exists():
             advance(len(prompts[chunk]))
-        elif number % world.num_processes == world.process_index:
+        elif number % sharing == ours:
             mine[number] = prompts[chunk]
     _make_shards(teacher, mine, config, shards, advance=advance)
-    world.wait_for_everyone()
+    PartialState().wait_for_everyone()
     made_with = [shards.made_with([p.ids for p in prompts[chunk]]) for chunk in chunks]
     return [s for number, facts in enumerate(made_with) for s in read_shard(shards.path(number), facts)]
 
@@ -334,7 +335,8 @@ def _make_shards(
             )
             for p, new in zip(each, completions, strict=True)
         ]
-        write_shard(shards.path(number), rows, shards.made_with([p.ids for p in each]))
+        if PartialState().is_main_process or share_of(teacher.model)[1] > 1:  # else all have drawn the same
+            write_shard(shards.path(number), rows, shards.made_with([p.ids for p in each]))
 
 
 def describe(samples: list[Sample]) -> dict[str, Any]:

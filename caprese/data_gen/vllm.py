@@ -17,8 +17,7 @@ import urllib.request
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import chain
-from typing import IO
+from typing import IO, Any
 
 import torch
 from accelerate import PartialState
@@ -87,23 +86,17 @@ def serving(config: Samples, model: nn.Module, tokenizer: PreTrainedTokenizerBas
         teacher.stop()
 
 
-class _Served:
-    """An endpoint whose server runs while this does."""
+class _Served(Endpoint):
+    """An endpoint whose server is started when it is first asked."""
 
     def __init__(self, config: Samples, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer, self._model = tokenizer, model
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
         url = f"http://127.0.0.1:{self._port}"
-        self._endpoint = Endpoint(url, config.model_copy(update={"teacher_model": _NAME}), model, tokenizer)
+        super().__init__(url, config.model_copy(update={"teacher_model": _NAME}), model, tokenizer)
         self._process: subprocess.Popen[str] | None = None
         self._log: IO[str] | None = None
-
-    @property
-    def note(self) -> str:
-        """See `Completer`."""
-        return self._endpoint.note
 
     def complete(
         self, asked: Iterable[Asked], config: Samples, advance: Advance | None = None
@@ -113,25 +106,26 @@ class _Served:
         Raises:
             CapreseError: vLLM is not installed, does not start with this model, or stops.
         """
-        asked = iter(asked)
-        for first in asked:  # nothing is asked of it where all shards are there
-            if self._process is None:
-                self._start()
-            try:
-                yield from self._endpoint.complete(chain([first], asked), config, advance)
-            except CapreseError as error:
-                assert self._process is not None
-                if self._process.poll() is not None:
-                    raise self._ended() from error
-                raise
+        try:
+            yield from super().complete(asked, config, advance)
+        except CapreseError as error:
+            if self._process is not None and self._process.poll() is not None:
+                raise self._ended() from error
+            raise
+
+    def _connect(self) -> Any:
+        client = super()._connect()
+        if self._process is None:
+            self._start()
+        return client
 
     def _start(self) -> None:
-        base, on_cpu = base_of(self._model), device_of(self._model).type == "cpu"
+        base, on_cpu = base_of(self.model), device_of(self.model).type == "cpu"
         # builds for CPUs have no working `vllm` command
         words = ["-m", "vllm.entrypoints.openai.api_server", "--model", base.source]
         words += ["--served-model-name", _NAME]
         words += ["--host", "127.0.0.1", "--port", str(self._port), "--generation-config", "vllm"]
-        words += ["--dtype", str(base.dtype or unwrap(self._model).dtype).removeprefix("torch.")]
+        words += ["--dtype", str(base.dtype or unwrap(self.model).dtype).removeprefix("torch.")]
         words += ["--revision", base.revision] if base.revision else []
         environment = {name: value for name, value in os.environ.items() if name not in _OURS}
         environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}

@@ -27,10 +27,12 @@ from caprese.distill.end_to_end import EndToEnd, train
 from caprese.distill.layerwise import Fit, Layerwise, Moments, adding_to, allocate_ranks, fit_layer, new_moments
 from caprese.distill.losses import kl_divergence
 from caprese.distill.sequential import fit_sequential
+from caprese.distill.streamed import moments_by_layer
 from caprese.distill.teacher import HeldOut, Teacher
 from caprese.efficient_methods import applied_ffns, idle_branches, only, phases_of, settle, stand_ins
 from caprese.errors import CapreseError
 from caprese.models import count_parameters
+from caprese.models.residency import residency_of
 from caprese.progress import say
 
 
@@ -105,6 +107,8 @@ def fit(
     try:
         aligned = _align(model, train, validation, config.alignment, run)
         size, room = config.layerwise.batch_size, config.end_to_end.cache_gigabytes
+        if residency_of(model) == "sharded":  # all pass through it together, so none may remember what others do not
+            room = 0
         held_out = HeldOut(model, make_batches(validation, size, first), room)
         teacher = Teacher(model, make_batches(train, size, first, throughout), room)
         with run.stage("layerwise") as stage:
@@ -185,15 +189,16 @@ def fit_layers(
         ranks, fits = [rank] * count, list[Fit]()
         rank_error: dict[str, list[float]] = {"ranks": [], "error": []}
         if config.how == "closed" or branches.rank == "auto":
-            sums = _moments(
-                model,
-                {"train": train, "validation": held_out},
-                max(1, config.checkpoint_every // config.batch_size),
-                run,
-            )
+            if residency_of(model) == "streamed":
+                pairs = moments_by_layer(model, train.batches, held_out.batches)
+            else:
+                every = max(1, config.checkpoint_every // config.batch_size)
+                sums = _moments(model, {"train": train, "validation": held_out}, every, run)
+                pairs = zip(sums["train"], sums["validation"], strict=True)
             with run.bar("layerwise: solve", count, "layers") as advance:
-                for fitted_on, held in zip(sums["train"], sums["validation"], strict=True):
-                    fits.append(fit_layer(fitted_on, held, rank, config.ridge, branches.bias))
+                for fitted_on, held in pairs:
+                    fit = fit_layer(fitted_on, held, rank, config.ridge, branches.bias)
+                    fits.append(fit if branches.rank == "auto" else fit.cut(rank))
                     advance(1)
             rank_error = _rank_error([each.curve.clamp_min(0).sqrt() for each in fits])
             if branches.rank == "auto":
@@ -246,8 +251,13 @@ def _moments(
         while done < len(work):
             part = work[done : done + every]
             fresh = {split: new_moments(model) for split in teachers} if world.num_processes > 1 else sums
-            for split, index in part[world.process_index :: world.num_processes]:
-                teachers[split].observe(index, adding_to(model, fresh[split]))
+            for at in range(0, len(part), world.num_processes):
+                mine = at + world.process_index
+                split, index = part[min(mine, len(part) - 1)]
+                if mine < len(part):
+                    teachers[split].observe(index, adding_to(model, fresh[split]))
+                elif residency_of(model) == "sharded":  # the others' pass wants this process's part
+                    teachers[split].observe(index, lambda *_: None)
                 advance(world.num_processes)
             if world.num_processes > 1:
                 totals = _named(sums)

@@ -8,7 +8,7 @@ L = W V, R = V'. The directions of V add up independently, which gives the error
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -118,6 +118,10 @@ class Fit:
     bias: torch.Tensor | None
     curve: torch.Tensor
     ridge: float
+
+    def cut(self, rank: int) -> Fit:
+        """What `at` needs up to this rank, without the rest."""
+        return replace(self, left=self.left[:, :rank].clone(), right=self.right[:rank].clone())
 
     def at(self, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """L [D, r], R [r, D], b [D], with the scale shared between L and R so that both train at one rate."""

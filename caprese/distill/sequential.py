@@ -21,13 +21,14 @@ from caprese.efficient_methods.passes import Pass, phases_of
 from caprese.errors import CapreseError
 from caprese.models import device_of, unwrap
 from caprese.models.families import family_of
+from caprese.models.residency import resident
 
 
 class _Stop(Exception):
     pass
 
 
-class _Stream:
+class Stream:
     """One batch between layers: its dense and recovered hidden states and what a layer needs beside them."""
 
     def __init__(self, hidden: torch.Tensor, kwargs: dict[str, Any], current: Pass) -> None:
@@ -38,7 +39,7 @@ class _Stream:
         self.ffn_input: torch.Tensor | None = None
 
 
-def _enter(model: nn.Module, layers: nn.ModuleList, batch: Batch) -> _Stream:
+def enter(model: nn.Module, layers: nn.ModuleList, batch: Batch) -> Stream:
     """Run the model up to its first layer, and keep what that layer was called with."""
     caught: dict[str, Any] = {}
 
@@ -59,7 +60,7 @@ def _enter(model: nn.Module, layers: nn.ModuleList, batch: Batch) -> _Stream:
         pass
     finally:
         handle.remove()
-    return _Stream(caught["hidden"], caught["kwargs"], caught["current"])
+    return Stream(caught["hidden"], caught["kwargs"], caught["current"])
 
 
 def check_sequential(model: nn.Module) -> None:
@@ -96,12 +97,12 @@ def fit_sequential(
     wrappers = {w.layer: w for w in applied_ffns(model).values()}
     shared = phases_of(model)
     fits: list[Fit] = []
-    streams: dict[bool, list[_Stream]] = {True: [], False: []}
+    streams: dict[bool, list[Stream]] = {True: [], False: []}
     for is_train, batches in ((True, train), (False, held_out)):
         for batch in batches:
             batch = batch.to(device_of(model))
             with phases(model, batch.prompt_lengths):
-                streams[is_train].append(_enter(model, layers, batch))
+                streams[is_train].append(enter(model, layers, batch))
     for index, layer in enumerate(layers):
         wrapper = wrappers.get(index)
         moments = (
@@ -113,8 +114,8 @@ def fit_sequential(
         handle = None
         if wrapper is not None:
             handle = wrapper.register_forward_pre_hook(lambda _, args, seen=inputs: seen.append(args[0]))
-        for is_train, group in streams.items():
-            for stream in group:
+        with resident(layer):
+            for is_train, stream in ((kind, stream) for kind, group in streams.items() for stream in group):
                 dense_before, recovered_before = stream.dense, stream.recovered
                 with dense(model):
                     stream.dense = layer(dense_before, **stream.kwargs)

@@ -23,6 +23,7 @@ from caprese.models import Site, find_ffns, unwrap
 from caprese.models.cache import always_cached
 from caprese.models.linear import adapted_layers, adapter_names, below
 from caprese.models.parameters import forget_parameters, record_parameters
+from caprese.models.residency import resident
 
 M = TypeVar("M", bound=nn.Module)
 #: choices made from samples, by "method.layer"
@@ -67,7 +68,9 @@ def apply(
     chosen = compose(methods)
     sites = find_ffns(model)
     layers = methods_by_layer(chosen, len(sites))
-    check_layers(sites, layers)
+    for i, own in layers.items():
+        with resident(sites[i].layer):
+            check_layers(sites, {i: own})
     facts = {i: _fixed(own, i, sites[i], calibration) for i, own in layers.items()}
     learners = {i: [m for m in own if "prompt" in m.learns] for i, own in layers.items()}
     phases = Phases(chosen, learners)
@@ -76,10 +79,11 @@ def apply(
     record_parameters(model)
     try:
         for i, own in layers.items():
-            wrapper = EfficientFFN.put_on(sites[i], own, facts[i], phases)
-            phases.undo += attention_hooks(sites[i], wrapper)
             config = unwrap(model).config
-            phases.undo += [method.install(sites[i], config, phases, facts[i].get(method.name)) for method in own]
+            with resident(sites[i].layer):
+                wrapper = EfficientFFN.put_on(sites[i], own, facts[i], phases)
+                phases.undo += attention_hooks(sites[i], wrapper)
+                phases.undo += [method.install(sites[i], config, phases, facts[i].get(method.name)) for method in own]
         phases.undo += [method.install_head(unwrap(model), phases) for method in chosen]
         phases.undo += attach(unwrap(model), phases)
         phases.undo += always_cached(model)

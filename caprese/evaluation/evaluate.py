@@ -36,6 +36,7 @@ from caprese.evaluation.config import Evaluation
 from caprese.evaluation.fidelity import VARIANTS, Tally, layer_errors, tally_fidelity, variant
 from caprese.evaluation.latency import parameter_counts, rounds_within, time_to_next_token
 from caprese.models import check_context, device_of, unwrap
+from caprese.models.residency import residency_of
 from caprese.progress import bar
 
 # Gigabytes for what two measurements of the same samples share.
@@ -75,7 +76,8 @@ def evaluate(
         scratch: where the other variants' completions are kept as shards until the run is over.
         settings: what those shards depend on, "seed" among it.
 
-    Latency is measured by the main process alone while the others wait; theirs is None.
+    Latency is measured by the main process alone while the others wait; theirs is None, and that of a base that is not
+    whole in memory.
     """
     first = not phases_of(model).dense_prompts
     by_source: dict[str, list[Sample]] = {}
@@ -114,8 +116,9 @@ def evaluate(
     latency: dict[str, Any] | None = None
     parameters = parameter_counts(model)
     middle = sorted(test, key=lambda s: s.prompt_length)[len(test) // 2]
-    if config.latency_tokens and PartialState().is_main_process and rounds_within(model, middle.prompt_ids):
-        times = time_to_next_token(model, middle.prompt_ids, config.latency_tokens)
+    timed = config.latency_tokens if residency_of(model) == "whole" else 0  # else it says nothing of who runs it
+    if timed and PartialState().is_main_process and rounds_within(model, middle.prompt_ids):
+        times = time_to_next_token(model, middle.prompt_ids, timed)
         latency = {
             **times,
             "ratio": times["recovered"]["ttnt_ms"] / times["dense"]["ttnt_ms"],

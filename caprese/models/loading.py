@@ -26,6 +26,7 @@ from caprese.files import alone, cache_dir, path_of, read_json, whole_directory
 from caprese.models.answers import checked_answers
 from caprese.models.families import family_of
 from caprese.models.quickest import quickest_dtype
+from caprese.models.residency import Residency, load_apart
 
 ALIASES: dict[str, str] = {
     "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
@@ -240,6 +241,7 @@ def load_base(
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str = "auto",
+    residency: Residency = "whole",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a dense base model and its tokenizer.
 
@@ -249,6 +251,8 @@ def load_base(
         dtype: "auto" keeps the checkpoint's type on an accelerator and uses float32 on CPU, for exact figures and
             training; "quickest" as well, but on CPU bfloat16 where that is measured to be faster.
         device: "auto" takes an accelerator if there is one; each process of torchrun gets its own.
+        residency: where its decoder layers are while they do not run: "whole" in memory, "sharded" over the processes,
+            or "streamed" from the checkpoint, to train adapters of bases that no memory holds.
 
     Raises:
         CapreseError: unknown name, no access, damaged files, or a model that is not a dense causal LM.
@@ -262,9 +266,12 @@ def load_base(
     picked = pick_dtype(dtype, device, config) or "auto"
     try:
         with checked_answers():
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                base.source, revision=base.revision, dtype=picked, trust_remote_code=False, use_safetensors=True
-            )
+            if residency == "whole":
+                model: Any = AutoModelForCausalLM.from_pretrained(
+                    base.source, revision=base.revision, dtype=picked, trust_remote_code=False, use_safetensors=True
+                )
+            else:
+                model = load_apart(base.source, config, picked, device, residency, base.revision)
             tokenizer = AutoTokenizer.from_pretrained(base.source, revision=base.revision, trust_remote_code=False)
     except Exception as error:
         raise _explain(base, error) from error

@@ -27,6 +27,7 @@ from caprese.errors import CapreseError
 from caprese.evaluation.config import Evaluation
 from caprese.files import path_of
 from caprese.limits import LONGEST, Count, Seed
+from caprese.models.residency import Residency
 from caprese.recipes.spelling import fold, override, read_methods
 
 DIRECTORY = Path(__file__).parent
@@ -62,6 +63,9 @@ class Recipe(BaseModel):
     """auto, float32, bfloat16 or float16. auto: the checkpoint's on an accelerator, float32 on CPU."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
+    residency: Residency = "whole"
+    """Where the base's decoder layers are while they do not run: whole in memory; sharded over the processes of a run
+    (FSDP2); streamed from the checkpoint, one at a time, for end_to_end.epochs 0."""
     methods: Annotated[tuple[Method, ...], PlainValidator(read_methods), PlainSerializer(_facts)] = (Griffin(),)
     """What is taken away, each method with its settings (caprese methods lists them), in the order in which they act.
     Also spelled `method: static:0.3+cats:0.5`, with settings beside it that are those of all methods that leave them

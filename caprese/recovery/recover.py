@@ -29,7 +29,7 @@ from caprese.recipes import Recipe, resolve_recipe
 from caprese.recovery.report import portable, report_of
 from caprese.recovery.run import Run, identity_of
 from caprese.recovery.search import find_fastest
-from caprese.recovery.stages import Calibrating, check_job, check_samples, choose
+from caprese.recovery.stages import Calibrating, check_job, check_residency, check_samples, choose
 from caprese.report.write import write_report
 
 
@@ -63,6 +63,7 @@ def recover(
         check_job(model, methods, recipe.branches, recipe.layerwise, recipe.samples.sources)
         for methods in recipe.compositions
     ]
+    check_residency(model, recipe.end_to_end)
     out = path_of(recipe.output)
     with at_work(out) if PartialState().is_main_process else nullcontext():
         return _recover(model, tokenizer, recipe, each, out, overwrite)

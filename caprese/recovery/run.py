@@ -237,7 +237,7 @@ def identity_of(recipe: Recipe, each: Sequence[Mapping[int, Sequence[Method]]], 
     layer (of each alternative), the base's weights, how samples are made."""
     trains = any(method.trains for methods in recipe.compositions for method in methods)
     unused = set() if trains else {"alignment"}
-    places = {"output", "model", "revision", "device", "methods", "alternatives", "samples"}
+    places = {"output", "model", "revision", "device", "residency", "methods", "alternatives", "samples"}
     facts = recipe.model_dump(mode="json", exclude=places | unused) | {"samples": recipe.samples.facts}
     acts = [
         {i: [{**facts_of(method), "layers": [i]} for method in own] for i, own in layers.items()} for layers in each

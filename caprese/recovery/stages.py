@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from caprese.data_gen import ELSEWHERE, Sample, Source
-from caprese.distill import Alignment, Branches, Layerwise, make_batches
+from caprese.distill import Alignment, Branches, EndToEnd, Layerwise, make_batches
 from caprese.distill.checkpoints import Checkpoints, Kept
 from caprese.distill.sensitivity import LEVELS, Sensitivity, allocate_sparsity, select_layers
 from caprese.distill.sequential import check_sequential
@@ -28,6 +28,7 @@ from caprese.efficient_methods import (
 )
 from caprese.errors import CapreseError
 from caprese.models import find_ffns
+from caprese.models.residency import residency_of
 from caprese.progress import say
 
 
@@ -53,7 +54,31 @@ def check_job(
         branches.check(sites[0].ffn.hidden_size)
     if layerwise.how == "sequential":
         check_sequential(model)
+    if (kind := residency_of(model)) != "whole":
+        if layerwise.how == "adam":
+            raise CapreseError(
+                f"layerwise.how=adam wants the base in memory, and it is {kind}; use layerwise.how=closed"
+            )
+        reader = next((method for method in methods if method.reads_weights or method.trains), None)
+        if kind == "streamed" and reader is not None:
+            raise CapreseError(
+                f"{reader.name} makes weights of the base's, which is streamed from disk; use griffin or cats, or "
+                "residency=sharded in several processes"
+            )
     return layers
+
+
+def check_residency(model: nn.Module, end_to_end: EndToEnd) -> None:
+    """Refuse to train end to end what is read from disk layer by layer, and would be kept for the way back.
+
+    Raises:
+        CapreseError: end_to_end.epochs above 0 with a streamed base.
+    """
+    if residency_of(model) == "streamed" and end_to_end.epochs:
+        raise CapreseError(
+            "a streamed base is trained layer by layer alone; use end_to_end.epochs=0, or residency=sharded in several "
+            "processes"
+        )
 
 
 def check_samples(samples: Mapping[str, Sequence[Sample]]) -> None:

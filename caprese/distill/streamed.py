@@ -1,0 +1,72 @@
+"""The layer-wise sums of a base that is streamed: layer after layer over all samples, so that each is read once.
+
+What is held is one decoder layer, its sums, one batch, and in files the hidden states of all samples between two layers
+(tokens x D). For dense inputs no layer depends on a branch, so the sums are those of one pass over the whole model.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import nn
+
+from caprese.distill.batches import Batch
+from caprese.distill.layerwise import Moments
+from caprese.distill.precision import exact_products
+from caprese.distill.sequential import enter
+from caprese.efficient_methods import applied_ffns, phases, phases_of
+from caprese.models import device_of, unwrap
+from caprese.models.families import family_of
+from caprese.models.residency import resident
+
+
+@torch.no_grad()
+def moments_by_layer(
+    model: nn.Module, train: Sequence[Batch], held_out: Sequence[Batch]
+) -> Iterator[tuple[Moments, Moments]]:
+    """For each applied layer its sums over training and held-out samples; processes share the batches."""
+    world, device = PartialState(), device_of(model)
+    layers: Any = unwrap(model).get_submodule(family_of(unwrap(model).config).layers)
+    wrappers = {w.layer: w for w in applied_ffns(model).values()}
+    work = [(kind, batch) for kind, group in enumerate((train, held_out)) for batch in group]
+    work = work[world.process_index :: world.num_processes]
+    with tempfile.TemporaryDirectory(prefix="caprese-") as scratch:
+        between: list[torch.Tensor] = []
+        for index, layer in enumerate(layers):
+            wrapper = wrappers.get(index)
+            hidden_size = unwrap(model).config.hidden_size
+            sums = [Moments.zeros(hidden_size, device) for _ in range(2)]
+            with resident(layer):
+                for number, (kind, batch) in enumerate(work):
+                    batch = batch.to(device)
+
+                    def observe(_: Any, x: torch.Tensor, e: torch.Tensor, y: torch.Tensor, at: int = kind) -> None:
+                        sums[at].add(x, e, y)  # noqa: B023 - called before the next layer
+
+                    exact = exact_products(device) if kind else nullcontext()  # as `HeldOut`
+                    with phases(model, batch.prompt_lengths, observe), exact:
+                        entered = enter(model, layers, batch)
+                        if index == 0:
+                            between.append(_in_file(entered.dense, Path(scratch) / str(number)))
+                        with phases_of(model).within(entered.current):
+                            between[number].copy_(layer(between[number].to(device), **entered.kwargs))
+            if wrapper is not None:
+                if world.num_processes > 1:
+                    for each in sums:
+                        for field in fields(each):
+                            setattr(each, field.name, reduce(getattr(each, field.name), "sum"))
+                yield sums[0], sums[1]
+
+
+def _in_file(hidden: torch.Tensor, path: Path) -> torch.Tensor:
+    """A copy whose pages the system may write out where memory is short."""
+    kept = torch.from_file(str(path), shared=True, size=hidden.numel(), dtype=hidden.dtype)
+    return kept.view(hidden.shape).copy_(hidden)
