@@ -16,6 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import caprese
 from caprese.adapters import fingerprint
+from caprese.data_gen import Sample
+from caprese.distill.batches import make_batches
+from caprese.distill.layerwise import accumulate, new_moments
+from caprese.distill.streamed import moments_by_layer
 from caprese.models.residency import resident
 
 # transformers calls the head of its checkpoints otherwise than in the model
@@ -51,6 +55,25 @@ def test_a_checkpoint_of_other_names_is_refused(family, tmp_path):
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(caprese.CapreseError, match=r"holds no lm_head\.weight; load the base whole"):
         caprese.load_base(str(tmp_path), residency="streamed")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "opt", "phi3"])
+def test_sums_layer_by_layer_are_those_of_one_pass(family):
+    """Also where layers are called each in its own way: with sliding windows, other rotations, by position."""
+    model = caprese.apply(tiny(family), caprese.Griffin(sparsity=0.5))
+    generator = torch.Generator().manual_seed(0)
+    lengths = [(12, 6), (20, 8), (16, 5), (9, 3)]
+    rows = [Sample(torch.randint(3, 60, (n,), generator=generator).tolist(), at, "", "") for n, at in lengths]
+    train, held_out = make_batches(rows[:2], 2), make_batches(rows[2:], 2)
+    plain = [new_moments(model) for _ in range(2)]
+    for sums, batches in zip(plain, (train, held_out), strict=True):
+        accumulate(model, batches, sums)
+    streamed = list(moments_by_layer(model, train, held_out))
+    assert len(streamed) == len(plain[0])
+    for number, pair in enumerate(streamed):
+        for found, group in zip(pair, plain, strict=True):
+            for name, expected in group[number].tensors().items():
+                torch.testing.assert_close(found.tensors()[name], expected, rtol=2e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["closed", "sequential"])
@@ -93,6 +116,11 @@ def test_what_a_streamed_base_cannot_is_refused(tiny_dir, small_recipe):
     with pytest.raises(caprese.CapreseError, match="static makes weights of the base's"):
         methods = (caprese.Static(sparsity=0.5),)
         caprese.recover(model, tokenizer, small_recipe.model_copy(update={"end_to_end": none, "methods": methods}))
+
+
+def test_one_process_shards_nothing(tiny_dir):
+    with pytest.raises(caprese.CapreseError, match="start them with torchrun"):
+        caprese.load_base(str(tiny_dir), residency="sharded")
 
 
 def test_a_checkpoint_that_is_not_whole_is_named(tmp_path):

@@ -10,6 +10,7 @@ from torch import nn
 
 from caprese.models import device_of, unwrap
 from caprese.models.quickest import product_seconds
+from caprese.models.residency import residency_of
 
 # How much faster bfloat16 has to be: below it, its rounding is not worth it.
 _FASTER = 1.3
@@ -47,11 +48,12 @@ def kept_casts(model: nn.Module, on: bool) -> Iterator[None]:
 
     Autocast keeps the casts of parameters that could be trained, and of no others.
     """
-    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()] if on else []
+    kept = on and residency_of(model) == "whole"  # else the casts would be the base, whole
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()] if kept else []
     for parameter in frozen:
         parameter.requires_grad_(True)
     try:
-        with torch.autocast(device_of(model).type, torch.bfloat16, enabled=on):
+        with torch.autocast(device_of(model).type, torch.bfloat16, enabled=on, cache_enabled=kept):
             yield
     finally:
         for parameter in frozen:

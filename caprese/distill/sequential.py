@@ -23,32 +23,60 @@ from caprese.models import device_of, unwrap
 from caprese.models.families import family_of
 from caprese.models.residency import resident
 
-
-class _Stop(Exception):
-    pass
+# positional and named arguments of a call
+_Beside = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Stream:
-    """One batch between layers: its dense and recovered hidden states and what a layer needs beside them."""
+    """One batch between layers: its dense and recovered hidden states, and what each layer is called with beside."""
 
-    def __init__(self, hidden: torch.Tensor, kwargs: dict[str, Any], current: Pass) -> None:
+    def __init__(self, hidden: torch.Tensor, beside: list[_Beside], current: Pass) -> None:
         assert current.completion is not None  # batches hold samples of two tokens and more
         self.completion = current.completion
         self.dense = self.recovered = hidden
-        self.kwargs, self.current = kwargs, current
+        self.beside, self.current = beside, current
         self.ffn_input: torch.Tensor | None = None
 
+    def through(self, index: int, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """The hidden states after a layer, [B, T, D]."""
+        args, kwargs = self.beside[index]
+        found = layer(hidden, *args, **kwargs)
+        after: torch.Tensor = found if isinstance(found, torch.Tensor) else found[0]
+        return after
 
-def enter(model: nn.Module, layers: nn.ModuleList, batch: Batch) -> Stream:
-    """Run the model up to its first layer, and keep what that layer was called with."""
-    caught: dict[str, Any] = {}
 
-    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.update(hidden=args[0], kwargs=kwargs, current=phases_of(model).current)
-        raise _Stop
+class _Called(nn.Module):
+    """Stands where a decoder layer does, and notes what that is called with."""
 
-    handle = layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+    def __init__(self, layer: nn.Module, note: Callable[..., None]) -> None:
+        super().__init__()
+        vars(self)["layer"], vars(self)["note"] = layer, note  # not as a part of it
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["layer"], name)  # some decoders ask a layer which kind it is
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        vars(self)["note"](hidden, args, kwargs)
+        return hidden
+
+
+def enter(model: nn.Module, batch: Batch) -> Stream:
+    """What the layers of a model are called with for a batch, by a pass through none of them."""
+    shared = phases_of(model)
+    path, _, name = family_of(unwrap(model).config).layers.rpartition(".")
+    owner = unwrap(model).get_submodule(path)
+    layers = getattr(owner, name)
+    first: list[torch.Tensor] = []
+    beside: list[_Beside] = []
+    passes: list[Pass | None] = []
+
+    def note(hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first.append(hidden)
+        beside.append((args, kwargs))
+        passes.append(shared.current)
+
     mask = torch.cat([batch.prompt_mask, batch.mask], 1)
+    setattr(owner, name, nn.ModuleList(_Called(layer, note) for layer in layers))
     try:
         unwrap(model).get_decoder()(
             input_ids=torch.cat([batch.prompt, batch.inputs], 1),
@@ -56,11 +84,10 @@ def enter(model: nn.Module, layers: nn.ModuleList, batch: Batch) -> Stream:
             position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
             use_cache=False,
         )
-    except _Stop:
-        pass
     finally:
-        handle.remove()
-    return Stream(caught["hidden"], caught["kwargs"], caught["current"])
+        setattr(owner, name, layers)
+    assert passes[0] is not None
+    return Stream(first[0], beside, passes[0])
 
 
 def check_sequential(model: nn.Module) -> None:
@@ -102,7 +129,7 @@ def fit_sequential(
         for batch in batches:
             batch = batch.to(device_of(model))
             with phases(model, batch.prompt_lengths):
-                streams[is_train].append(enter(model, layers, batch))
+                streams[is_train].append(enter(model, batch))
     for index, layer in enumerate(layers):
         wrapper = wrappers.get(index)
         moments = (
@@ -118,9 +145,9 @@ def fit_sequential(
             for is_train, stream in ((kind, stream) for kind, group in streams.items() for stream in group):
                 dense_before, recovered_before = stream.dense, stream.recovered
                 with dense(model):
-                    stream.dense = layer(dense_before, **stream.kwargs)
+                    stream.dense = stream.through(index, layer, dense_before)
                 with shared.within(stream.current):
-                    stream.recovered = layer(recovered_before, **stream.kwargs)  # the branch is still zero
+                    stream.recovered = stream.through(index, layer, recovered_before)  # the branch is still zero
                 if wrapper is not None:
                     m, at = moments[is_train], stream.completion
                     assert m is not None

@@ -53,11 +53,11 @@ def moments_by_layer(
 
                     exact = exact_products(device) if kind else nullcontext()  # as `HeldOut`
                     with phases(model, batch.prompt_lengths, observe), exact:
-                        entered = enter(model, layers, batch)
+                        entered = enter(model, batch)
                         if index == 0:
                             between.append(_in_file(entered.dense, Path(scratch) / str(number)))
                         with phases_of(model).within(entered.current):
-                            between[number].copy_(layer(between[number].to(device), **entered.kwargs))
+                            between[number].copy_(entered.through(index, layer, between[number].to(device)))
             if wrapper is not None:
                 if world.num_processes > 1:
                     for each in sums:

@@ -91,7 +91,7 @@ class Checkpoint:
             files = ["model.safetensors"]
         if not files or any(not (path / file).is_file() for file in files):
             raise CapreseError(f"{source} holds no whole safetensors checkpoint; save it with save_pretrained")
-        self.prefix = prefix
+        self.directory, self.prefix = path, prefix
         self._file: dict[str, Path] = {}
         for file in files:
             with safe_open(path / file, "pt") as opened:
@@ -160,6 +160,9 @@ def load_apart(
     Raises:
         CapreseError: a checkpoint that is not whole, or parameters that it does not have.
     """
+    world = PartialState(cpu=device == "cpu") if kind == "sharded" else None
+    if world is not None and world.num_processes == 1:
+        raise CapreseError("a base is sharded over several processes, and this is one: start them with torchrun")
     with init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     layers = family_of(config).layers
@@ -173,8 +176,7 @@ def load_apart(
     for name, buffer in model.named_buffers():
         set_module_tensor_to_device(model, name, device, buffer)
     mesh = None
-    if kind == "sharded":
-        world = PartialState(cpu=device == "cpu")
+    if world is not None:
         mesh = init_device_mesh(torch.device(device).type, (world.num_processes,))
     for index, layer in enumerate(model.get_submodule(layers)):
         prefix = f"{layers}.{index}"
@@ -194,8 +196,8 @@ def load_apart(
     vars(model)[_KIND] = kind
     if kind == "streamed":
         vars(model)["caprese_checkpoint"] = checkpoint
-    if (Path(source) / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source)
+    if (checkpoint.directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
     return model
 
 

@@ -68,12 +68,15 @@ def check_job(
     return layers
 
 
-def check_residency(model: nn.Module, end_to_end: EndToEnd) -> None:
-    """Refuse to train end to end what is read from disk layer by layer, and would be kept for the way back.
+def check_residency(model: nn.Module, end_to_end: EndToEnd, alternatives: Sequence[str] = ()) -> None:
+    """Refuse to train end to end what is read from disk layer by layer, and would be kept for the way back; and to time
+    methods where a base is not whole.
 
     Raises:
-        CapreseError: end_to_end.epochs above 0 with a streamed base.
+        CapreseError: end_to_end.epochs above 0 with a streamed base, alternatives with either.
     """
+    if alternatives and (kind := residency_of(model)) != "whole":
+        raise CapreseError(f"the fastest of several methods is found on a whole base, and this is {kind}; name one")
     if residency_of(model) == "streamed" and end_to_end.epochs:
         raise CapreseError(
             "a streamed base is trained layer by layer alone; use end_to_end.epochs=0, or residency=sharded in several "
