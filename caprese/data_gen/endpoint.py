@@ -104,8 +104,8 @@ class Endpoint:
     def _connect(self) -> Any:
         if residency_of(self.model) == "sharded":  # the probes are a pass through it, for which all would have to meet
             raise CapreseError(
-                "a base that is sharded over processes cannot be compared with an engine's; draw the samples first, in "
-                "one process with `residency=streamed` (epochs 0), and run again: finished shards are kept"
+                "a base that is sharded over processes cannot be compared with an engine's; draw samples first in one "
+                "process (`residency=streamed`, end_to_end.epochs=0), then run with `overwrite`, which keeps them"
             )
         try:
             import openai

@@ -20,7 +20,7 @@ from caprese.recovery.run import Run
 
 
 def portable(recipe: Recipe, revision: str | None) -> Recipe:
-    """The recipe without this machine's directories and its neighbours' addresses, and with the base's commit."""
+    """The recipe without this machine's directories, memory and neighbours' addresses, and with the base's commit."""
     sources = recipe.samples.prompts
     names = public_names([one.source for one in sources])
     prompts = tuple(one.model_copy(update={"source": name}) for one, name in zip(sources, names, strict=True))
@@ -30,6 +30,7 @@ def portable(recipe: Recipe, revision: str | None) -> Recipe:
         "model": public_id(recipe.model) if recipe.model else None,
         "output": path_of(recipe.output).resolve().name,
         "samples": samples,
+        "residency": "whole",
     }
     return recipe.model_copy(update={**places, "revision": revision or recipe.revision})
 
