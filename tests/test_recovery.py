@@ -22,7 +22,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import caprese
-from caprese.data_gen import Sample, read_shard
+from caprese.data_gen import Here, Sample, read_shard
 from caprese.files import read_sealed
 from caprese.models import Base, save_base
 from caprese.recipes import Recipe, resolve_recipe
@@ -45,6 +45,39 @@ LEFT = {
 
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_teacher_of_ones_own_draws_the_samples(small_recipe, tmp_path):
+    """The model itself as one draws what it does without; an engine's are kept, and nobody is asked again."""
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    asked = []
+
+    class Watched(Here):
+        def complete(self, *args, **named):
+            for shard in super().complete(*args, **named):
+                asked.append(len(shard))
+                yield shard
+
+    def samples(where: str, teacher: Here | None, by: str) -> dict[str, list[Sample]]:
+        settings = small_recipe.model_dump() | {
+            "output": str(tmp_path / where),
+            "samples": small_recipe.samples.model_dump() | {"teacher": by},
+            "layerwise": {"how": "none"},
+            "end_to_end": {"epochs": 0},
+            "evaluation": {"latency_tokens": 0, "generate": False},
+        }
+        report = caprese.recover(model, tokenizer, Recipe(**settings), teacher=teacher)
+        assert report["recipe"]["samples"]["teacher"] == by
+        return {path.name: read_shard(path) for path in sorted((tmp_path / where / "samples").iterdir())}
+
+    want = samples("without", None, "here")
+    assert samples("with", Watched(model, tokenizer), "here") == want
+    assert sum(asked) == sum(map(len, want.values()))
+    assert samples("engine", Watched(model, tokenizer), "endpoint") == want
+    for gone in ("report.json", ".state"):
+        path = tmp_path / "engine" / gone
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    assert samples("engine", None, "endpoint") == want
 
 
 @pytest.mark.parametrize("method", ["griffin", "cats"])

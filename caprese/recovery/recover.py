@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from caprese.adapters import fingerprint, save
-from caprese.data_gen import ELSEWHERE, make_samples, shard_settings, teacher_of
+from caprese.data_gen import ELSEWHERE, Completer, make_samples, shard_settings, teacher_of
 from caprese.distill import Distillation, fit
 from caprese.distill.precision import is_quicker, kept_casts, quick_products
 from caprese.efficient_methods import Method, apply, remove, stand_ins
@@ -39,6 +39,7 @@ def recover(
     recipe: Recipe | None = None,
     *,
     overwrite: bool = False,
+    teacher: Completer | None = None,
 ) -> dict[str, Any]:
     """Distil a recovery adapter for a cheaper `model` from the dense `model` itself.
 
@@ -47,6 +48,7 @@ def recover(
 
     Args:
         overwrite: replace what another recipe left in the output directory.
+        teacher: draws the samples; `recipe.samples.teacher` is then to be "endpoint", unless it is `Here`.
 
     Returns: the report, as in report.json.
 
@@ -66,7 +68,7 @@ def recover(
     check_residency(model, recipe.end_to_end, recipe.alternatives)
     out = path_of(recipe.output)
     with at_work(out) if PartialState().is_main_process else nullcontext():
-        return _recover(model, tokenizer, recipe, each, out, overwrite)
+        return _recover(model, tokenizer, recipe, each, out, overwrite, teacher)
 
 
 def _recover(
@@ -76,6 +78,7 @@ def _recover(
     each: Sequence[Mapping[int, Sequence[Method]]],
     out: Path,
     overwrite: bool,
+    teacher: Completer | None,
 ) -> dict[str, Any]:
     prints = fingerprint(model)
     run = Run(out, identity_of(recipe, each, prints), recipe.seed)
@@ -87,12 +90,11 @@ def _recover(
         recipe.autocast
         and run.once("precision", lambda: ({}, {"quick": _is_quick(model, out / "samples")}))[1]["quick"]
     )
-    drawing = teacher_of(recipe.samples, model, tokenizer)
+    drawing = nullcontext(teacher) if teacher else teacher_of(recipe.samples, model, tokenizer)
     with run.stage("samples") as stage, kept_casts(model, quick), drawing as teacher:
         replacing = run.unmark if overwrite else None
         made_by = {**prints, **({"products": "bfloat16"} if quick else {})}
-        place = out / "samples"
-        samples = make_samples(model, tokenizer, recipe.samples, place, run.seed, made_by, replacing, teacher)
+        samples = make_samples(model, tokenizer, recipe.samples, out / "samples", run.seed, made_by, replacing, teacher)
         counts = [f"{len(samples[split])} {split}" for split in ("train", "validation", "test")]
         stage.update(note=", ".join([*counts, teacher.note] if teacher.note else counts))
     check_samples(samples)
