@@ -105,7 +105,8 @@ class RayTeacher:
 def draw(rows: list[dict[str, Any]], engines: vLLMEngineProcessorConfig) -> Iterator[dict[str, Any]]:
     """The answers to rows of prompts, as they come."""
     most = engines.concurrency if isinstance(engines.concurrency, int) else max(engines.concurrency)
-    size = max(1, min(engines.batch_size, len(rows) // most))  # something for each
+    # the first engine that is up takes as many batches as it may: no more than its share
+    size = max(1, min(engines.batch_size, len(rows) // (most * engines.max_concurrent_batches)))
     engines = engines.model_copy(update={"batch_size": size})
     # what goes in and out takes no CPU, of which the engines may have all
     free = {"num_cpus": 0}
@@ -141,20 +142,28 @@ def main() -> None:
     model, tokenizer = caprese.load_base(args.model)
     base = base_of(model)
     # top-k and penalties as they are said, not as the checkpoint has them
-    given = {"generation_config": "vllm", "dtype": str(base.dtype or model.dtype).removeprefix("torch."), **args.engine}
+    given = {"generation_config": "vllm", "dtype": str(base.dtype or model.dtype).removeprefix("torch.")}
+    given |= {"revision": base.revision} if base.revision else {}
+    place: dict[str, Any] = {}
+    if args.cpus:
+        given["enable_chunked_prefill"] = False  # a prompt in parts and a seed stop vLLM's engine on CPUs
+        # engines of one node would all go to its first cores
+        environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(args.cpus)}
+        place = {
+            "placement_group_config": {"bundle_per_worker": {"CPU": args.cpus}},
+            "runtime_env": {"env_vars": environment},
+        }
     engines = vLLMEngineProcessorConfig(
         model_source=base.source,
-        engine_kwargs={**given, "revision": base.revision} if base.revision else given,
+        engine_kwargs={**given, **args.engine},
         concurrency=(args.engines, args.engines),
-        placement_group_config={"bundle_per_worker": {"CPU": args.cpus}} if args.cpus else None,
-        # engines of one node would all go to its first cores
-        runtime_env={"env_vars": {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(args.cpus)}}
-        if args.cpus
-        else None,
+        max_concurrent_batches=8,
+        max_tasks_in_flight_per_actor=8,
         chat_template_stage=False,  # prompts are tokens, and so are answers
         tokenize_stage=False,
         detokenize_stage=False,
         log_engine_metrics=False,  # for which Ray wants more packages, and nothing here reads them
+        **place,
     )
     report = caprese.recover(model, tokenizer, recipe, teacher=RayTeacher(model, tokenizer, engines))
     print(f"KL {report['quality']['efficient']['kl']:.3f} -> {report['quality']['recovered']['kl']:.3f}")
