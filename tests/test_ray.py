@@ -65,6 +65,7 @@ def test_two_engines_draw_the_samples(tmp_path):
     assert len({tuple(each.completion_ids) for each in samples}) > 48
     assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["samples"]["teacher"] == "endpoint"
     said = done.stdout + done.stderr
-    assert "is the model that is loaded here" in said and "EngineDeadError" not in said
+    (tmp_path / "log").write_text(said)
+    assert "is the model that is loaded here" in said and "A worker died" not in said
     train = said[said.rindex("Execution plan of Dataset") :]
-    assert len(set(re.findall(r"pid=(\d+).*Elapsed time for batch", train))) == 2, train[-2000:]
+    assert len(set(re.findall(r"pid=(\d+).*Elapsed time for batch", train))) == 2
