@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,6 +101,8 @@ def test_the_whole_job(small_recipe, tmp_path, method):
     assert report["recovered_fraction"]["kl"] == pytest.approx(fraction)
     assert report["parameters"]["adapter"] == 3 * 2 * 32 * 4
     assert [s["name"] for s in report["stages"]] == ["samples", "layerwise", "end_to_end", "evaluation"]
+    if sys.platform == "linux":
+        assert all(stage["peak_bytes"] > 0 for stage in report["stages"])
     assert all(v["ttnt_ms"] > 0 for k, v in report["latency"].items() if isinstance(v, dict))
     assert len(report["layers_error"]) == 3
     assert Recipe.model_validate(report["recipe"]).rank == 4
@@ -593,6 +596,25 @@ def test_a_stage_takes_as_long_as_all_its_attempts(tmp_path, monkeypatch):
     assert attempt(9) == 42  # done before: reading it back is no work
     (stage,) = json.loads((state / "stages.json").read_text())["stages"]
     assert stage["done"] and "begun" not in stage
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone counts a process's peak anew")
+def test_a_stage_notes_its_own_peak_and_keeps_the_highest_of_its_attempts(tmp_path):
+    def attempt(name: str, held: int, stopped: bool = False) -> int:
+        with suppress(KeyboardInterrupt), Run(tmp_path, "id").stage(name) as stage:
+            torch.ones(held, dtype=torch.uint8)
+            if stopped:
+                raise KeyboardInterrupt
+        return stage["peak_bytes"]
+
+    large = 200_000_000
+    low = attempt("samples", 1)
+    high = attempt("layerwise", large, stopped=True)
+    assert high > low + 0.9 * large
+    assert attempt("layerwise", 1) == high
+    assert attempt("end_to_end", 1) < high - 0.9 * large  # what a stage before it held is not its own
+    assert attempt("samples", large) == low  # done before: reading it back is no work
+    assert [stage["peak_bytes"] for stage in Run(tmp_path, "id").stages()][-1] == low
 
 
 def test_a_recipe_without_a_model_takes_the_shipped_one_for_the_rest(small_recipe):

@@ -88,7 +88,7 @@ def make_report() -> dict[str, Any]:
         ],
         "stages": [
             {"name": "samples", "seconds": 812.4, "kept": True, "note": "1,200 completions in 3 shards"},
-            {"name": "layerwise", "seconds": 203.0, "kept": True, "note": "closed form"},
+            {"name": "layerwise", "seconds": 203.0, "peak_bytes": 3_214_000_000, "kept": True, "note": "closed form"},
             {"name": "end_to_end", "seconds": 4210.9, "kept": True, "note": "validation KL 0.2114 to 0.1033"},
             {"name": "evaluation", "seconds": 38.2, "kept": True, "note": ""},
         ],
@@ -337,6 +337,13 @@ def test_terminal_table(
     assert "griffin[red]" in text
     rows = [line for line in text.splitlines() if "0.4127" in line or "0.1033" in line]
     assert "efficient" in rows[0] and "81.2%" in rows[0] and "recovered" in rows[1] and "31.60" in rows[1]
+
+
+def test_stages_show_their_peak_memory_where_it_is_known(report: dict[str, Any]) -> None:
+    page = render_html(report)
+    assert "<td>3 min 23 s</td>\n<td>3.21 GB</td>" in page
+    report["stages"][1]["peak_bytes"] = None
+    assert "<td>3 min 23 s</td>\n<td>–</td>" in render_html(report)
 
 
 def test_terminal_lines(report: dict[str, Any]) -> None:

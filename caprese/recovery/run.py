@@ -28,6 +28,7 @@ from caprese.errors import CapreseError
 from caprese.files import read_json, read_sealed, read_tensors, sha256, write_json, write_sealed, write_tensors
 from caprese.progress import bar, say
 from caprese.recipes import Recipe, resolve_recipe
+from caprese.recovery.peak import Peak
 from caprese.report.write import PAGES, write_report
 
 STATE = ".state"
@@ -159,27 +160,30 @@ class Run(Checkpoints):
 
     @contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
-        """Time a stage and note it in stages.json: the work of all attempts; a stage done keeps the time it took.
+        """Note a stage in stages.json, with its time and the most memory it held: of all attempts; a stage done keeps
+        both.
 
-        Of an attempt that was killed, the time up to the last file it left counts.
+        Of an attempt that was killed, the time up to the last file it left counts, its memory does not.
         """
         self.part = _PARTS.get(name, 2)
         known = {each["name"]: each for each in self._noted()}
         others = [each for each in known.values() if each["name"] != name]
-        stage: dict[str, Any] = {"name": name, "seconds": 0.0, "kept": True, "note": "", "done": False}
-        before = known.get(name, stage)
+        stage: dict[str, Any] = {"name": name, "seconds": 0.0, "peak_bytes": None, "kept": True, "note": ""}
+        before = known.get(name, {**stage, "done": False})
         spent, done = before["seconds"], before.get("done", True)
         if "begun" in before and self.main:
             spent += max(0.0, self._last_write() - before["begun"])
-        begin = time.perf_counter()
+        held = before.get("peak_bytes")
+        begin, peak = time.perf_counter(), Peak(PartialState().device)
 
         def note(**more: Any) -> None:
             stage["seconds"] = round(spent if done else spent + time.perf_counter() - begin, 2)
+            stage["peak_bytes"] = held if done else max(filter(None, (held, peak.nbytes)), default=None)
             if self.main:
                 write_sealed(self.state / "stages.json", {"stages": [*others, {**stage, **more}]})
 
         if not done:
-            note(begun=time.time())
+            note(begun=time.time(), done=False)
         try:
             yield stage
         except BaseException:
@@ -190,7 +194,7 @@ class Run(Checkpoints):
         say(f"{self.part}/4 {name}: {stage['note']}", ("" if stage["kept"] else " (not kept)", "yellow"))
 
     def stages(self) -> list[dict[str, Any]]:
-        """What was done, in order: {"name", "seconds", "kept", "note"}."""
+        """What was done, in order: {"name", "seconds", "peak_bytes" (None where unknown), "kept", "note"}."""
         return [{key: value for key, value in each.items() if key != "done"} for each in self._noted()]
 
     def _noted(self) -> list[dict[str, Any]]:

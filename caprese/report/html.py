@@ -41,7 +41,7 @@ th, td { padding: .6rem .9rem; text-align: right; white-space: nowrap; border-to
 thead th { border-top: 0; color: var(--muted); font-size: .82rem; font-weight: 600; }
 th:first-child, td:first-child { text-align: left; }
 .results th:first-child { position: sticky; left: 0; background: var(--card); }
-.stages :is(th, td):nth-child(n+3) { text-align: left; }
+.stages :is(th, td):nth-child(n+4) { text-align: left; }
 .stages td:last-child { white-space: normal; min-width: 13rem; }
 .efficient { color: var(--efficient); }
 .recovered { color: var(--recovered); }
@@ -122,11 +122,12 @@ pre.whole { max-height: none; border: 1px solid var(--line); }
 <h2>Stages</h2>
 <div class="card scroll" tabindex="0" role="region" aria-label="Stages">
 <table class="stages">
-<thead><tr><th scope="col">Stage</th><th scope="col">Time</th><th scope="col">Result</th>
-<th scope="col">Note</th></tr></thead>
+<thead><tr><th scope="col">Stage</th><th scope="col">Time</th><th scope="col">Peak memory</th>
+<th scope="col">Result</th><th scope="col">Note</th></tr></thead>
 <tbody>
 {%- for stage in stages %}
 <tr><th scope="row">{{ stage.name | replace("_", " ") }}</th><td>{{ duration(stage.seconds) }}</td>
+<td>{{ memory(stage.peak_bytes | default(none)) }}</td>
 <td>{{ "kept" if stage.kept else "not kept" }}</td><td>{{ stage.note }}</td></tr>
 {%- endfor %}
 </tbody>
@@ -179,6 +180,7 @@ def render_html(report: dict[str, Any]) -> str:
         captions=CAPTIONS,
         stages=report["stages"],
         duration=summary.duration,
+        memory=summary.memory,
         completions=report["completions"],
         variants=summary.VARIANTS,
         recipe=summary.recipe_yaml(report),

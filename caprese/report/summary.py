@@ -73,6 +73,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def memory(nbytes: int | None) -> str:
+    """Bytes in gigabytes, where they are known."""
+    return MISSING if nbytes is None else f"{nbytes / 1e9:.2f} GB"
+
+
 def spans(numbers: list[int]) -> str:
     """`[0, 1, 2, 5]` as `0–2, 5`."""
     runs: list[list[int]] = []
