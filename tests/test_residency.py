@@ -20,6 +20,7 @@ from caprese.data_gen import Sample
 from caprese.distill.batches import make_batches
 from caprese.distill.layerwise import accumulate, new_moments
 from caprese.distill.streamed import moments_by_layer
+from caprese.models import check_keepable
 from caprese.models.residency import resident
 
 # transformers calls the head of its checkpoints otherwise than in the model
@@ -116,6 +117,18 @@ def test_what_a_streamed_base_cannot_is_refused(tiny_dir, small_recipe):
     with pytest.raises(caprese.CapreseError, match="static makes weights of the base's"):
         methods = (caprese.Static(sparsity=0.5),)
         caprese.recover(model, tokenizer, small_recipe.model_copy(update={"end_to_end": none, "methods": methods}))
+
+
+def test_it_is_neither_saved_nor_fused(tiny_dir, tmp_path):
+    """What stands in the place of its weights holds no number."""
+    model, _ = caprese.load_base(str(tiny_dir), residency="streamed")
+    with pytest.raises(caprese.CapreseError, match="not saved"):
+        model.save_pretrained(tmp_path / "base")
+    with pytest.raises(caprese.CapreseError, match="leave out `full`"):
+        check_keepable(model, tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+    with pytest.raises(caprese.CapreseError, match="load the base whole"):
+        caprese.fuse(caprese.apply(model, caprese.Griffin(sparsity=0.5)))
 
 
 def test_one_process_shards_nothing(tiny_dir):

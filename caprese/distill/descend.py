@@ -23,7 +23,7 @@ from caprese.efficient_methods import stand_ins
 from caprese.errors import CapreseError
 from caprese.limits import Amount, Count, Rate, Some
 from caprese.models import device_of
-from caprese.models.residency import residency_of
+from caprese.models.residency import dealt
 
 
 class Descent(BaseModel):
@@ -133,7 +133,7 @@ def descend(
             chosen = order[within * accumulate : (within + 1) * accumulate].tolist()
             tokens = sum(batches[i].tokens for i in chosen)
             summed = torch.zeros((), device=device_of(model))
-            for index, counts in _share(chosen, model):
+            for index, counts in dealt(model, chosen):
                 loss = counts * loss_of(index) / tokens
                 loss.backward()
                 summed += loss.detach()
@@ -160,16 +160,6 @@ def descend(
         parameter.requires_grad_(False)
         broadcast(parameter.data)
     return Course(least, curve, checks)
-
-
-def _share(chosen: Sequence[int], model: nn.Module) -> list[tuple[int, float]]:
-    """This process's of the batches, and how much each counts; all run as many passes through a sharded model, and what
-    fills up counts nothing."""
-    world = PartialState()
-    own = [(index, 1.0) for index in chosen[world.process_index :: world.num_processes]]
-    if residency_of(model) == "sharded":
-        own += [(chosen[-1], 0.0)] * (-(-len(chosen) // world.num_processes) - len(own))
-    return own
 
 
 def check_finite(where: str, rate: float, loss: torch.Tensor, norm: torch.Tensor) -> None:

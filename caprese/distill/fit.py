@@ -189,7 +189,7 @@ def fit_layers(
         ranks, fits = [rank] * count, list[Fit]()
         rank_error: dict[str, list[float]] = {"ranks": [], "error": []}
         if config.how == "closed" or branches.rank == "auto":
-            if residency_of(model) == "streamed":
+            if residency_of(model) != "whole":  # else every process would hold all layers' sums
                 pairs = moments_by_layer(model, train.batches, held_out.batches)
             else:
                 every = max(1, config.checkpoint_every // config.batch_size)
@@ -251,13 +251,8 @@ def _moments(
         while done < len(work):
             part = work[done : done + every]
             fresh = {split: new_moments(model) for split in teachers} if world.num_processes > 1 else sums
-            for at in range(0, len(part), world.num_processes):
-                mine = at + world.process_index
-                split, index = part[min(mine, len(part) - 1)]
-                if mine < len(part):
-                    teachers[split].observe(index, adding_to(model, fresh[split]))
-                elif residency_of(model) == "sharded":  # the others' pass wants this process's part
-                    teachers[split].observe(index, lambda *_: None)
+            for split, index in part[world.process_index :: world.num_processes]:
+                teachers[split].observe(index, adding_to(model, fresh[split]))
                 advance(world.num_processes)
             if world.num_processes > 1:
                 totals = _named(sums)

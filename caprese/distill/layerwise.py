@@ -96,15 +96,6 @@ class Moments:
             self.yy,
         )
 
-    def error(self, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> float:
-        """||E - x L R - b||^2 over ||FF(x)||^2, for any L [D, r], R [r, D], b [D]."""
-        left, right = left.to(self.xx), right.to(self.xx)
-        loss = self.ee - 2 * (left * (self.xe @ right.T)).sum() + ((left.T @ self.xx @ left) * (right @ right.T)).sum()
-        if bias is not None:
-            b = bias.to(self.xx)
-            loss = loss - 2 * b @ (self.e - (self.x @ left) @ right) + self.n * b @ b
-        return float(loss.clamp_min(0) / self.yy)
-
 
 @dataclass
 class Fit:

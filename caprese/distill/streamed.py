@@ -1,4 +1,4 @@
-"""The layer-wise sums of a base that is streamed: layer after layer over all samples, so that each is read once.
+"""The layer-wise sums of a base that is streamed or sharded: layer after layer over all samples, each read once.
 
 What is held is one decoder layer, its sums, one batch, and in files the hidden states of all samples between two layers
 (tokens x D). For dense inputs no layer depends on a branch, so the sums are those of one pass over the whole model.
@@ -25,7 +25,7 @@ from caprese.distill.sequential import enter
 from caprese.efficient_methods import applied_ffns, phases, phases_of
 from caprese.models import device_of, unwrap
 from caprese.models.families import family_of
-from caprese.models.residency import resident
+from caprese.models.residency import dealt, resident
 
 
 @torch.no_grad()
@@ -36,8 +36,7 @@ def moments_by_layer(
     world, device = PartialState(), device_of(model)
     layers: Any = unwrap(model).get_submodule(family_of(unwrap(model).config).layers)
     wrappers = {w.layer: w for w in applied_ffns(model).values()}
-    work = [(kind, batch) for kind, group in enumerate((train, held_out)) for batch in group]
-    work = work[world.process_index :: world.num_processes]
+    work = dealt(model, [(kind, batch) for kind, group in enumerate((train, held_out)) for batch in group])
     with tempfile.TemporaryDirectory(prefix="caprese-") as scratch:
         between: list[torch.Tensor] = []
         for index, layer in enumerate(layers):
@@ -45,15 +44,16 @@ def moments_by_layer(
             hidden_size = unwrap(model).config.hidden_size
             sums = [Moments.zeros(hidden_size, device) for _ in range(2)]
             with resident(layer):
-                for number, (kind, batch) in enumerate(work):
+                for number, ((kind, batch), counts) in enumerate(work):
                     batch = batch.to(device)
 
-                    def observe(_: Any, x: torch.Tensor, e: torch.Tensor, y: torch.Tensor, at: int = kind) -> None:
-                        sums[at].add(x, e, y)  # noqa: B023 - called before the next layer
+                    def observe(_: Any, x: torch.Tensor, e: torch.Tensor, y: torch.Tensor) -> None:
+                        if counts:  # noqa: B023 - called before the next batch
+                            sums[kind].add(x, e, y)  # noqa: B023
 
                     exact = exact_products(device) if kind else nullcontext()  # as `HeldOut`
                     with phases(model, batch.prompt_lengths, observe), exact:
-                        entered = enter(model, batch)
+                        entered = enter(model, batch)  # an embedding and masks: less than to keep
                         if index == 0:
                             between.append(_in_file(entered.dense, Path(scratch) / str(number)))
                         with phases_of(model).within(entered.current):

@@ -13,10 +13,9 @@ from torch import nn
 
 from caprese.adapters import without_branches
 from caprese.distill.batches import Batch, completion_hidden, lm_logits
-from caprese.distill.layerwise import Moments, adding_to, new_moments
 from caprese.distill.losses import CHUNK, kl_divergence
 from caprese.distill.teacher import Teacher
-from caprese.efficient_methods import applied_ffns, dense, untrained
+from caprese.efficient_methods import EfficientFFN, applied_ffns, dense, untrained
 from caprese.progress import bar
 
 VARIANTS = ("dense", "efficient", "recovered")
@@ -101,20 +100,21 @@ def layer_errors(model: nn.Module, *teachers: Teacher) -> list[dict[str, float]]
 
     What the dense model says on the way, the teachers remember.
     """
-    moments: list[Moments] = new_moments(model)
+    ffns = list(applied_ffns(model).values())
+    squares = {ffn: torch.zeros(3, dtype=torch.float64, device=ffn.view.device) for ffn in ffns}
+
+    def observe(ffn: EfficientFFN, x: torch.Tensor, e: torch.Tensor, y: torch.Tensor) -> None:
+        for at, each in enumerate((e, e - ffn.recovery(x), y)):
+            squares[ffn][at] += each.float().square().sum(dtype=torch.float64)
+
     for teacher in teachers:
         for index in range(len(teacher.batches)):
-            teacher.observe(index, adding_to(model, moments))
+            teacher.observe(index, observe)
     rows = []
-    for wrapper, m in zip(applied_ffns(model).values(), moments, strict=True):
-        row = {"layer": wrapper.layer, "rank": 0, "efficient": float((m.ee / m.yy).sqrt())}
-        row["recovered"] = row["efficient"]
-        slot: Any = wrapper.recovery
-        if isinstance(slot, LoraLayer):
-            name = slot.active_adapters[0]
-            down: Any = slot.lora_A[name]
-            up: Any = slot.lora_B[name]
-            row["rank"] = down.out_features
-            row["recovered"] = m.error(down.weight.T, up.weight.T, up.bias) ** 0.5
-        rows.append(row)
+    for ffn in ffns:
+        errors, dense = squares[ffn][:2], squares[ffn][2]
+        efficient, recovered = (errors / dense).sqrt().tolist()  # no number where nothing was seen
+        slot: Any = ffn.recovery
+        rank = slot.lora_A[slot.active_adapters[0]].out_features if isinstance(slot, LoraLayer) else 0
+        rows.append({"layer": ffn.layer, "rank": rank, "efficient": efficient, "recovered": recovered})
     return rows

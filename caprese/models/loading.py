@@ -26,7 +26,7 @@ from caprese.files import alone, cache_dir, path_of, read_json, whole_directory
 from caprese.models.answers import checked_answers
 from caprese.models.families import family_of
 from caprese.models.quickest import quickest_dtype
-from caprese.models.residency import Residency, load_apart
+from caprese.models.residency import Residency, load_apart, residency_of
 
 ALIASES: dict[str, str] = {
     "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
@@ -284,6 +284,8 @@ def load_base(
 
 def check_keepable(model: PreTrainedModel, directory: Path, overwrite: bool = False) -> None:
     """Raise CapreseError if `save_base` cannot write this model, or would take the place of anything else."""
+    if residency_of(model) != "whole":
+        raise CapreseError("a base whose layers are not in memory is not written again; leave out `full`")
     if getattr(model, "is_quantized", False):
         raise CapreseError("a base in 4 or 8 bit is not written again; leave out `full`, and keep its checkpoint")
     if overwrite or not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):

@@ -7,10 +7,10 @@ norm and the head are whole in both, and so are adapters and what is trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import PartialState, init_empty_weights
@@ -28,6 +28,7 @@ from caprese.files import read_json
 from caprese.models.families import family_of, unwrap
 
 Residency = Literal["whole", "sharded", "streamed"]
+T = TypeVar("T")
 # on a model that is not whole, and on the decoder layers of one that is streamed
 _KIND, _STREAM = "caprese_residency", "caprese_stream"
 
@@ -43,6 +44,16 @@ def share_of(model: nn.Module) -> tuple[int, int]:
     the same."""
     world = PartialState()
     return (0, 1) if residency_of(model) == "sharded" else (world.process_index, world.num_processes)
+
+
+def dealt(model: nn.Module, work: Sequence[T]) -> list[tuple[T, bool]]:
+    """This process's part of some passes through a model, and whether each counts: all run as many through a sharded
+    one, and what fills up does not."""
+    world = PartialState()
+    own = [(each, True) for each in work[world.process_index :: world.num_processes]]
+    if residency_of(model) == "sharded":
+        own += [(work[-1], False)] * (-(-len(work) // world.num_processes) - len(own))
+    return own
 
 
 @contextmanager
@@ -193,12 +204,16 @@ def load_apart(
             fully_shard(layer, mesh=mesh)
         else:
             vars(layer)[_STREAM] = _Stream(layer, prefix, checkpoint)
-    vars(model)[_KIND] = kind
+    vars(model)[_KIND], vars(model)["save_pretrained"] = kind, _refuse_to_save
     if kind == "streamed":
         vars(model)["caprese_checkpoint"] = checkpoint
     if (checkpoint.directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
     return model
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    raise CapreseError("a base whose layers are not in memory is not saved; its checkpoint is, or load it whole")
 
 
 def _put(layer: nn.Module, name: str, value: torch.Tensor) -> None:

@@ -65,7 +65,7 @@ def recover(
         check_job(model, methods, recipe.branches, recipe.layerwise, recipe.samples.sources)
         for methods in recipe.compositions
     ]
-    check_residency(model, recipe.end_to_end, recipe.alternatives)
+    check_residency(model, recipe.compositions, recipe.layerwise, recipe.end_to_end)
     out = path_of(recipe.output)
     with at_work(out) if PartialState().is_main_process else nullcontext():
         return _recover(model, tokenizer, recipe, each, out, overwrite, teacher)

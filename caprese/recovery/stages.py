@@ -54,30 +54,34 @@ def check_job(
         branches.check(sites[0].ffn.hidden_size)
     if layerwise.how == "sequential":
         check_sequential(model)
-    if (kind := residency_of(model)) != "whole":
-        if layerwise.how == "adam":
-            raise CapreseError(
-                f"layerwise.how=adam wants the base in memory, and it is {kind}; use layerwise.how=closed"
-            )
-        reader = next((method for method in methods if method.reads_weights or method.trains), None)
-        if kind == "streamed" and reader is not None:
-            raise CapreseError(
-                f"{reader.name} makes weights of the base's, which is streamed from disk; use griffin or cats, or "
-                "residency=sharded in several processes"
-            )
     return layers
 
 
-def check_residency(model: nn.Module, end_to_end: EndToEnd, alternatives: Sequence[str] = ()) -> None:
-    """Refuse to train end to end what is read from disk layer by layer, and would be kept for the way back; and to time
-    methods where a base is not whole.
+def check_residency(
+    model: nn.Module, compositions: Sequence[Sequence[Method]], layerwise: Layerwise, end_to_end: EndToEnd
+) -> None:
+    """Refuse what a base cannot be given whose decoder layers are not in memory.
 
     Raises:
-        CapreseError: end_to_end.epochs above 0 with a streamed base, alternatives with either.
+        CapreseError: several methods to time, or Adam by layer; with a streamed base also methods that make weights of
+            its own, or end_to_end.epochs above 0.
     """
-    if alternatives and (kind := residency_of(model)) != "whole":
+    kind = residency_of(model)
+    if kind == "whole":
+        return
+    if len(compositions) > 1:
         raise CapreseError(f"the fastest of several methods is found on a whole base, and this is {kind}; name one")
-    if residency_of(model) == "streamed" and end_to_end.epochs:
+    if layerwise.how == "adam":
+        raise CapreseError(f"layerwise.how=adam wants the base whole, and it is {kind}; use layerwise.how=closed")
+    if kind == "sharded":
+        return
+    reader = next((method for method in compositions[0] if method.reads_weights or method.trains), None)
+    if reader is not None:
+        raise CapreseError(
+            f"{reader.name} makes weights of the base's, which is streamed from disk; use griffin or cats, or "
+            "residency=sharded in several processes"
+        )
+    if end_to_end.epochs:  # for the way back, all layers would be kept
         raise CapreseError(
             "a streamed base is trained layer by layer alone; use end_to_end.epochs=0, or residency=sharded in several "
             "processes"

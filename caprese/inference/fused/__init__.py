@@ -23,6 +23,7 @@ from caprese.inference.fused.forms import Form, check_form, faster_form, forms_o
 from caprese.inference.fused.model import put_on
 from caprese.inference.fused.step import branch_of
 from caprese.models import unwrap
+from caprese.models.residency import residency_of
 
 __all__ = ["Form", "branch_of", "fuse", "is_fused", "load", "unfuse"]
 
@@ -42,12 +43,15 @@ def fuse(model: nn.Module, form: Form = "auto") -> nn.Module:
             fit (4-bit weights, an unknown activation) takes packed, or keeps its own arithmetic with the branch added.
 
     Raises:
-        CapreseError: no method is applied, or the indexed form is asked for where its kernels do not run.
+        CapreseError: no method is applied, a base that is not whole in memory, or the indexed form is asked for where
+            its kernels do not run.
     """
     check_form(form)
     wrappers = applied_ffns(model)
     if not wrappers:
         raise CapreseError("there is nothing to fuse: caprese.apply(model, caprese.Griffin()) or caprese.load first")
+    if residency_of(model) != "whole":
+        raise CapreseError("a decode step of layers that are not in memory cannot be one; load the base whole")
     unfuse(model)
     first = next(iter(wrappers.values()))
     if form == "indexed" and not (kernels.triton_runs(first.view.device) or runs_here(first)):
