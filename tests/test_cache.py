@@ -70,6 +70,20 @@ def test_one_token_more_is_not_a_copy_of_all() -> None:
     assert layer.rooms["keys"].untyped_storage().nbytes() == layer.keys.nbytes  # what was left behind is not held on to
 
 
+def test_under_autocast_it_keeps_what_attention_reads() -> None:
+    model = tiny_llama()
+    ids = torch.arange(4, 16).view(2, 6)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        seen = []
+        for cache in (roomy_cache(model), DynamicCache(config=model.config)):
+            first = model(ids, past_key_values=cache).logits
+            rest = [model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(6)]
+            seen.append(torch.cat([first, *rest], 1))
+            kept = cache.layers[0].keys.dtype
+            assert kept == (torch.bfloat16 if isinstance(cache, RoomyCache) else torch.float32)
+    assert torch.equal(*seen)
+
+
 def test_generate_is_the_same_with_it() -> None:
     from caprese.models.shapes import shape_config
 

@@ -22,6 +22,7 @@ from caprese.data_gen import (
     complete,
     load_prompts,
     read_shard,
+    read_shards,
     split_prompts,
     write_shard,
 )
@@ -365,3 +366,15 @@ def test_a_shard_comes_back_as_it_went(tmp_path):
     write_shard(tmp_path / "s.parquet", rows, {"seed": 3})
     assert read_shard(tmp_path / "s.parquet", {"seed": 3}) == rows
     assert rows[0].prompt_ids == [1, 2] and rows[0].completion_ids == [3, 4]
+
+
+def test_rows_of_several_shards_are_one_sequence(tmp_path):
+    rows = [Sample([number, 7, 8], 1, f"p{number}", "c", None, "s") for number in range(11)]
+    paths = [tmp_path / f"{at}.parquet" for at in range(4)]
+    for path, some in zip(paths, (rows[:4], [], rows[4:5], rows[5:]), strict=True):
+        write_shard(path, some, {})
+    found = read_shards(paths, [{}] * 4)
+    assert len(found) == 11 and list(found) == rows == [found[i] for i in range(11)]
+    assert found[-1] == rows[-1] and found[3:9:2] == rows[3:9:2] and not read_shards([], [])
+    with pytest.raises(IndexError):
+        found[11]

@@ -121,14 +121,16 @@ from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 path, adapter, asked, out, more = sys.argv[1:]
 asked, settings = json.load(open(asked)), {"enable_prefix_caching": False, "kv_cache_memory_bytes": 1 << 28}
-settings |= {"worker_cls": "caprese.serving.vllm.Worker", "enforce_eager": True, **json.loads(more)}
+settings |= {"worker_cls": "caprese.serving.vllm.Worker", "enforce_eager": True, "disable_log_stats": False}
+settings |= json.loads(more)
 overrides = {"architectures": ["CapreseLlamaForCausalLM"], "caprese_adapter": adapter}
 engine = LLM(path, skip_tokenizer_init=True, max_model_len=256, dtype="float32", hf_overrides=overrides, **settings)
 how = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
 prompts = [TokensPrompt(prompt_token_ids=ids) for ids in asked]
 alone = [list(engine.generate([p], how)[0].outputs[0].token_ids) for p in prompts]
 together = [list(request.outputs[0].token_ids) for request in engine.generate(prompts, how)]
-json.dump([alone, together], open(out, "w"))
+preempted = sum(m.value for m in engine.get_metrics() if m.name == "vllm:num_preemptions")
+json.dump([alone, together, preempted], open(out, "w"))
 """
 
 
@@ -165,14 +167,15 @@ def ask(griffin: Any, tmp_path: Path, base: str | None = None, **settings: objec
     [
         {},
         {"max_num_batched_tokens": 32, "max_num_seqs": 8, "enable_chunked_prefill": True},  # prompts in chunks
-        {"num_gpu_blocks_override": 6, "block_size": 32, "max_num_seqs": 8},  # some are preempted
+        {"num_gpu_blocks_override": 9, "block_size": 32, "max_num_seqs": 8},  # some are preempted
     ],
 )
 def test_vllm_says_what_caprese_says(griffin, settings, tmp_path):
     done = ask(griffin, tmp_path, **settings)
     assert done.returncode == 0, done.stderr[-3000:]
-    alone, together = json.loads((tmp_path / "found.json").read_text())
+    alone, together, preempted = json.loads((tmp_path / "found.json").read_text())
     assert alone == griffin[3] and together == griffin[3]
+    assert bool(preempted) == ("num_gpu_blocks_override" in settings)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from caprese.data_gen.generate import (
 )
 from caprese.data_gen.prompts import Prompt, load_prompts
 from caprese.data_gen.samples import ENDPOINT, HERE, VLLM, Samples
-from caprese.data_gen.shards import VERSION, Sample, Shards, read_shard, shard_settings, write_shard
+from caprese.data_gen.shards import VERSION, Sample, Shards, read_shard, read_shards, shard_settings, write_shard
 from caprese.data_gen.sources import OWN, Source, interleave, name_of
 from caprese.data_gen.teachers import teacher_of
 
@@ -46,6 +46,7 @@ __all__ = [
     "name_of",
     "public_names",
     "read_shard",
+    "read_shards",
     "shard_settings",
     "split_prompts",
     "teacher_of",

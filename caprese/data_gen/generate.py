@@ -20,7 +20,7 @@ from caprese.data_gen.completer import Asked, Completer, Here
 from caprese.data_gen.own import Head, Sieve, head_of
 from caprese.data_gen.prompts import Encode, Prompt, distinct, load_prompts
 from caprese.data_gen.samples import Samples
-from caprese.data_gen.shards import VERSION, Sample, Shards, read_shard, write_shard
+from caprese.data_gen.shards import VERSION, Rows, Sample, Shards, read_shard, read_shards, write_shard
 from caprese.data_gen.sources import OWN, Source, interleave, share_out
 from caprese.errors import CapreseError
 from caprese.inference.generate import ends_of
@@ -130,7 +130,7 @@ def make_samples(
     identity: Mapping[str, str],
     replacing: Callable[[], None] | None = None,
     teacher: Completer | None = None,
-) -> dict[str, list[Sample]]:
+) -> dict[str, Rows]:
     """Stage 1: every split as shards in `directory`, and `elsewhere`; shards that exist are read, not made.
 
     Args:
@@ -289,7 +289,7 @@ def complete_in_shards(
     config: Samples,
     shards: Shards,
     advance: Callable[[int], None],
-) -> list[Sample]:
+) -> Rows:
     """Completions of prompts, which have their token ids, as shards; those that exist are read, not made.
 
     Every process of a distributed run makes its share, then all read all.
@@ -308,7 +308,7 @@ def complete_in_shards(
     _make_shards(teacher, mine, config, shards, advance=advance)
     PartialState().wait_for_everyone()
     made_with = [shards.made_with([p.ids for p in prompts[chunk]]) for chunk in chunks]
-    return [s for number, facts in enumerate(made_with) for s in read_shard(shards.path(number), facts)]
+    return read_shards([shards.path(number) for number in range(len(chunks))], made_with)
 
 
 def _make_shards(
@@ -339,13 +339,17 @@ def _make_shards(
             write_shard(shards.path(number), rows, shards.made_with([p.ids for p in each]))
 
 
-def describe(samples: list[Sample]) -> dict[str, Any]:
+def describe(samples: Sequence[Sample]) -> dict[str, Any]:
     """How many samples and tokens, and how many samples of each source where there are several."""
-    prompt = sum(s.prompt_length for s in samples)
+    prompt = completion = 0
+    sources = Counter[str]()
+    for sample in samples:
+        prompt += sample.prompt_length
+        completion += len(sample.input_ids) - sample.prompt_length
+        sources[sample.source] += 1
     facts: dict[str, Any] = {
         "samples": len(samples),
         "prompt_tokens": prompt,
-        "completion_tokens": sum(len(s.input_ids) for s in samples) - prompt,
+        "completion_tokens": completion,
     }
-    sources = Counter(s.source for s in samples)
     return {**facts, "sources": dict(sources)} if len(sources) > 1 else facts

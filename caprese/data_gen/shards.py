@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +20,8 @@ from caprese.files import write_atomic
 # Raised whenever the same settings come to give other samples (2: the seed gives the order of prompts; 3: samples say
 # what source they are of; 5: one uniform number a draw).
 VERSION = 5
+# rows that are Python's at a time where all are gone through
+_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -97,12 +101,22 @@ def read_shard(path: Path, settings: dict[str, Any] | None = None) -> list[Sampl
     Raises:
         CapreseError: truncated or altered, or made with other settings.
     """
+    return list(read_shards([path], [settings]))
+
+
+def read_shards(paths: Sequence[Path], settings: Sequence[dict[str, Any] | None]) -> Rows:
+    """Read shards back as one sequence, each with the settings it should have been made with; see `read_shard`."""
+    return Rows([_table(path, asked) for path, asked in zip(paths, settings, strict=True)])
+
+
+def _table(path: Path, settings: dict[str, Any] | None) -> pa.Table:
     try:
         table = pq.read_table(path)
         facts = json.loads(table.schema.metadata[b"caprese"])
         made_with = dict(facts["settings"])
         rows = table.to_pylist()
-        samples = [Sample(**row) for row in rows]
+        for row in rows:
+            Sample(**row)
         if _digest(rows) != facts["sha256"]:
             raise ValueError("its rows were altered")
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
@@ -112,7 +126,36 @@ def read_shard(path: Path, settings: dict[str, Any] | None = None) -> list[Sampl
         raise CapreseError(
             f"{path.parent} holds samples made with another {differ}; choose another `output`, or give `overwrite=True`"
         )
-    return samples
+    return table
+
+
+class Rows(Sequence[Sample]):
+    """Samples as Arrow holds them, a tenth of what they are as Python's lists; one is made when it is asked for."""
+
+    def __init__(self, tables: Sequence[pa.Table]) -> None:
+        self.tables = [table for table in tables if len(table)]
+        self._ends = list(accumulate(map(len, self.tables)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        at = range(len(self))[index]
+        number = bisect_right(self._ends, at)
+        table = self.tables[number]
+        (row,) = table.slice(at - self._ends[number] + len(table), 1).to_pylist()
+        return Sample(**row)
+
+    def __iter__(self) -> Iterator[Sample]:
+        for table in self.tables:
+            for some in table.to_batches(max_chunksize=_AT_ONCE):
+                yield from (Sample(**row) for row in some.to_pylist())
 
 
 @dataclass(frozen=True)

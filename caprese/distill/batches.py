@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import Cache
@@ -73,7 +74,45 @@ class Batch:
         return replace(self, **moved)
 
 
-def make_batches(samples: Sequence[Sample], size: int, first: bool = False, throughout: bool = False) -> list[Batch]:
+class Batches(Sequence[Batch]):
+    """Batches of samples, each made when it is asked for: many samples take no more memory than few."""
+
+    def __init__(
+        self, samples: Sequence[Sample], groups: Sequence[Sequence[int]], first: bool, throughout: bool
+    ) -> None:
+        self.samples, self.groups, self.first, self.throughout = samples, groups, first, throughout
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._batch([self.samples[i] for i in self.groups[index]])
+
+    def _batch(self, samples: Sequence[Sample]) -> Batch:
+        width = max(s.prompt_length for s in samples)
+        length = max(len(s.completion_ids) for s in samples) - 1
+        prompt = torch.zeros(len(samples), width, dtype=torch.long)
+        prompt_mask = torch.zeros_like(prompt, dtype=torch.bool)
+        inputs = torch.zeros(len(samples), length, dtype=torch.long)
+        targets, mask = torch.zeros_like(inputs), torch.zeros_like(inputs, dtype=torch.bool)
+        for row, sample in enumerate(samples):
+            prompt[row, width - sample.prompt_length :] = torch.tensor(sample.prompt_ids)
+            prompt_mask[row, width - sample.prompt_length :] = True
+            n = len(sample.completion_ids) - 1
+            inputs[row, :n] = torch.tensor(sample.completion_ids[:-1])
+            targets[row, :n] = torch.tensor(sample.completion_ids[1:])
+            mask[row, :n] = True
+        begins = torch.tensor([s.completion_ids[0] for s in samples]) if self.first else None
+        return Batch(prompt, prompt_mask, inputs, targets, mask, begins, self.throughout)
+
+
+def make_batches(samples: Sequence[Sample], size: int, first: bool = False, throughout: bool = False) -> Batches:
     """Batches of samples of like length; always the same ones for the same samples.
 
     Samples whose completion is a single token are left out: after a dense prompt they have nothing to learn from, and
@@ -83,28 +122,13 @@ def make_batches(samples: Sequence[Sample], size: int, first: bool = False, thro
         first: a completion's first token counts as well: for models whose prompts do not run dense.
         throughout: and the prompt's own tokens.
     """
-    useful = [s for s in samples if len(s.completion_ids) > 1]
-    useful.sort(key=lambda s: (len(s.input_ids), s.input_ids))
-    batches = [_batch(useful[i : i + size], first) for i in range(0, len(useful), size)]
-    return [replace(batch, throughout=throughout) for batch in batches]
 
+    def key(sample: Sample) -> tuple[int, bytes]:  # of ids of one length, bytes are in the order of the ids
+        return len(sample.input_ids), np.array(sample.input_ids, ">u4").tobytes()
 
-def _batch(samples: Sequence[Sample], first: bool) -> Batch:
-    width = max(s.prompt_length for s in samples)
-    length = max(len(s.completion_ids) for s in samples) - 1
-    prompt = torch.zeros(len(samples), width, dtype=torch.long)
-    prompt_mask = torch.zeros_like(prompt, dtype=torch.bool)
-    inputs = torch.zeros(len(samples), length, dtype=torch.long)
-    targets, mask = torch.zeros_like(inputs), torch.zeros_like(inputs, dtype=torch.bool)
-    for row, sample in enumerate(samples):
-        prompt[row, width - sample.prompt_length :] = torch.tensor(sample.prompt_ids)
-        prompt_mask[row, width - sample.prompt_length :] = True
-        n = len(sample.completion_ids) - 1
-        inputs[row, :n] = torch.tensor(sample.completion_ids[:-1])
-        targets[row, :n] = torch.tensor(sample.completion_ids[1:])
-        mask[row, :n] = True
-    begins = torch.tensor([s.completion_ids[0] for s in samples]) if first else None
-    return Batch(prompt, prompt_mask, inputs, targets, mask, begins)
+    useful = sorted((key(s), i) for i, s in enumerate(samples) if len(s.completion_ids) > 1)
+    groups = [[i for _, i in useful[at : at + size]] for at in range(0, len(useful), size)]
+    return Batches(samples, groups, first, throughout)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 dense hidden state after layer i, so that it also repairs what they left.
 
 Layers run one at a time over all samples, as post-training quantisation does; the hidden states of all samples, dense
-and recovered, are held in memory (2 x tokens x D).
+and recovered, and what goes into an FFN, are in files (3 x tokens x D).
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,14 +30,12 @@ _Beside = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Stream:
-    """One batch between layers: its dense and recovered hidden states, and what each layer is called with beside."""
+    """One batch before its first layer: hidden states [B, T, D], and what each layer is called with beside."""
 
     def __init__(self, hidden: torch.Tensor, beside: list[_Beside], current: Pass) -> None:
         assert current.completion is not None  # batches hold samples of two tokens and more
         self.completion = current.completion
-        self.dense = self.recovered = hidden
-        self.beside, self.current = beside, current
-        self.ffn_input: torch.Tensor | None = None
+        self.hidden, self.beside, self.current = hidden, beside, current
 
     def through(self, index: int, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """The hidden states after a layer, [B, T, D]."""
@@ -124,50 +124,63 @@ def fit_sequential(
     wrappers = {w.layer: w for w in applied_ffns(model).values()}
     shared = phases_of(model)
     fits: list[Fit] = []
-    streams: dict[bool, list[Stream]] = {True: [], False: []}
-    for is_train, batches in ((True, train), (False, held_out)):
-        for batch in batches:
-            batch = batch.to(device_of(model))
-            with phases(model, batch.prompt_lengths):
-                streams[is_train].append(enter(model, batch))
-    for index, layer in enumerate(layers):
-        wrapper = wrappers.get(index)
-        moments = (
-            {True: None, False: None}
-            if wrapper is None
-            else {k: Moments.zeros(wrapper.view.hidden_size, device_of(model)) for k in (True, False)}
-        )
-        inputs: list[torch.Tensor] = []
-        handle = None
-        if wrapper is not None:
-            handle = wrapper.register_forward_pre_hook(lambda _, args, seen=inputs: seen.append(args[0]))
-        with resident(layer):
-            for is_train, stream in ((kind, stream) for kind, group in streams.items() for stream in group):
-                dense_before, recovered_before = stream.dense, stream.recovered
-                with dense(model):
-                    stream.dense = stream.through(index, layer, dense_before)
-                with shared.within(stream.current):
-                    stream.recovered = stream.through(index, layer, recovered_before)  # the branch is still zero
-                if wrapper is not None:
-                    m, at = moments[is_train], stream.completion
-                    assert m is not None
-                    m.add(inputs[-1][at], (stream.dense - stream.recovered)[at], (stream.dense - dense_before)[at])
-                    stream.ffn_input = inputs[-1]
-                    inputs.clear()
-        if handle is not None:
-            handle.remove()
-        if wrapper is None:
-            continue
-        rank = ranks[len(fits)]
-        fit = fit_layer(moments[True], moments[False], rank, ridge, bias)  # type: ignore[arg-type]
-        fits.append(fit)
-        left, right, offset = fit.at(rank)
-        set_branch(wrapper.recovery, left, right, offset)
-        for group in streams.values():
-            for stream in group:
-                branch = wrapper.recovery(stream.ffn_input)
-                stream.recovered = stream.recovered + branch * stream.completion.unsqueeze(-1)
-                stream.ffn_input = None
-        if advance is not None:
-            advance(1)
+    groups, device = (train, held_out), device_of(model)
+    work = [(kind, index) for kind, group in enumerate(groups) for index in range(len(group))]
+    with tempfile.TemporaryDirectory(prefix="caprese-") as scratch:
+        before: list[tuple[torch.Tensor, torch.Tensor]] = []  # dense and recovered
+        ffn_inputs: list[torch.Tensor] = []
+        completions: list[torch.Tensor] = []
+        for at, layer in enumerate(layers):
+            wrapper = wrappers.get(at)
+            moments = [Moments.zeros(unwrap(model).config.hidden_size, device) for _ in groups]
+            inputs: list[torch.Tensor] = []
+            handle = None
+            if wrapper is not None:
+                handle = wrapper.register_forward_pre_hook(lambda _, args, seen=inputs: seen.append(args[0]))
+            with resident(layer):
+                for number, (kind, index) in enumerate(work):
+                    batch = groups[kind][index].to(device)
+                    with phases(model, batch.prompt_lengths):
+                        stream = enter(model, batch)  # an embedding and masks: less than to keep
+                    if at == 0:
+                        one, two, three = (
+                            in_file(stream.hidden, Path(scratch) / f"{name}-{number}") for name in ("dense", "rec", "x")
+                        )
+                        before.append((one, two))
+                        ffn_inputs.append(three)
+                        completions.append(stream.completion)
+                    dense_before, recovered_before = (each.to(device) for each in before[number])
+                    with dense(model):
+                        target = stream.through(at, layer, dense_before)
+                    with shared.within(stream.current):
+                        recovered = stream.through(at, layer, recovered_before)  # the branch is still zero
+                    if wrapper is not None:
+                        counts = stream.completion
+                        moments[kind].add(
+                            inputs[-1][counts], (target - recovered)[counts], (target - dense_before)[counts]
+                        )
+                        ffn_inputs[number].copy_(inputs[-1])
+                        inputs.clear()
+                    for kept, new in zip(before[number], (target, recovered), strict=True):
+                        kept.copy_(new)
+            if handle is not None:
+                handle.remove()
+            if wrapper is None:
+                continue
+            rank = ranks[len(fits)]
+            fit = fit_layer(moments[0], moments[1], rank, ridge, bias)
+            fits.append(fit)
+            left, right, offset = fit.at(rank)
+            set_branch(wrapper.recovery, left, right, offset)
+            for (_, recovered), x, counts in zip(before, ffn_inputs, completions, strict=True):
+                branch = wrapper.recovery(x.to(device)) * counts.unsqueeze(-1)
+                recovered.copy_(recovered.to(device) + branch)
+            if advance is not None:
+                advance(1)
     return fits
+
+
+def in_file(hidden: torch.Tensor, path: Path) -> torch.Tensor:
+    """A copy whose pages the system may write out where memory is short."""
+    kept = torch.from_file(str(path), shared=True, size=hidden.numel(), dtype=hidden.dtype)
+    return kept.view(hidden.shape).copy_(hidden)

@@ -21,7 +21,7 @@ from torch import nn
 from caprese.distill.batches import Batch
 from caprese.distill.layerwise import Moments
 from caprese.distill.precision import exact_products
-from caprese.distill.sequential import enter
+from caprese.distill.sequential import enter, in_file
 from caprese.efficient_methods import applied_ffns, phases, phases_of
 from caprese.models import device_of, unwrap
 from caprese.models.families import family_of
@@ -36,16 +36,17 @@ def moments_by_layer(
     world, device = PartialState(), device_of(model)
     layers: Any = unwrap(model).get_submodule(family_of(unwrap(model).config).layers)
     wrappers = {w.layer: w for w in applied_ffns(model).values()}
-    work = dealt(model, [(kind, batch) for kind, group in enumerate((train, held_out)) for batch in group])
+    groups = train, held_out
+    work = dealt(model, [(kind, index) for kind, group in enumerate(groups) for index in range(len(group))])
     with tempfile.TemporaryDirectory(prefix="caprese-") as scratch:
         between: list[torch.Tensor] = []
-        for index, layer in enumerate(layers):
-            wrapper = wrappers.get(index)
+        for at, layer in enumerate(layers):
+            wrapper = wrappers.get(at)
             hidden_size = unwrap(model).config.hidden_size
             sums = [Moments.zeros(hidden_size, device) for _ in range(2)]
             with resident(layer):
-                for number, ((kind, batch), counts) in enumerate(work):
-                    batch = batch.to(device)
+                for number, ((kind, index), counts) in enumerate(work):
+                    batch = groups[kind][index].to(device)
 
                     def observe(_: Any, x: torch.Tensor, e: torch.Tensor, y: torch.Tensor) -> None:
                         if counts:  # noqa: B023 - called before the next batch
@@ -54,19 +55,13 @@ def moments_by_layer(
                     exact = exact_products(device) if kind else nullcontext()  # as `HeldOut`
                     with phases(model, batch.prompt_lengths, observe), exact:
                         entered = enter(model, batch)  # an embedding and masks: less than to keep
-                        if index == 0:
-                            between.append(_in_file(entered.dense, Path(scratch) / str(number)))
+                        if at == 0:
+                            between.append(in_file(entered.hidden, Path(scratch) / str(number)))
                         with phases_of(model).within(entered.current):
-                            between[number].copy_(entered.through(index, layer, between[number].to(device)))
+                            between[number].copy_(entered.through(at, layer, between[number].to(device)))
             if wrapper is not None:
                 if world.num_processes > 1:
                     for each in sums:
                         for field in fields(each):
                             setattr(each, field.name, reduce(getattr(each, field.name), "sum"))
                 yield sums[0], sums[1]
-
-
-def _in_file(hidden: torch.Tensor, path: Path) -> torch.Tensor:
-    """A copy whose pages the system may write out where memory is short."""
-    kept = torch.from_file(str(path), shared=True, size=hidden.numel(), dtype=hidden.dtype)
-    return kept.view(hidden.shape).copy_(hidden)

@@ -102,7 +102,7 @@ def evaluate(
     quality: dict[str, dict[str, float | None]] = {
         name: {**sum((kinds[source][name] for source in own & kinds.keys()), Tally()).figures()} for name in VARIANTS
     }
-    answers = {"dense": list(test)}
+    answers: dict[str, Sequence[Sample]] = {"dense": test}
     if config.generate:
         prompts = [Prompt(s.prompt, s.answer, ids=s.prompt_ids) for s in test]
         with bar("evaluation: answers", 2 * len(test), "samples") as advance:

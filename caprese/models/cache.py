@@ -81,7 +81,14 @@ class RoomyLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """New keys and values [B, H, T, d] -> all of them, as views."""
+        """New keys and values [B, H, T, d] -> all of them, as views.
+
+        Under autocast they are kept in its type, which attention would cast all of them to at every token.
+        """
+        device = key_states.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if not self.lengths.get("keys") or key_states.requires_grad:
             return super().update(key_states, value_states, *args, **kwargs)
         self.extend(key_states.shape[-2])

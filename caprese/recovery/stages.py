@@ -101,9 +101,9 @@ def check_samples(samples: Mapping[str, Sequence[Sample]]) -> None:
                 f"nothing can be learned: no {split} sample is longer than one token: {why}, or give more or other "
                 "prompts"
             )
-    answers = {tuple(each.completion_ids) for each in samples["train"]}
-    if len(answers) == 1 < len(samples["train"]):
-        raise CapreseError(f"nothing can be learned: all {len(samples['train'])} training samples say the same: {why}")
+    train = samples["train"]
+    if len(train) > 1 and all(each.completion_ids == train[0].completion_ids for each in train):
+        raise CapreseError(f"nothing can be learned: all {len(train)} training samples say the same: {why}")
 
 
 @dataclass(frozen=True)
@@ -159,11 +159,11 @@ def choose(
                 chosen = (allocate_sparsity(sensitivity, advance=advance, **target),)
         calibration: dict[str, torch.Tensor] = {}
         # sorted by length; the first, a method may look at closely
-        rows = rows[len(rows) // 2 :] + rows[: len(rows) // 2]
+        ordered = [*rows[len(rows) // 2 :], *rows[: len(rows) // 2]]
         if needs_calibration(chosen):
             learners = sum("samples" in m.learns for m in chosen)
-            with run.bar("calibration", learners * len(rows), "batches") as advance:
-                calibration = calibrate(model, chosen, [batch.whole(config.prefill) for batch in rows], advance)
+            with run.bar("calibration", learners * len(ordered), "batches") as advance:
+                calibration = calibrate(model, chosen, [batch.whole(config.prefill) for batch in ordered], advance)
         return calibration, {"methods": [facts_of(method) for method in chosen]}
 
     with run.stage("calibration") as stage:
