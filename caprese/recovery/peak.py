@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,6 +25,9 @@ class Peak:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         elif self.counts:
+            gc.collect()
+            with suppress(OSError, AttributeError):  # glibc keeps what the part before has freed
+                ctypes.CDLL(None).malloc_trim(0)
             try:
                 (_PROC / "clear_refs").write_text("5")  # the high-water mark falls to what is held now
             except OSError:
