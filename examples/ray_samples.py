@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 import caprese
 from caprese.data_gen import Asked, Samples
 from caprese.data_gen.completer import Advance, number_of
-from caprese.data_gen.probes import Probe, prove
+from caprese.data_gen.probes import QUESTIONS, Probe, prove
 from caprese.inference.generate import ends_of
 from caprese.models import base_of
 from caprese.progress import say
@@ -54,7 +54,7 @@ class RayTeacher:
         if not shards:
             return
         if not self._proven:
-            self._prove(shards[0])
+            self._prove(shards[0], config)
         ends = [ends_of(self.model, self.tokenizer).union(shard.ends) for shard in shards]
         how = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_new_tokens}
         rows = [
@@ -83,7 +83,7 @@ class RayTeacher:
                 yield [found[front][at] for at in range(len(found[front]))]
                 front += 1
 
-    def _prove(self, shard: Asked) -> None:
+    def _prove(self, shard: Asked, config: Samples) -> None:
         how = {
             "temperature": 0.0,
             "max_tokens": PROBE_TOKENS,
@@ -91,7 +91,8 @@ class RayTeacher:
             "skip_special_tokens": False,
             "stop_token_ids": sorted(ends_of(self.model, self.tokenizer)),
         }
-        prompts = [list(ids) for ids in dict.fromkeys(map(tuple, shard.prompts))][:PROBES]
+        asked = [*shard.prompts, *map(config.encode(self.tokenizer), QUESTIONS)]
+        prompts = [list(ids) for ids in dict.fromkeys(map(tuple, asked))][:PROBES]
         rows = [
             {"shard": 0, "at": at, "tokenized_prompt": ids, "sampling_params": how} for at, ids in enumerate(prompts)
         ]
@@ -125,7 +126,7 @@ def answer(row: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--model", help="else the recipe's, or smollm2-135m")
     parser.add_argument("--recipe", help="a recipe's name or file; else that of the model")
     parser.add_argument("--output", default="out-ray")
     parser.add_argument("--engines", type=int, default=2)
@@ -135,11 +136,13 @@ def main() -> None:
 
     recipe = caprese.resolve_recipe(
         args.recipe,
-        args.model,
+        args.model or (None if args.recipe else "smollm2-135m"),
         output=args.output,
         samples={"teacher": "endpoint"},  # each engine's draws are its own
     )
-    model, tokenizer = caprese.load_base(args.model)
+    model, tokenizer = caprese.load_base(
+        recipe.model, revision=recipe.revision, dtype=recipe.dtype, device=recipe.device
+    )
     base = base_of(model)
     # top-k and penalties as they are said, not as the checkpoint has them
     given = {"generation_config": "vllm", "dtype": str(base.dtype or model.dtype).removeprefix("torch.")}

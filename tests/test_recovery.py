@@ -80,6 +80,15 @@ def test_a_teacher_of_ones_own_draws_the_samples(small_recipe, tmp_path):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     assert samples("engine", None, "endpoint") == want
 
+    class Another:
+        note = ""
+
+        def __init__(self):
+            self.model, self.tokenizer = model, tokenizer
+
+    with pytest.raises(caprese.CapreseError, match=r"wants `samples\.teacher` to say so; set it to endpoint"):
+        samples("another", Another(), "here")
+
 
 @pytest.mark.parametrize("method", ["griffin", "cats"])
 def test_the_whole_job(small_recipe, tmp_path, method):

@@ -114,6 +114,9 @@ def test_what_a_streamed_base_cannot_is_refused(tiny_dir, small_recipe):
     adam = small_recipe.layerwise.model_copy(update={"how": "adam"})
     with pytest.raises(caprese.CapreseError, match="use layerwise.how=closed"):
         caprese.recover(model, tokenizer, small_recipe.model_copy(update={"end_to_end": none, "layerwise": adam}))
+    for key, value in {"reselect_every": 4, "rank": "auto"}.items():
+        with pytest.raises(caprese.CapreseError, match="wants the base whole, and it is streamed"):
+            caprese.recover(model, tokenizer, small_recipe.model_copy(update={key: value}))
     with pytest.raises(caprese.CapreseError, match="static makes weights of the base's"):
         methods = (caprese.Static(sparsity=0.5),)
         caprese.recover(model, tokenizer, small_recipe.model_copy(update={"end_to_end": none, "methods": methods}))
@@ -134,6 +137,47 @@ def test_it_is_neither_saved_nor_fused(tiny_dir, tmp_path):
 def test_one_process_shards_nothing(tiny_dir):
     with pytest.raises(caprese.CapreseError, match="start them with torchrun"):
         caprese.load_base(str(tiny_dir), residency="sharded")
+
+
+# two processes: what each holds of the layers after a pass, and inside `resident`
+SHARDED = textwrap.dedent(
+    """
+    import sys, torch, caprese
+    from accelerate import PartialState
+    from torch.distributed.tensor import DTensor
+    from caprese.models.residency import resident
+    torch.set_num_threads(1)
+    model, _ = caprese.load_base(sys.argv[1], residency="sharded", device="cpu")
+
+    def whole():
+        return sum(not isinstance(p, DTensor) for layer in model.model.layers for p in layer.parameters())
+
+    ids, held = torch.arange(4, 14)[None], [whole()]
+    with torch.no_grad():
+        model(ids)
+        held.append(whole())
+        with resident(model.model.layers[0]):
+            held.append(whole())
+            model(ids)
+            held.append(whole())
+        held.append(whole())
+    own = sum(1 for _ in model.model.layers[0].parameters())
+    assert held == [0, 0, own, own, 0], held
+    PartialState().destroy_process_group()
+    """
+)
+
+
+def test_a_sharded_base_is_in_parts_again_after_a_pass(tiny_dir, tmp_path):
+    (tmp_path / "run.py").write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "run.py"), str(tiny_dir)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_checkpoint_that_is_not_whole_is_named(tmp_path):

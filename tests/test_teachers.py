@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 import caprese
 from caprese.cli import app
 from caprese.data_gen import Asked, Prompt, Samples, Shards, complete_in_shards, read_shard, teacher_of
+from caprese.data_gen.probes import Probe, prove
 from caprese.errors import CapreseError
 from caprese.inference.generate import ends_of
 
@@ -389,3 +390,15 @@ def test_killed_and_called_again_it_gives_the_unbroken_runs_samples(tmp_path):
     reports = [json.loads((d / "report.json").read_text()) for d in (done, unbroken)]
     assert reports[0]["quality"] == reports[1]["quality"]
     assert all(a != b for a, b in pairwise(row.prompt for row in found[0]))
+
+
+def test_what_is_loaded_is_exact_inside_autocast():
+    """As a teacher of the caller's own may prove itself where samples are drawn in quick products."""
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    prompt, ids = list(range(5, 15)), [20, 21, 22, 23]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+    ids = [int(logits[0].argmax())]
+    told = Probe(prompt, ids, str(tokenizer.decode(ids)), [float(logits[0, ids[0]])])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "0.0000 nats apart" in prove(model, tokenizer, [told], "it")

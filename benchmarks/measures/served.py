@@ -26,7 +26,6 @@ from caprese.studies.engines import find_vllm
 
 # seconds until a server answers, and until it has written a text
 _START, _TEXT = 600, 300
-_VLLM_COUNTS = {"drafted": "num_draft_tokens", "accepted": "num_accepted_tokens"}
 
 
 @dataclass
@@ -128,17 +127,24 @@ class Server:
         with urllib.request.urlopen(request, timeout=_TEXT) as answer:
             return str(answer.read().decode())
 
-    def _write(self, prompt: list[int], tokens: int) -> tuple[list[int], int, int]:
-        """The ids of a greedy text, tokens that were drafted for it and those that were accepted."""
+    def _write(self, prompt: list[int], tokens: int) -> list[int]:
+        """The ids of a greedy text."""
+        raise NotImplementedError
+
+    def _counts(self) -> tuple[int, int]:
+        """How many tokens were drafted until now, and accepted."""
         raise NotImplementedError
 
     def write(self, prompt: list[int], tokens: int) -> Text:
         """A greedy text of so many tokens; the first, which reads the prompt, is timed apart."""
         begin = time.perf_counter()
         self._write(prompt, 1)
-        middle = time.perf_counter()
-        ids, drafted, accepted = self._write(prompt, tokens)
-        seconds = (time.perf_counter() - middle) - (middle - begin)
+        first = time.perf_counter() - begin
+        before = self._counts()
+        begin = time.perf_counter()
+        ids = self._write(prompt, tokens)
+        seconds = time.perf_counter() - begin - first
+        drafted, accepted = (now - then for now, then in zip(self._counts(), before, strict=True))
         return Text(ids, 1000 * seconds / (tokens - 1), drafted, accepted)
 
     def write_all(self, prompts: Sequence[list[int]], tokens: int) -> float:
@@ -150,28 +156,35 @@ class Server:
 
 
 class _LlamaServer(Server):
-    def _write(self, prompt: list[int], tokens: int) -> tuple[list[int], int, int]:
+    drafted = accepted = 0
+
+    def _write(self, prompt: list[int], tokens: int) -> list[int]:
         asked = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "cache_prompt": False, "return_tokens": True}
         answer = json.loads(self.ask("completion", asked | {"ignore_eos": True}))
-        times = answer["timings"]
-        return answer["tokens"], times.get("draft_n", 0), times.get("draft_n_accepted", 0)
+        self.drafted += answer["timings"].get("draft_n", 0)
+        self.accepted += answer["timings"].get("draft_n_accepted", 0)
+        ids: list[int] = answer["tokens"]
+        return ids
+
+    def _counts(self) -> tuple[int, int]:
+        return self.drafted, self.accepted
 
 
 class _VllmServer(Server):
-    def _write(self, prompt: list[int], tokens: int) -> tuple[list[int], int, int]:
+    def _write(self, prompt: list[int], tokens: int) -> list[int]:
         asked = {"model": "model", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-        before = self._counts()
         answer = json.loads(self.ask("v1/completions", asked | {"return_token_ids": True}))
-        after = self._counts()
-        drafted, accepted = (int(after[name] - before[name]) for name in _VLLM_COUNTS)
-        return answer["choices"][0]["token_ids"], drafted, accepted
+        ids: list[int] = answer["choices"][0]["token_ids"]
+        return ids
 
-    def _counts(self) -> dict[str, float]:
-        page, found = self.ask("metrics"), {}
-        for name, counted in _VLLM_COUNTS.items():
-            numbers = re.findall(rf"^vllm:spec_decode_{counted}_total\{{[^}}]*\}} (\S+)$", page, re.MULTILINE)
-            found[name] = sum(map(float, numbers))
-        return found
+    def _counts(self) -> tuple[int, int]:
+        page = self.ask("metrics")
+
+        def count(of: str) -> int:
+            numbers = re.findall(rf"^vllm:spec_decode_{of}_total\{{[^}}]*\}} (\S+)$", page, re.MULTILINE)
+            return int(sum(map(float, numbers)))
+
+        return count("num_draft_tokens"), count("num_accepted_tokens")
 
 
 _ENGINES: dict[str, tuple[Callable[..., list[str]], type[Server]]] = {

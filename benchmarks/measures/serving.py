@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM
 import caprese
 from caprese.adapters import Adapter
 from caprese.inference.generate import generate
-from caprese.models import base_of
 from caprese.studies.prompts import some_prompts
 from measures import speculation
 from measures.served import serve
@@ -49,7 +48,8 @@ class Measure(speculation.Measure):
             seconds = statistics.median(server.write_all(prompts, tokens) for _ in range(_TIMES))
         with self._reference(cell, path, plugin) as model:
             gaps = [max(_gaps(model, prompt, text.ids)) for prompt, text in zip(prompts, texts, strict=True)]
-        files = path.glob("*.safetensors") if path.is_dir() else [path]
+        files = [*path.glob("*.safetensors")] if path.is_dir() else [path]
+        files += [Path(cell["adapter"]) / "adapter_model.safetensors"] if plugin else []
         return {
             "identical": gaps.count(0.0),
             "gap": max(gaps),
@@ -64,15 +64,18 @@ class Measure(speculation.Measure):
         if adapter is None:
             return self.dense(cell["engine"], cell["outtype"]), False
         if any(facts["name"] == "griffin" for facts in Adapter.open(adapter).sidecar.methods):
-            return Path(base_of(self.model).source), True
+            return self.dense(cell["engine"], cell["outtype"]), True
         return self.exported(cell["engine"], adapter, cell["outtype"]), False
 
     @contextmanager
     def _reference(self, cell: dict[str, Any], path: Path, plugin: bool) -> Iterator[nn.Module]:
         """The same weights in transformers, in float32."""
         if plugin:
-            yield caprese.load(self.model, cell["adapter"])
-            caprese.remove(self.model)
+            model = caprese.load(self.model, cell["adapter"])
+            try:
+                yield model
+            finally:
+                caprese.remove(model)
             return
         place, how = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
         yield AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **how).eval()

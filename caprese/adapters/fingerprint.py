@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -66,6 +67,23 @@ class Fingerprint:
         for _, group, sampled in sorted(self._rows):
             digests[group].update(sampled)
         return {group: digest.hexdigest()[:32] for group, digest in digests.items()}
+
+
+def noted(
+    weights: Iterable[tuple[str, torch.Tensor]], tied: bool, seen: Fingerprint
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a Llama's checkpoint as they come; on the way, their fingerprint is taken.
+
+    Args:
+        tied: the head is the embedding, and where a checkpoint has it, it counts once.
+    """
+    for name, tensor in weights:
+        part = name.split(".")[3] if name.startswith("model.layers.") else ""
+        group = {"mlp": "ffn", "self_attn": "attention"}.get(part, "rest")
+        # older checkpoints hold frequencies, which are no parameters
+        if not (tied and name == "lm_head.weight") and not name.endswith(".rotary_emb.inv_freq"):
+            seen.add(name, group, tensor)
+        yield name, tensor
 
 
 def _sampled(name: str, parameter: torch.Tensor) -> bytes:

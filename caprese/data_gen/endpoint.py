@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from caprese.data_gen.completer import Advance, Asked, number_of
-from caprese.data_gen.probes import Probe, prove
+from caprese.data_gen.probes import QUESTIONS, Probe, prove
 from caprese.data_gen.samples import KEY, Samples, address_of
 from caprese.errors import CapreseError
 from caprese.inference.generate import ends_of
@@ -37,15 +37,6 @@ _DRAWS = 8
 _PLAIN = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "repeat_penalty": 1.0}
 _IDS = {"return_token_ids": True, "return_tokens": True}
 _PROBES, _PROBE_TOKENS = 6, 24
-# asked where the first prompts are the same, as those are from which a model writes prompts of its own
-_QUESTIONS = (
-    "What is 17 * 23?",
-    "Name three rivers of Europe.",
-    "Write a short poem about rain.",
-    "Explain why the sky is blue.",
-    "Say hello in five languages.",
-    "How do I sort a list in Python?",
-)
 
 
 class _Draw(NamedTuple):
@@ -105,7 +96,8 @@ class Endpoint:
         if residency_of(self.model) == "sharded":  # the probes are a pass through it, for which all would have to meet
             raise CapreseError(
                 "a base that is sharded over processes cannot be compared with an engine's; draw samples first in one "
-                "process (`residency=streamed`, end_to_end.epochs=0), then run with `overwrite`, which keeps them"
+                "process (`residency=streamed`, end_to_end.epochs=0, any method that it takes, such as griffin), then "
+                "run with `overwrite`, which keeps them"
             )
         try:
             import openai
@@ -277,7 +269,7 @@ class Endpoint:
         self.name = self.name or names[0]
         probes = []
         encode = config.encode(self.tokenizer)
-        distinct = {tuple(prompt): None for prompt in [*prompts, *map(encode, _QUESTIONS)]}
+        distinct = {tuple(prompt): None for prompt in [*prompts, *map(encode, QUESTIONS)]}
         for prompt in list(distinct)[:_PROBES]:
             found = await self._ask(client, prompt, self._ends, seed=0, max_tokens=_PROBE_TOKENS, temperature=0.0)
             if found.ids is not None:

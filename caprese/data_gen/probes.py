@@ -17,6 +17,15 @@ from caprese.models import device_of, unwrap
 _LEAST, _LEAST_IN_16_BITS, _TIMES = 0.02, 0.08, 3.0
 # Nats by which a greedy token may be less likely here than the likeliest: ties fall to either side.
 _TIE = 0.5
+#: asked where the first prompts are the same, as those are from which a model writes prompts of its own
+QUESTIONS = (
+    "What is 17 * 23?",
+    "Name three rivers of Europe.",
+    "Write a short poem about rain.",
+    "Explain why the sky is blue.",
+    "Say hello in five languages.",
+    "How do I sort a list in Python?",
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,8 @@ def prove(model: nn.Module, tokenizer: PreTrainedTokenizerBase, probes: Sequence
     below: list[torch.Tensor] = []
     for each in probes:
         ids = each.ids[: len(each.logprobs)]
-        exact = _logprobs(model, each.prompt, ids)
+        with torch.autocast(device_of(model).type, enabled=False):  # who draws may be inside one
+            exact = _logprobs(model, each.prompt, ids)
         with torch.autocast(device_of(model).type, torch.bfloat16):
             rounded = _logprobs(model, each.prompt, ids)
         at = torch.tensor(ids)[:, None]

@@ -69,16 +69,7 @@ def find_vllm() -> str:
 
 @contextmanager
 def serving(config: Samples, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[Completer]:
-    """A teacher in vLLM on this machine; it is started when it is first asked, and stopped at the end.
-
-    Raises:
-        CapreseError: several processes would each start one.
-    """
-    if PartialState().num_processes > 1:
-        raise CapreseError(
-            "each of several processes would start a vLLM of its own; start one (vllm serve) and give its address "
-            "as `teacher`"
-        )
+    """A teacher in vLLM on this machine; it is started when it is first asked, and stopped at the end."""
     teacher = _Served(config, model, tokenizer)
     try:
         yield teacher
@@ -104,7 +95,8 @@ class _Served(Endpoint):
         """See `Completer.complete`.
 
         Raises:
-            CapreseError: vLLM is not installed, does not start with this model, or stops.
+            CapreseError: vLLM is not installed, does not start with this model, or stops; several processes would
+                each start one.
         """
         try:
             yield from super().complete(asked, config, advance)
@@ -120,12 +112,21 @@ class _Served(Endpoint):
         return client
 
     def _start(self) -> None:
-        base, on_cpu = base_of(self.model), device_of(self.model).type == "cpu"
+        if PartialState().num_processes > 1:
+            raise CapreseError(
+                "each of several processes would start a vLLM of its own; start one (vllm serve) and give its address "
+                "as `teacher`"
+            )
+        base, device = base_of(self.model), device_of(self.model).type
+        on_cpu = device == "cpu"
+        dtype = base.dtype or unwrap(self.model).dtype
+        if torch.is_autocast_enabled(device):  # what the model's own products would be in
+            dtype = torch.get_autocast_dtype(device)
         # builds for CPUs have no working `vllm` command
         words = ["-m", "vllm.entrypoints.openai.api_server", "--model", base.source]
         words += ["--served-model-name", _NAME]
         words += ["--host", "127.0.0.1", "--port", str(self._port), "--generation-config", "vllm"]
-        words += ["--dtype", str(base.dtype or unwrap(self.model).dtype).removeprefix("torch.")]
+        words += ["--dtype", str(dtype).removeprefix("torch.")]
         words += ["--revision", base.revision] if base.revision else []
         environment = {name: value for name, value in os.environ.items() if name not in _OURS}
         environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}

@@ -31,7 +31,8 @@ class Layerwise(BaseModel):
 
     how: Literal["closed", "sequential", "adam", "none"] = "closed"
     """closed: reduced-rank regression in one pass. sequential: the same, layer after layer on the inputs the recovered
-    layers below produce; holds the hidden states of all samples. adam: the paper's own recipe. none: start at zero."""
+    layers below produce, with their hidden states in temporary files. adam: the paper's own recipe. none: start at
+    zero."""
     ridge: Amount | Literal["auto"] = "auto"
     """lambda as a fraction of the mean of Cxx's diagonal; "auto" takes, for each layer, the best of a grid on the
     validation samples."""

@@ -7,6 +7,7 @@ and recovered, and what goes into an FFN, are in files (3 x tokens x D).
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -182,5 +183,13 @@ def fit_sequential(
 
 def in_file(hidden: torch.Tensor, path: Path) -> torch.Tensor:
     """A copy whose pages the system may write out where memory is short."""
+    if hasattr(os, "posix_fallocate"):  # a page of a hole that cannot be written later ends the process
+        try:
+            with path.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, max(1, hidden.nbytes))
+        except OSError as error:
+            raise CapreseError(
+                f"no room for hidden states in {path.parent.parent} ({error.strerror}); set TMPDIR to a larger disk"
+            ) from error
     kept = torch.from_file(str(path), shared=True, size=hidden.numel(), dtype=hidden.dtype)
     return kept.view(hidden.shape).copy_(hidden)

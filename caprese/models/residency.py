@@ -60,10 +60,13 @@ def dealt(model: nn.Module, work: Sequence[T]) -> list[tuple[T, bool]]:
 def resident(layer: nn.Module) -> Iterator[None]:
     """Inside, a decoder layer's weights are whole and in place; all processes of a sharded model enter together."""
     if isinstance(layer, FSDPModule):
+        keep = getattr(layer, "set_reshard_after_forward", lambda _: None)  # older torch gathers it for each pass
+        keep(False)
         layer.unshard()
         try:
             yield
         finally:
+            keep(True)
             layer.reshard()
     elif (stream := vars(layer).get(_STREAM)) is not None:
         with stream.held():
@@ -94,7 +97,7 @@ class Checkpoint:
     def __init__(self, source: str, revision: str | None, prefix: str) -> None:
         path = Path(source)
         if not path.is_dir():
-            path = Path(snapshot_download(source, revision=revision, allow_patterns=["*.safetensors*", "*.json"]))
+            path = Path(snapshot_download(source, revision=revision, allow_patterns=["model*.safetensors*", "*.json"]))
         index = path / "model.safetensors.index.json"
         if index.is_file():
             files = sorted(set(read_json(index, "get the model again").get("weight_map", {}).values()))
@@ -201,7 +204,7 @@ def load_apart(
                 nothing = torch.full((), torch.nan, dtype=parameter.dtype, device=device)
                 _put(layer, name, nothing.expand(parameter.shape))
         if kind == "sharded":
-            fully_shard(layer, mesh=mesh)
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)  # a root keeps its weights unless told
         else:
             vars(layer)[_STREAM] = _Stream(layer, prefix, checkpoint)
     vars(model)[_KIND], vars(model)["save_pretrained"] = kind, _refuse_to_save

@@ -65,7 +65,7 @@ def recover(
         check_job(model, methods, recipe.branches, recipe.layerwise, recipe.samples.sources)
         for methods in recipe.compositions
     ]
-    check_residency(model, recipe.compositions, recipe.layerwise, recipe.end_to_end)
+    check_residency(model, recipe)
     out = path_of(recipe.output)
     with at_work(out) if PartialState().is_main_process else nullcontext():
         return _recover(model, tokenizer, recipe, each, out, overwrite, teacher)
@@ -90,7 +90,7 @@ def _recover(
         recipe.autocast
         and run.once("precision", lambda: ({}, {"quick": _is_quick(model, out / "samples")}))[1]["quick"]
     )
-    drawing = nullcontext(teacher) if teacher else teacher_of(recipe.samples, model, tokenizer)
+    drawing = teacher_of(recipe.samples, model, tokenizer, teacher)
     with run.stage("samples") as stage, kept_casts(model, quick), drawing as teacher:
         replacing = run.unmark if overwrite else None
         made_by = {**prints, **({"products": "bfloat16"} if quick else {})}

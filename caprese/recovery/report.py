@@ -78,7 +78,7 @@ def report_of(
         **measured,
         "stages": run.stages(),
         "curves": fitted.curves,
-        "samples": {split: describe(list(rows)) for split, rows in samples.items()},
+        "samples": {split: describe(rows) for split, rows in samples.items()},
         "environment": environment(model),
         "recipe": recipe.model_dump(mode="json"),
         "identity": run.identity,

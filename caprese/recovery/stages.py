@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from caprese.data_gen import ELSEWHERE, Sample, Source
-from caprese.distill import Alignment, Branches, EndToEnd, Layerwise, make_batches
+from caprese.distill import Alignment, Branches, Layerwise, make_batches
 from caprese.distill.checkpoints import Checkpoints, Kept
 from caprese.distill.sensitivity import LEVELS, Sensitivity, allocate_sparsity, select_layers
 from caprese.distill.sequential import check_sequential
@@ -30,6 +30,7 @@ from caprese.errors import CapreseError
 from caprese.models import find_ffns
 from caprese.models.residency import residency_of
 from caprese.progress import say
+from caprese.recipes import Recipe
 
 
 def check_job(
@@ -57,31 +58,33 @@ def check_job(
     return layers
 
 
-def check_residency(
-    model: nn.Module, compositions: Sequence[Sequence[Method]], layerwise: Layerwise, end_to_end: EndToEnd
-) -> None:
+def check_residency(model: nn.Module, recipe: Recipe) -> None:
     """Refuse what a base cannot be given whose decoder layers are not in memory.
 
     Raises:
-        CapreseError: several methods to time, or Adam by layer; with a streamed base also methods that make weights of
-            its own, or end_to_end.epochs above 0.
+        CapreseError: several methods to time, reselection, rank auto, or Adam by layer; with a streamed base also
+            methods that make weights of its own, or end_to_end.epochs above 0.
     """
     kind = residency_of(model)
     if kind == "whole":
         return
-    if len(compositions) > 1:
+    if recipe.alternatives:
         raise CapreseError(f"the fastest of several methods is found on a whole base, and this is {kind}; name one")
-    if layerwise.how == "adam":
+    if recipe.reselect_every is not None:
+        raise CapreseError(f"reselect_every wants the base whole, and it is {kind}; leave it out (null)")
+    if recipe.rank == "auto":  # it compares all layers' whole solutions
+        raise CapreseError(f"rank auto wants the base whole, and it is {kind}; give a number")
+    if recipe.layerwise.how == "adam":
         raise CapreseError(f"layerwise.how=adam wants the base whole, and it is {kind}; use layerwise.how=closed")
     if kind == "sharded":
         return
-    reader = next((method for method in compositions[0] if method.reads_weights or method.trains), None)
+    reader = next((method for method in recipe.methods if method.reads_weights or method.trains), None)
     if reader is not None:
         raise CapreseError(
             f"{reader.name} makes weights of the base's, which is streamed from disk; use griffin or cats, or "
             "residency=sharded in several processes"
         )
-    if end_to_end.epochs:  # for the way back, all layers would be kept
+    if recipe.end_to_end.epochs:  # for the way back, all layers would be kept
         raise CapreseError(
             "a streamed base is trained layer by layer alone; use end_to_end.epochs=0, or residency=sharded in several "
             "processes"

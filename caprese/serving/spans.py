@@ -53,6 +53,8 @@ class Chosen:
     """Summed over the prompt so far, [1, S]."""
     keep: torch.Tensor | None = None
     """The chosen neurons, bool [F]."""
+    count: int = 0
+    """How many they are."""
     packed: PackedFFN | None = None
     """Their weights, gathered."""
 
@@ -104,12 +106,12 @@ class Layer:
                 keep = self.method.keep(a[None], z[None], choice)
                 assert keep is not None
                 chosen.keep, chosen.statistic = keep.reshape(-1), None
+                chosen.count = int(keep.sum())
 
     def _generated(self, x: torch.Tensor, spans: list[Span], out: torch.Tensor) -> None:
         chosen = [self._of(span.request, whole=True) for span in spans]
-        kept = sum(int(each.keep.sum()) for each in chosen if each.keep is not None)
         rows = torch.cat([x[span.generated] for span in spans])
-        if kept < self.ffn.width:  # together they read less than the whole
+        if sum(each.count for each in chosen) < self.ffn.width:  # together they read less than the whole
             parts = [self._alone(x[span.generated], each) for span, each in zip(spans, chosen, strict=True)]
             found = torch.cat(parts)
         else:

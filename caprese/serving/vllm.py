@@ -6,7 +6,7 @@ too. It wants vLLM's V1 runner without compilation, on one device, and no cached
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.platforms import current_platform
 
 from caprese.adapters import Adapter, Fingerprint
+from caprese.adapters.fingerprint import noted
 from caprese.efficient_methods import Method
 from caprese.errors import CapreseError
 from caprese.models import FAMILIES, FFN
@@ -71,9 +72,9 @@ class _Spans:
             return super()._model_forward(*args, **more)  # type: ignore[misc]
         finally:
             _now = None
-            for module in runner.model.modules():
-                if isinstance(module, _FFN) and module.layer is not None:
-                    module.layer.forget(runner.requests)
+            if isinstance(runner.model, CapreseLlamaForCausalLM):
+                for layer in runner.model.acting:
+                    layer.forget(runner.requests)
 
 
 class _FFN(LlamaMLP):
@@ -86,8 +87,8 @@ class _FFN(LlamaMLP):
             return super().forward(x)
         return self.layer.forward(x, _now)
 
-    def act(self, method: Method, branch: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]) -> None:
-        """From now on, with the weights that are loaded."""
+    def act(self, method: Method, branch: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]) -> Layer:
+        """From now on, with the weights that are loaded; what acts."""
         parts = nn.Module()
         for name, known in (("gate_up_proj", self.gate_up_proj), ("down_proj", self.down_proj)):
             rows, columns = known.weight.shape
@@ -100,6 +101,7 @@ class _FFN(LlamaMLP):
         first, second, bias = (None if t is None else t.to(self.down_proj.weight) for t in branch)
         assert first is not None and second is not None
         self.layer = Layer(method, FFN(parts, FAMILIES["phi3"]), (first, second, bias))
+        return self.layer
 
 
 class _DecoderLayer(LlamaDecoderLayer):
@@ -127,6 +129,7 @@ class CapreseLlamaForCausalLM(LlamaForCausalLM):
         """
         _check_engine(vllm_config)
         self.adapter = _open(vllm_config)
+        self.acting: list[Layer] = []
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=_DecoderLayer)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -136,7 +139,7 @@ class CapreseLlamaForCausalLM(LlamaForCausalLM):
             CapreseError: other weights, or a damaged adapter.
         """
         seen = Fingerprint()
-        loaded: set[str] = super().load_weights(_noted(weights, self.config.tie_word_embeddings, seen))
+        loaded: set[str] = super().load_weights(noted(weights, self.config.tie_word_embeddings, seen))
         known = self.adapter.sidecar.base.fingerprint
         if wrong := [group for group, value in known.items() if seen.digests()[group] != value]:
             raise CapreseError(
@@ -146,20 +149,9 @@ class CapreseLlamaForCausalLM(LlamaForCausalLM):
         (method,), tensors = self.adapter.methods, self.adapter.weights()
         for number, own in method.by_layer(len(self.model.layers)).items():
             branch = [_BRANCH.format(number, name) for name in ("A.weight", "B.weight", "B.bias")]
-            self.model.layers[number].mlp.act(own, (tensors[branch[0]], tensors[branch[1]], tensors.get(branch[2])))
+            mlp = self.model.layers[number].mlp
+            self.acting.append(mlp.act(own, (tensors[branch[0]], tensors[branch[1]], tensors.get(branch[2]))))
         return loaded
-
-
-def _noted(
-    weights: Iterable[tuple[str, torch.Tensor]], tied: bool, seen: Fingerprint
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights as they come, of which a fingerprint is to be taken."""
-    for name, tensor in weights:
-        part = name.split(".")[3] if name.startswith("model.layers.") else ""
-        group = {"mlp": "ffn", "self_attn": "attention"}.get(part, "rest")
-        if not (tied and name == "lm_head.weight"):
-            seen.add(name, group, tensor)
-        yield name, tensor
 
 
 def _check_engine(config: VllmConfig) -> None:

@@ -1,4 +1,4 @@
-"""--dry-run: what a run will do and take, without loading a weight."""
+"""Parameters, tokens, bytes and time of a run, and what it holds by where the base is."""
 
 from __future__ import annotations
 

@@ -1,0 +1,148 @@
+"""The most bytes that each stage of a recovery holds on one device, counted from shapes.
+
+What is counted: the base where its `residency` leaves it, a stage's sums, caches and what is trained, and the largest
+of what a pass holds for a moment. Not counted: what a process holds before it loads a model (libraries, a CUDA
+context), and what an allocator loses between tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from caprese.distill.losses import CHUNK
+from caprese.efficient_methods import idle_branches
+from caprese.models import find_ffns
+from caprese.models.families import family_of
+from caprese.recipes import Recipe
+
+LAYOUTS = ("whole", "sharded", "streamed")
+#: what evaluation remembers of the dense model's answers
+_REMEMBERED = 2e9
+# Tensors of [tokens, V] in float32 that one chunk of a divergence holds at once with its gradient: both logits, both of
+# their log-softmaxes, probabilities, and gradients of three.
+_LOGITS = 8
+# Matrices of D x D in float64 that one layer's solution holds at once beside its sums: the eigenvectors, the rotated
+# right side, and for a ridge the half, its gram, directions and what `eigh` works in.
+_SOLVE = 8
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What memory depends on."""
+
+    rest: int
+    """Parameters outside the decoder layers."""
+    layer: int
+    """Of the largest decoder layer."""
+    layers: int
+    applied: int
+    """Layers with a branch."""
+    hidden: int
+    ffn: int
+    attention: int
+    """Width of the queries of a layer: heads x head size."""
+    keys: int
+    """Width of keys and values of a layer together."""
+    vocabulary: int
+
+    @staticmethod
+    def of(model: nn.Module, config: PretrainedConfig, applied: int) -> Shape:
+        """Of a model, which may be on the meta device."""
+        text = config.get_text_config()
+        layers: Any = model.get_submodule(family_of(config).layers)
+        sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+        ffn = find_ffns(model)[0].ffn
+        heads = text.num_attention_heads
+        size = getattr(text, "head_dim", None) or text.hidden_size // heads
+        return Shape(
+            rest=sum(p.numel() for p in model.parameters()) - sum(sizes),
+            layer=max(sizes),
+            layers=len(sizes),
+            applied=applied,
+            hidden=ffn.hidden_size,
+            ffn=ffn.width,
+            attention=heads * size,
+            keys=2 * (getattr(text, "num_key_value_heads", None) or heads) * size,
+            vocabulary=text.vocab_size,
+        )
+
+
+def peaks(
+    shape: Shape,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    trained: int,
+    layout: str = "whole",
+    processes: int = 1,
+    prompt: int = 128,
+) -> dict[str, int]:
+    """Bytes by stage, on each of `processes` devices.
+
+    Args:
+        dtype: of the base.
+        trained: parameters of branches and stand-ins.
+        prompt: tokens of a prompt with its template.
+    """
+    size = torch.finfo(dtype).bits // 8
+    s, fit, last = recipe.samples, recipe.layerwise, recipe.end_to_end
+    new, whole = s.max_new_tokens, prompt + s.max_new_tokens
+    d, f, kv = shape.hidden, shape.ffn, shape.keys * size
+    dense_prompts = recipe.prefill == "dense" and all(method.dense_prompts for method in recipe.methods)
+
+    base = size * (shape.rest + shape.layers * shape.layer)
+    if layout == "sharded":  # its own part, and one layer that is gathered while the next one comes
+        base = size * (shape.rest + shape.layers * shape.layer // processes + 2 * shape.layer)
+    elif layout == "streamed":
+        base = size * (shape.rest + shape.layer)
+
+    def passing(tokens: int) -> int:
+        """One layer's tensors for so many tokens, without a way back: around its attention or its FFN."""
+        return tokens * max(size * (3 * d + 3 * f), size * (2 * d + 2 * shape.attention) + 2 * kv + 8 * d)
+
+    def remembered(samples: int, limit: float) -> float:
+        """A prompt's keys and values, and the final states that the dense model gives."""
+        each = size * d * (new if dense_prompts else whole) + (prompt * kv * shape.layers if dense_prompts else 0)
+        return min(samples * each, limit)
+
+    drawing = min(s.batch_size, s.train)
+    room = 64 + whole + prompt // 4  # a cache grows by a quarter of what it holds
+    samples = drawing * (room * kv * shape.layers) + max(passing(drawing * prompt), drawing * shape.vocabulary * 4 * 4)
+
+    caches = remembered(s.train, last.cache_gigabytes * 1e9 * (layout == "whole"))
+    caches += remembered(s.validation, last.cache_gigabytes * 1e9)
+    tokens = fit.batch_size * whole
+    observed = 4 * d * 4 * fit.batch_size * (new if dense_prompts else whole)  # x, E and their copies
+    batch = fit.batch_size * prompt * kv * shape.layers if dense_prompts else 0
+    sums = 2 * 2 * d * d * 8
+    held = sums * (shape.applied if layout == "whole" else 1)
+    if layout == "whole" and processes > 1:  # each process adds to its own, then all to the others'
+        held *= 2
+    if recipe.rank == "auto":
+        held += shape.applied * 2 * d * d * 8
+    closed = fit.how == "closed" or recipe.rank == "auto"
+    layerwise = caches + max(batch + passing(tokens) + observed + 12 * d * d, closed * _SOLVE * 8 * d * d)
+    layerwise += held if closed and not idle_branches(recipe.methods) else 0
+
+    # for the way back: what norms, attention and the FFN read, of every layer
+    counted = last.micro_batch * (new if dense_prompts else whole)
+    saved = shape.layers * (
+        counted * (8 * d + size * (2 * d + 2 * shape.attention + 4 * f)) + last.micro_batch * whole * kv
+    )
+    logits = CHUNK * shape.vocabulary * 4 * _LOGITS
+    states = trained * (4 + 4 + 8 + 4 + 4)  # weights, gradients, AdamW's, the best ones, a copy being written
+    end_to_end = caches + states + saved + max(logits, passing(counted))
+
+    measured = remembered(s.test + s.elsewhere, _REMEMBERED)
+    asked = recipe.evaluation.batch_size
+    evaluation = measured + 4 * trained + max(CHUNK * shape.vocabulary * 4 * _LOGITS, passing(asked * whole))
+    found = {"samples": samples, "layerwise": layerwise, "end_to_end": end_to_end, "evaluation": evaluation}
+    if fit.how == "none":
+        del found["layerwise"]
+    if not last.epochs:
+        del found["end_to_end"]
+    return {name: int(base + value) for name, value in found.items()}
