@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 import typer
@@ -64,6 +65,18 @@ def parse_numbers(text: str, remedy: str) -> list[int]:
     except ValueError:
         raise CapreseError(remedy) from None
     return numbers
+
+
+def parse_bytes(text: str) -> int:
+    """80GB, 80GiB, 512MB, or a number of bytes."""
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*(?:([KMGT])(i?)B?)?", text.strip(), re.IGNORECASE)
+    size = 0
+    if found is not None:
+        number, unit, binary = found.groups()
+        size = int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(unit.upper()) if unit else 0))
+    if size < 1:
+        raise CapreseError(f"{text[:40]!r} is no memory; give it like 80GB")
+    return size
 
 
 def parse_quick(dtype: str) -> str:

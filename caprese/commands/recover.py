@@ -13,6 +13,7 @@ from caprese.commands.options import (
     MADE_FOR,
     Json,
     Private,
+    parse_bytes,
     parse_keep_attention,
     parse_layers,
     parse_rank,
@@ -31,6 +32,16 @@ def _set(overrides: dict[str, Any], path: str, value: Any) -> None:
     for section in sections:
         overrides = overrides.setdefault(section, {})
     overrides[key] = value
+
+
+def _machine(flags: Flags) -> dict[str, Any]:
+    """What `plan` is told of GPUs."""
+    if flags.gpus is None and flags.gpu_memory is None:
+        return {}
+    if flags.gpus is not None and not 1 <= flags.gpus <= 1 << 20:
+        raise CapreseError(f"--gpus {flags.gpus}: give a number from 1")
+    memory = parse_bytes("80GB" if flags.gpu_memory is None else flags.gpu_memory)
+    return {"gpus": flags.gpus or 1, "gpu_memory": memory}
 
 
 MODEL, METHOD, SAMPLES, TRAINING, OUTPUT = "Model", "Method", "Samples", "Training", "Output"
@@ -174,6 +185,12 @@ class Flags:
         bool,
         typer.Option("--dry-run", help="Print the plan: parameters, bytes, time estimate.", rich_help_panel=OUTPUT),
     ] = False
+    gpus: Annotated[
+        int | None, typer.Option(help="--dry-run: plan for so many GPUs, by where the base is.", rich_help_panel=OUTPUT)
+    ] = None
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="--dry-run: of each of --gpus; 80GB without saying.", rich_help_panel=OUTPUT)
+    ] = None
     as_json: Json = False
 
 
@@ -184,6 +201,8 @@ def recover(flags: Flags) -> None:
     from caprese.recipes import resolve_recipe
     from caprese.report.tables import describe_recovery, figures_table
 
+    if not flags.dry_run and (flags.gpus is not None or flags.gpu_memory is not None):
+        raise CapreseError("--gpus and --gpu-memory plan a run; add --dry-run, or start processes with torchrun")
     overrides: dict[str, Any] = {}
     made_for = {} if flags.made_for is None else MADE_FOR[flags.made_for]
     given = {
@@ -231,7 +250,7 @@ def recover(flags: Flags) -> None:
     if flags.dry_run:
         from caprese.plan import config_of, plan
 
-        figures = plan(config_of(resolved), resolved)
+        figures = plan(config_of(resolved), resolved, **_machine(flags))
         show(figures, flags.as_json, lambda found: [figures_table("plan", found)])
         return
     from caprese.adapters import hub

@@ -33,6 +33,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": _shape("llama", 2048, 8192, 16, 32, 8, 128256, True, head_dim=64),
     "llama-3.2-3b": _shape("llama", 3072, 8192, 28, 24, 8, 128256, True, head_dim=128),
     "llama-3.1-8b": _shape("llama", 4096, 14336, 32, 32, 8, 128256, False, head_dim=128),
+    "llama-3.1-70b": _shape("llama", 8192, 28672, 80, 64, 8, 128256, False, head_dim=128),
+    "llama-3.1-405b": _shape("llama", 16384, 53248, 126, 128, 8, 128256, False, head_dim=128),
     "gemma-2-2b": _shape("gemma2", 2304, 9216, 26, 8, 4, 256000, True, head_dim=256),
     "gemma-2-9b": _shape("gemma2", 3584, 14336, 42, 16, 8, 256000, True, head_dim=256),
     "qwen2.5-14b": _shape("qwen2", 5120, 13824, 48, 40, 8, 152064, False),

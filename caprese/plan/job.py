@@ -16,14 +16,15 @@ from caprese.errors import CapreseError
 from caprese.files import free_bytes, path_of
 from caprese.models import SHAPES, find_ffns, load_config, shape_config
 from caprese.models.loading import pick_device, pick_dtype
+from caprese.plan.memory import Shape, layouts, peaks
 from caprese.progress import say
 from caprese.recipes import Recipe
 from caprese.recovery.stages import check_job
 
 # Assumed mean prompt length: a plan does not load the tokenizer.
 _PROMPT_TOKENS = 128
-# Assumed of a GPU, for `gpu_hours`: an H100's 989 bfloat16 TFLOP/s at 40%.
-_GPU_FLOPS = 0.4 * 989e12
+# Assumed of a GPU: an H100's 989 dense bfloat16 TFLOP/s at 40%.
+_GPU, _GPU_FLOPS = "H100 at 40% of 989 TFLOP/s", 0.4 * 989e12
 
 
 def _flops_per_second(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
@@ -54,14 +55,22 @@ def config_of(recipe: Recipe) -> PretrainedConfig:
         return shape_config(recipe.model)
 
 
-def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
+def plan(
+    config: PretrainedConfig, recipe: Recipe, gpus: int | None = None, gpu_memory: int = 80 * 10**9
+) -> dict[str, Any]:
     """Parameters, bytes, tokens and a rough time for `recipe`, on this machine and in hours of a GPU.
+
+    Args:
+        gpus: plan for so many of them, too, by where the base is.
+        gpu_memory: bytes of each.
 
     Raises:
         CapreseError: what `recover` would refuse about model, method, rank, device or type.
     """
     device = pick_device(recipe.device)
     dtype = pick_dtype(recipe.dtype, device) or torch.bfloat16
+    if gpus is not None and recipe.dtype == "auto":  # whatever this machine would take
+        dtype = torch.bfloat16
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     sites = find_ffns(model)
@@ -122,7 +131,11 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
     # training states of 16 bytes a parameter, and one more while it is written
     states = 2 + len(objectives) + recipe.end_to_end.rounds - 1
     moments = 2 * layers * 2 * hidden * hidden * 8 if fits and not idle else 0
-    return {
+    # hidden states between two layers, in files
+    files = 3 if recipe.layerwise.how == "sequential" else int(recipe.residency != "whole")
+    between = files * train * hidden * size
+    shape, trained = Shape.of(model, config, layers), adapter + stand_ins
+    found = {
         "model": recipe.model,
         "method": f"{describe_methods(methods)} on {layers} of {len(sites)} layers"
         + (" (sparsity auto: to be measured)" if recipe.allocates else "")
@@ -137,11 +150,21 @@ def plan(config: PretrainedConfig, recipe: Recipe) -> dict[str, Any]:
         "samples": rows,
         "tokens_at_most": tokens,
         "model_bytes": base * size,
-        "layerwise_bytes": moments + (2 * train * hidden * size if recipe.layerwise.how == "sequential" else 0),
-        "disk_bytes": 4 * (completion + prompt) + moments + 16 * (adapter + stand_ins) * states,
+        "layerwise_bytes": moments,
+        "peak_bytes": peaks(shape, recipe, dtype, trained, recipe.residency),
+        "disk_bytes": 4 * (completion + prompt) + moments + 16 * trained * states + between,
         "disk_free_bytes": free_bytes(path_of(recipe.output).absolute()),
         "device": device,
         "estimated_seconds": {name: round(value, 1) for name, value in seconds.items()},
         "estimated_total_seconds": round(sum(seconds.values()), 1),
         "estimated_gpu_hours": float(f"{sum(flops.values()) / _GPU_FLOPS / 3600:.3g}"),
     }
+    if gpus is not None:
+        hours = {name: float(f"{value / _GPU_FLOPS / gpus / 3600:.3g}") for name, value in flops.items() if value}
+        found |= {
+            "gpus": gpus,
+            "gpu_memory_bytes": gpu_memory,
+            "gpu_layouts": layouts(shape, recipe, dtype, trained, gpus, gpu_memory),
+            "gpu_hours": {**hours, "kind": _GPU},
+        }
+    return found

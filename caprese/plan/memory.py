@@ -23,6 +23,8 @@ from caprese.recipes import Recipe
 LAYOUTS = ("whole", "sharded", "streamed")
 #: what evaluation remembers of the dense model's answers
 _REMEMBERED = 2e9
+# Of a GPU's memory, what tensors may take: the rest is a CUDA context, libraries, and what the allocator loses.
+_USABLE = 0.9
 # Tensors of [tokens, V] in float32 that one chunk of a divergence holds at once with its gradient: both logits, both of
 # their log-softmaxes, probabilities, and gradients of three.
 _LOGITS = 8
@@ -146,3 +148,27 @@ def peaks(
     if not last.epochs:
         del found["end_to_end"]
     return {name: int(base + value) for name, value in found.items()}
+
+
+def layouts(
+    shape: Shape, recipe: Recipe, dtype: torch.dtype, trained: int, gpus: int, gpu_memory: int
+) -> dict[str, dict[str, Any]]:
+    """For each place of the base {"bytes" by stage, "fits", and "why_not"}; see `peaks`.
+
+    What runs only layer by layer is planned without its last stage.
+    """
+    may = gpu_memory * _USABLE
+    found: dict[str, dict[str, Any]] = {}
+    for layout in LAYOUTS:
+        if layout == "sharded" and gpus == 1:
+            continue
+        each = recipe
+        if layout == "streamed":
+            each = recipe.model_copy(update={"end_to_end": recipe.end_to_end.model_copy(update={"epochs": 0})})
+        held = peaks(shape, each, dtype, trained, layout, gpus)
+        over = {stage: size for stage, size in held.items() if size > may}
+        found[layout] = {"bytes": held, "fits": not over}
+        if over:
+            most = max(over, key=lambda stage: over[stage])
+            found[layout]["why_not"] = f"{most} holds {over[most] / 1e9:.1f} GB, of {may / 1e9:.1f} GB that are usable"
+    return found
