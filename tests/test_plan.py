@@ -34,7 +34,8 @@ def test_a_70b_base_is_recovered_on_one_gpu_layer_by_layer_alone():
 
 
 def test_more_gpus_hold_less_each():
-    two, eight = (planned("--model", "llama-3.1-70b", "--gpus", n)["gpu_layouts"]["sharded"] for n in ("2", "8"))
+    flags = ("--model", "llama-3.1-70b", "--epochs", "0", "--gpus")
+    two, eight = (planned(*flags, n)["gpu_layouts"]["sharded"] for n in ("2", "8"))
     assert not two["fits"] and eight["fits"]
     assert all(eight["bytes"][stage] < size for stage, size in two["bytes"].items())
 
@@ -89,11 +90,11 @@ RUN = textwrap.dedent(
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = 1024 * int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-    model, asked, report = run(base, "out", train=96, validation=16, test=16, max_new_tokens=48, batch_size=32)
+    model, asked, report = run(base, "out", train=64, validation=16, test=16, max_new_tokens=48, batch_size=32)
     shape = Shape.of(unwrap(model), model.config, len(report["layers"]))
     told = peaks(shape, asked, torch.float32, report["parameters"]["adapter"], residency, prompt=118)
-    held = {stage["name"]: stage["peak_bytes"] - before for stage in report["stages"]}
-    print(json.dumps({"told": told, "held": held}))
+    held = {stage["name"]: stage["peak_bytes"] for stage in report["stages"]}
+    print(json.dumps({"told": {name: size + before for name, size in told.items()}, "held": held}))
     """
 )
 
@@ -104,13 +105,12 @@ RUN = textwrap.dedent(
     ("method", "prefill", "residency", "epochs", "cache"),
     [
         ("griffin:0.5", "dense", "whole", 1, 0.0),
-        ("griffin:0.5", "dense", "whole", 1, 0.3),
         ("static:0.5", "efficient", "whole", 1, 0.0),
         ("griffin:0.5", "dense", "streamed", 0, 0.0),
     ],
 )
 def test_it_holds_what_is_planned(method, prefill, residency, epochs, cache, tmp_path):
-    for name, hidden, layers in (("base", 768, 10), ("small", 64, 2)):
+    for name, hidden, layers in (("base", 512, 8), ("small", 64, 2)):
         torch.manual_seed(0)
         config = LlamaConfig(
             hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=8,
@@ -126,8 +126,8 @@ def test_it_holds_what_is_planned(method, prefill, residency, epochs, cache, tmp
         [sys.executable, "-c", RUN, *map(str, [*words, epochs, cache])],
         capture_output=True,
         text=True,
-        # what is freed goes back at once: an allocator's own losses are not planned
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
+        # what is freed goes back: an allocator's own losses are not planned
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])

@@ -84,6 +84,7 @@ def _llama(target: Path, draft: Path | str | None, tokens: int, port: int, _: bo
     command = [server, "-m", str(target), "-t", threads, "-c", str(1024 * slots), "-np", str(slots)]
     # its attention in float32, as everything else: what a draft changes is then a matter of the last bits
     command += ["--host", "127.0.0.1", "--port", str(port), "-fa", "off", "-ctk", "f32", "-ctv", "f32", "--no-webui"]
+    command += ["--no-repack"]  # for AMX: on virtual machines weights in few bits have crashed it
     if draft == "lookup":
         return [*command, "--spec-type", "ngram-simple"]
     if draft is not None:

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 import caprese
 from caprese.adapters import Adapter
-from caprese.inference.generate import generate
+from caprese.inference.generate import ends_of, generate
 from caprese.studies.prompts import some_prompts
 from measures import speculation
 from measures.served import serve
@@ -46,8 +46,10 @@ class Measure(speculation.Measure):
             server.write(prompts[0], tokens)
             texts = [server.write(prompt, tokens) for prompt in prompts]
             seconds = statistics.median(server.write_all(prompts, tokens) for _ in range(_TIMES))
+        # told to go on after an end, llama.cpp never says one
+        never = sorted(ends_of(self.model, self.tokenizer)) if cell["engine"] == "llama.cpp" else []
         with self._reference(cell, path, plugin) as model:
-            gaps = [max(_gaps(model, prompt, text.ids)) for prompt, text in zip(prompts, texts, strict=True)]
+            gaps = [max(_gaps(model, prompt, text.ids, never)) for prompt, text in zip(prompts, texts, strict=True)]
         files = [*path.glob("*.safetensors")] if path.is_dir() else [path]
         files += [Path(cell["adapter"]) / "adapter_model.safetensors"] if plugin else []
         return {
@@ -86,13 +88,14 @@ def _flags(adapter: str) -> list[str]:
     return ["--worker-cls", "caprese.serving.vllm.Worker", "--hf-overrides", json.dumps(overrides)]
 
 
-def _gaps(model: nn.Module, prompt: list[int], text: list[int]) -> list[float]:
-    """Of each token of a text, how far its logit is below the largest, in nats."""
+def _gaps(model: nn.Module, prompt: list[int], text: list[int], never: list[int]) -> list[float]:
+    """Of each token of a text, how far its logit is below the largest but for those that are never said, in nats."""
     gaps: list[float] = []
 
     def given(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         token = text[len(gaps)]
         scores = logits[0].float()
+        scores[never] = -torch.inf
         gaps.append(float(scores.max() - scores[token]))
         return torch.tensor([token])
 

@@ -25,9 +25,9 @@ LAYOUTS = ("whole", "sharded", "streamed")
 _REMEMBERED = 2e9
 # Of a GPU's memory, what tensors may take: the rest is a CUDA context, libraries, and what the allocator loses.
 _USABLE = 0.9
-# Tensors of [tokens, V] in float32 that one chunk of a divergence holds at once with its gradient: both logits, both of
-# their log-softmaxes, probabilities, and gradients of three.
-_LOGITS = 8
+# Tensors of [tokens, V], counted in float32, that one chunk of a divergence holds at once: both logits, both of their
+# log-softmaxes, probabilities, what is between them, and gradients or, in evaluation, sums in float64.
+_LOGITS = 16
 # Matrices of D x D in float64 that one layer's solution holds at once beside its sums: the eigenvectors, the rotated
 # right side, and for a ridge the half, its gram, directions and what `eigh` works in.
 _SOLVE = 8
@@ -118,7 +118,8 @@ def peaks(
     caches = remembered(s.train, last.cache_gigabytes * 1e9 * (layout == "whole"))
     caches += remembered(s.validation, last.cache_gigabytes * 1e9)
     tokens = fit.batch_size * whole
-    observed = 4 * d * 4 * fit.batch_size * (new if dense_prompts else whole)  # x, E and their copies
+    # x, E and their copies, and the neurons of both FFNs
+    observed = 4 * (4 * d + 3 * f) * fit.batch_size * (new if dense_prompts else whole)
     batch = fit.batch_size * prompt * kv * shape.layers if dense_prompts else 0
     sums = 2 * 2 * d * d * 8
     held = sums * (shape.applied if layout == "whole" else 1)
