@@ -147,7 +147,7 @@ def test_dry_run_counts_what_the_run_counts(tiny_dir, adapter):
 
 @pytest.mark.parametrize(("dtype", "size"), [("auto", 4), ("float32", 4), ("bfloat16", 2), ("float16", 2)])
 def test_dry_run_reckons_in_the_type_of_the_run(tiny_dir, monkeypatch, dtype, size):
-    module, asked = importlib.import_module("caprese.plan"), []
+    module, asked = importlib.import_module("caprese.plan.job"), []
     monkeypatch.setattr(module, "_flops_per_second", lambda device, kind: asked.append(kind) or 1e9)
     plan = json.loads(
         call(

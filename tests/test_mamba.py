@@ -1268,7 +1268,7 @@ def test_recipes_for_llama_are_planned_without_the_hub(name, monkeypatch):
     def no_hub(*_):
         raise caprese.CapreseError("cannot reach the model hub")
 
-    monkeypatch.setattr("caprese.plan.load_config", no_hub)
+    monkeypatch.setattr("caprese.plan.job.load_config", no_hub)
     recipe = caprese.resolve_recipe(f"{name}-mamba")
     (method,) = recipe.methods
     config = config_of(recipe)

@@ -71,8 +71,11 @@ class Measure:
             to = Path(self.place.name) / f"{engine}-{len(self.paths)}"
             how: dict[str, Any] = {"outtype": None if kind == "bfloat16" else kind}
             how |= {"format": "gguf"} if engine == "llama.cpp" else {"dtype": caprese.models.parse_dtype("bfloat16")}
-            facts = export(caprese.load(self.model, adapter), self.tokenizer, to, **how)
-            caprese.remove(self.model)
+            applied = caprese.load(self.model, adapter)
+            try:
+                facts = export(applied, self.tokenizer, to, **how)
+            finally:
+                caprese.remove(applied)
             self.paths[engine, adapter, kind] = to / facts["gguf"] if engine == "llama.cpp" else to
         return self.paths[engine, adapter, kind]
 

@@ -94,7 +94,8 @@ def peaks(
     s, fit, last = recipe.samples, recipe.layerwise, recipe.end_to_end
     new, whole = s.max_new_tokens, prompt + s.max_new_tokens
     d, f, kv = shape.hidden, shape.ffn, shape.keys * size
-    dense_prompts = recipe.prefill == "dense" and all(method.dense_prompts for method in recipe.methods)
+    methods = recipe.compositions[0]  # of several, planned as the first
+    dense_prompts = recipe.prefill == "dense" and all(method.dense_prompts for method in methods)
 
     base = size * (shape.rest + shape.layers * shape.layer)
     if layout == "sharded":  # its own part, and one layer that is gathered while the next one comes
@@ -129,7 +130,7 @@ def peaks(
         held += shape.applied * 2 * d * d * 8
     closed = fit.how == "closed" or recipe.rank == "auto"
     layerwise = caches + max(batch + passing(tokens) + observed + 12 * d * d, closed * _SOLVE * 8 * d * d)
-    layerwise += held if closed and not idle_branches(recipe.methods) else 0
+    layerwise += held if closed and not idle_branches(methods) else 0
 
     # for the way back: what norms, attention and the FFN read, of every layer
     counted = last.micro_batch * (new if dense_prompts else whole)
