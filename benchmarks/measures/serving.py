@@ -48,7 +48,7 @@ class Measure(speculation.Measure):
             seconds = statistics.median(server.write_all(prompts, tokens) for _ in range(_TIMES))
         # told to go on after an end, llama.cpp never says one
         never = sorted(ends_of(self.model, self.tokenizer)) if cell["engine"] == "llama.cpp" else []
-        with self._reference(cell, path, plugin) as model:
+        with self._reference(cell, path) as model:
             gaps = [max(_gaps(model, prompt, text.ids, never)) for prompt, text in zip(prompts, texts, strict=True)]
         files = [*path.glob("*.safetensors")] if path.is_dir() else [path]
         files += [Path(cell["adapter"]) / "adapter_model.safetensors"] if plugin else []
@@ -70,9 +70,9 @@ class Measure(speculation.Measure):
         return self.exported(cell["engine"], adapter, cell["outtype"]), False
 
     @contextmanager
-    def _reference(self, cell: dict[str, Any], path: Path, plugin: bool) -> Iterator[nn.Module]:
-        """The same weights in transformers, in float32."""
-        if plugin:
+    def _reference(self, cell: dict[str, Any], path: Path) -> Iterator[nn.Module]:
+        """The same weights in transformers, in float32: where they are in 16 bits, before they were exported."""
+        if cell["adapter"] is not None and cell["outtype"] in ("bfloat16", "f16"):
             model = caprese.load(self.model, cell["adapter"])
             try:
                 yield model
