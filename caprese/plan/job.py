@@ -135,7 +135,7 @@ def plan(
     files = 3 if recipe.layerwise.how == "sequential" else int(recipe.residency != "whole")
     between = files * train * hidden * size
     shape, trained = Shape.of(model, config, layers), adapter + stand_ins
-    found = {
+    found: dict[str, Any] = {
         "model": recipe.model,
         "method": f"{describe_methods(methods)} on {layers} of {len(sites)} layers"
         + (" (sparsity auto: to be measured)" if recipe.allocates else "")
