@@ -168,6 +168,7 @@ SHARDED = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
 def test_a_sharded_base_is_in_parts_again_after_a_pass(tiny_dir, tmp_path):
     (tmp_path / "run.py").write_text(SHARDED)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
