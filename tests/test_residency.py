@@ -168,10 +168,9 @@ SHARDED = textwrap.dedent(
 )
 
 
-@pytest.mark.slow
 def test_a_sharded_base_is_in_parts_again_after_a_pass(tiny_dir, tmp_path):
     (tmp_path / "run.py").write_text(SHARDED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, str(tmp_path / "run.py"), str(tiny_dir)],
         capture_output=True,
