@@ -13,29 +13,22 @@ import torch
 import caprese
 from caprese.data_gen import Samples, complete
 from caprese.distill.precision import is_quicker, kept_casts
-from caprese.evaluation import environment
 from caprese.studies.prompts import some_prompts
+from measures import Once
 
 
-class Measure:
+class Measure(Once):
     """Keeps the model."""
 
-    def __init__(self) -> None:
-        self.model: Any = None
-
-    def environment(self) -> dict[str, Any]:
-        return environment(self.model)
-
     def __call__(self, cell: dict[str, Any]) -> dict[str, Any]:
-        if self.model is None:
-            self.model, self.tokenizer = caprese.load_base(cell["model"])
-        prompts = some_prompts(cell["prompts"], cell["count"], self.model, self.tokenizer, cell["new_tokens"])
+        model, tokenizer = self.once("model", lambda: caprese.load_base(cell["model"]))
+        prompts = some_prompts(cell["prompts"], cell["count"], model, tokenizer, cell["new_tokens"])
         config = Samples(max_new_tokens=cell["new_tokens"], batch_size=cell["batch_size"])
-        quick = is_quicker(self.model)
-        with kept_casts(self.model, quick):
-            complete(self.model, self.tokenizer, prompts[:2], config.model_copy(update={"max_new_tokens": 4}), 0)
+        quick = is_quicker(model)
+        with kept_casts(model, quick):
+            complete(model, tokenizer, prompts[:2], config.model_copy(update={"max_new_tokens": 4}), 0)
             begin = time.perf_counter()
-            drawn = complete(self.model, self.tokenizer, prompts, config, 0)
+            drawn = complete(model, tokenizer, prompts, config, 0)
             seconds = time.perf_counter() - begin
         tokens = sum(map(len, drawn))
         return {

@@ -143,7 +143,7 @@ def peaks(
 
     measured = remembered(s.test + s.elsewhere, _REMEMBERED)
     asked = recipe.evaluation.batch_size
-    evaluation = measured + 4 * trained + max(CHUNK * shape.vocabulary * 4 * _LOGITS, passing(asked * whole))
+    evaluation = measured + 4 * trained + max(logits, passing(asked * whole))
     found = {"samples": samples, "layerwise": layerwise, "end_to_end": end_to_end, "evaluation": evaluation}
     if fit.how == "none":
         del found["layerwise"]
