@@ -37,6 +37,12 @@ def call(*args: str) -> str:
     return result.stdout
 
 
+def refusal(*args: str) -> str:
+    result = runner.invoke(app, list(args))
+    assert result.exit_code == 1, result.output
+    return " ".join(result.output.split())
+
+
 @pytest.fixture(scope="module")
 def adapter(tiny_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("cli") / "out"
@@ -145,10 +151,35 @@ def test_dry_run_counts_what_the_run_counts(tiny_dir, adapter):
     assert plan["base_parameters"] == report["parameters"]["base"]
 
 
+def test_a_plan_takes_its_hours_from_a_run_like_it(tiny_dir, adapter):
+    ask = ("recover", "--recipe", str(adapter / "recipe.yaml"), "--model", str(tiny_dir), "--dry-run", "--json")
+    ask += ("--like", str(adapter))
+    same, more = json.loads(call(*ask)), json.loads(call(*ask, "--samples", "2400", "--gpus", "4"))
+    seconds = {stage["name"]: stage["seconds"] for stage in json.loads((adapter / "report.json").read_text())["stages"]}
+    planned = same["estimated_seconds"]
+    assert planned == pytest.approx({name: seconds[name] for name in planned}, rel=0.01, abs=0.1)
+    assert len(planned) >= 4
+    times = {stage: more["flops"][stage] / same["flops"][stage] for stage in same["flops"]}
+    assert times["end_to_end"] > 50 and more["gpu_hours"].pop("kind") == "cpu"
+    for stage, hours in more["gpu_hours"].items():
+        assert hours * 4 * 3600 == pytest.approx(times[stage] * seconds[stage], rel=0.03)
+
+
+def test_only_a_run_is_like_a_plan(tiny_dir, adapter, tmp_path):
+    ask = ("recover", "--model", str(tiny_dir), "--like")
+    assert "are for a plan" in refusal(*ask, str(adapter))
+    assert "not a (finished) caprese adapter" in refusal(*ask, str(tmp_path), "--dry-run")
+    alone = tmp_path / "alone"
+    shutil.copytree(adapter, alone)
+    for name in ("report.json", "recipe.yaml"):
+        (alone / name).unlink()
+    assert "without the report.json" in refusal(*ask, str(alone), "--dry-run")
+
+
 @pytest.mark.parametrize(("dtype", "size"), [("auto", 4), ("float32", 4), ("bfloat16", 2), ("float16", 2)])
 def test_dry_run_reckons_in_the_type_of_the_run(tiny_dir, monkeypatch, dtype, size):
     module, asked = importlib.import_module("caprese.plan.job"), []
-    monkeypatch.setattr(module, "_flops_per_second", lambda device, kind: asked.append(kind) or 1e9)
+    monkeypatch.setattr(module, "measure_rate", lambda device, kind: asked.append(kind) or 1e9)
     plan = json.loads(
         call(
             "recover",

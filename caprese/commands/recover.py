@@ -35,13 +35,28 @@ def _set(overrides: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _machine(flags: Flags) -> dict[str, Any]:
-    """What `plan` is told of GPUs."""
+    """What `plan` is told of where the run will be."""
+    told = {} if flags.like is None else {"like": _report(flags.like)}
     if flags.gpus is None and flags.gpu_memory is None:
-        return {}
+        return told
     if flags.gpus is not None and not 1 <= flags.gpus <= 1 << 20:
         raise CapreseError(f"--gpus {flags.gpus}: give a number from 1")
     memory = parse_bytes("80GB" if flags.gpu_memory is None else flags.gpu_memory)
-    return {"gpus": flags.gpus or 1, "gpu_memory": memory}
+    return {**told, "gpus": flags.gpus or 1, "gpu_memory": memory}
+
+
+def _report(run: str) -> dict[str, Any]:
+    """Of a finished run.
+
+    Raises:
+        CapreseError: it is none, or damaged.
+    """
+    from caprese.adapters import Adapter
+
+    found = Adapter.open(run).report()
+    if found is None:
+        raise CapreseError(f"{run} holds an adapter without the report.json of its run; give another run to --like")
+    return found
 
 
 MODEL, METHOD, SAMPLES, TRAINING, OUTPUT = "Model", "Method", "Samples", "Training", "Output"
@@ -191,6 +206,12 @@ class Flags:
     gpu_memory: Annotated[
         str | None, typer.Option(help="--dry-run: of each of --gpus; 80GB without saying.", rich_help_panel=OUTPUT)
     ] = None
+    like: Annotated[
+        str | None,
+        typer.Option(
+            help="--dry-run: a finished run on such a machine; hours are planned by its own.", rich_help_panel=OUTPUT
+        ),
+    ] = None
     as_json: Json = False
 
 
@@ -201,8 +222,10 @@ def recover(flags: Flags) -> None:
     from caprese.recipes import resolve_recipe
     from caprese.report.tables import describe_recovery, figures_table
 
-    if not flags.dry_run and (flags.gpus is not None or flags.gpu_memory is not None):
-        raise CapreseError("--gpus and --gpu-memory plan a run; add --dry-run, or start processes with torchrun")
+    if not flags.dry_run and any(each is not None for each in (flags.gpus, flags.gpu_memory, flags.like)):
+        raise CapreseError(
+            "--gpus, --gpu-memory and --like are for a plan; add --dry-run, or start processes with torchrun"
+        )
     overrides: dict[str, Any] = {}
     made_for = {} if flags.made_for is None else MADE_FOR[flags.made_for]
     given = {

@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from caprese.data_gen import OWN
-from caprese.distill.sensitivity import ALIGNED, LEVELS
 from caprese.efficient_methods import cost, describe_methods, idle_branches
 from caprese.errors import CapreseError
 from caprese.files import free_bytes, path_of
 from caprese.models import SHAPES, find_ffns, load_config, shape_config
 from caprese.models.loading import pick_device, pick_dtype
 from caprese.plan.memory import Shape, layouts, peaks
+from caprese.plan.work import GPU, GPU_FLOPS, PROMPT_TOKENS, count_work, measure_rate, rates_of
 from caprese.progress import say
 from caprese.recipes import Recipe
 from caprese.recovery.stages import check_job
-
-# Assumed mean prompt length: a plan does not load the tokenizer.
-_PROMPT_TOKENS = 128
-# Assumed of a GPU: an H100's 989 dense bfloat16 TFLOP/s at 40%.
-_GPU, _GPU_FLOPS = "H100 at 40% of 989 TFLOP/s", 0.4 * 989e12
-
-
-def _flops_per_second(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
-    """What a matrix product reaches here, measured."""
-    a = torch.randn(1024, 1024, device=device).to(dtype)
-    done, begin = 0, time.perf_counter()
-    while time.perf_counter() - begin < seconds:
-        a @ a
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        done += 1
-    return done * 2 * 1024**3 / (time.perf_counter() - begin)
 
 
 def config_of(recipe: Recipe) -> PretrainedConfig:
@@ -56,13 +38,19 @@ def config_of(recipe: Recipe) -> PretrainedConfig:
 
 
 def plan(
-    config: PretrainedConfig, recipe: Recipe, gpus: int | None = None, gpu_memory: int = 80 * 10**9
+    config: PretrainedConfig,
+    recipe: Recipe,
+    gpus: int | None = None,
+    gpu_memory: int = 80 * 10**9,
+    like: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Parameters, bytes, tokens and a rough time for `recipe`, on this machine and in hours of a GPU.
 
     Args:
         gpus: plan for so many of them, too, by where the base is.
         gpu_memory: bytes of each.
+        like: the report of a run in one process, whose time by stage is taken for the hours, here and on GPUs; without
+            it a product of matrices is timed here, and a constant is taken for GPUs.
 
     Raises:
         CapreseError: what `recover` would refuse about model, method, rank, device or type.
@@ -75,7 +63,6 @@ def plan(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     sites = find_ffns(model)
     methods, *others = recipe.compositions  # of several, planned as the first
-    hidden = sites[0].ffn.hidden_size
     layers = len(check_job(model, methods, recipe.branches, recipe.layerwise, recipe.samples.sources))
     for each in others:
         check_job(model, each, recipe.branches, recipe.layerwise, recipe.samples.sources)
@@ -86,85 +73,59 @@ def plan(
         reads = replace(reads, adapter=int(recipe.budget * reads.base))
     if recipe.target_active is not None:
         reads = replace(reads, spared=reads.dense - int(recipe.target_active * reads.dense))
-    base, dense, stand_ins, adapter = reads.base, reads.dense, reads.stand_ins, reads.adapter
-    s = recipe.samples
+    work = count_work(recipe, reads.dense, reads.stand_ins, layers)
+    flops = {stage: count for stage, count in work.flops.items() if count}
+    s, hidden = recipe.samples, sites[0].ffn.hidden_size
     rows = s.train + s.validation + s.test + s.elsewhere
-    completion, prompt = rows * s.max_new_tokens, rows * _PROMPT_TOKENS
-    own = sum(one.share for one in s.sources if one.source == OWN) * (rows - s.elsewhere)
-    drawn = completion + round(own * s.self_tokens)
-    rate = 0.5 * _flops_per_second(torch.device(device), dtype)
-    forward = 2 * dense  # FLOPs of a token
-    adam = 0 if recipe.layerwise.cache_activations else recipe.layerwise.epochs - 1
-    passes = {"closed": 1, "sequential": 2, "adam": 1 + adam, "none": 0}[recipe.layerwise.how]
-    train = s.train * (s.max_new_tokens + _PROMPT_TOKENS)
-    # sequences: one pass for each method that learns, and for auto one for each layer and level, on validation samples
-    calibration = min(recipe.calibration_samples, s.train) * sum("samples" in m.learns for m in methods)
-    calibration += len(LEVELS) * layers * s.validation if recipe.allocates else 0
-    if recipe.alternatives:
-        learners = sum(any("samples" in m.learns for m in each) for each in recipe.compositions)
-        calibration += learners * min(recipe.calibration_samples, s.train) + (1 + len(others)) * s.validation
-    if any(method.undecided for method in methods):  # trained a little, then measured
-        calibration += 3 * ALIGNED * recipe.alignment.batch_size + len(sites) * s.validation
-    epochs = recipe.end_to_end.epochs * recipe.end_to_end.rounds
-    # each stand-in alone, beside the dense pass; then forward and backward of everything
-    objectives = [each for method in methods for each in method.objectives(recipe.alignment)]
-    alone, whole = (train * sum(o.epochs for o in objectives if o.alone is how) for how in (True, False))
-    dense_prompts = recipe.prefill == "dense" and all(method.dense_prompts for method in methods)
-    flops = {
-        "samples": forward * (prompt + 2.5 * drawn),  # decoding in batches runs below a plain pass's rate
-        "alignment": alone * (forward + 6 * stand_ins) + whole * 4 * forward,
-        "calibration": forward * calibration * (s.max_new_tokens + _PROMPT_TOKENS),
-        "layerwise": 0.0 if idle else forward * train * passes * 1.3,
-        "end_to_end": forward * train * (1 + 3.5 * epochs)  # prompts run with the completions
-        if not dense_prompts
-        else forward * s.train * (2 * s.max_new_tokens + _PROMPT_TOKENS + 3.5 * s.max_new_tokens * epochs),
-        "evaluation": forward * s.test * (s.max_new_tokens * (3 + 5 * recipe.evaluation.generate) + 3 * _PROMPT_TOKENS),
-    }
-    tokens = {
-        "samples": drawn,
-        "alignment": alone + whole,
-        "end_to_end": (s.train * s.max_new_tokens if dense_prompts else train) * epochs,
-    }
-    seconds = {name: value / rate for name, value in flops.items()}
     size = torch.finfo(dtype).bits // 8
     fits = recipe.layerwise.how == "closed" or rank == "auto"
     # training states of 16 bytes a parameter, and one more while it is written
-    states = 2 + len(objectives) + recipe.end_to_end.rounds - 1
+    states = 1 + sum(len(method.objectives(recipe.alignment)) for method in methods) + recipe.end_to_end.rounds
     moments = 2 * layers * 2 * hidden * hidden * 8 if fits and not idle else 0
     # hidden states between two layers, in files
     files = 3 if recipe.layerwise.how == "sequential" else int(recipe.residency != "whole")
-    between = files * train * hidden * size
-    shape, trained = Shape.of(model, config, layers), adapter + stand_ins
+    shape, trained = Shape.of(model, config, layers), reads.adapter + reads.stand_ins
+    ids = 4 * rows * (s.max_new_tokens + PROMPT_TOKENS)
+    known = {} if like is None else rates_of(like)
+    other = GPU_FLOPS if flops.keys() <= known.keys() else measure_rate(torch.device(device), dtype)
+    here, on_gpus = (
+        {stage: count / known.get(stage, rate) for stage, count in flops.items()} for rate in (other, GPU_FLOPS)
+    )
     found: dict[str, Any] = {
         "model": recipe.model,
         "method": f"{describe_methods(methods)} on {layers} of {len(sites)} layers"
         + (" (sparsity auto: to be measured)" if recipe.allocates else "")
         + (f" (the first of {len(recipe.alternatives)}: the fastest is to be measured)" if recipe.alternatives else ""),
-        "base_parameters": base,
-        "adapter_parameters": adapter,
-        "adapter_fraction": round(adapter / base, 5),
-        "stand_in_parameters": stand_ins,
-        "active_parameters_dense": dense,
+        "base_parameters": reads.base,
+        "adapter_parameters": reads.adapter,
+        "adapter_fraction": round(reads.adapter / reads.base, 5),
+        "stand_in_parameters": reads.stand_ins,
+        "active_parameters_dense": reads.dense,
         "active_parameters_recovered": reads.recovered,
-        "byte_floor_ratio": round(reads.recovered / dense, 4),
+        "byte_floor_ratio": round(reads.recovered / reads.dense, 4),
         "samples": rows,
-        "tokens_at_most": tokens,
-        "model_bytes": base * size,
+        "tokens_at_most": work.tokens,
+        "flops": {stage: _short(count) for stage, count in flops.items()},
+        "model_bytes": reads.base * size,
         "layerwise_bytes": moments,
         "peak_bytes": peaks(shape, recipe, dtype, trained, recipe.residency),
-        "disk_bytes": 4 * (completion + prompt) + moments + 16 * trained * states + between,
+        "disk_bytes": ids + moments + 16 * trained * states + files * work.train * hidden * size,
         "disk_free_bytes": free_bytes(path_of(recipe.output).absolute()),
         "device": device,
-        "estimated_seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "estimated_total_seconds": round(sum(seconds.values()), 1),
-        "estimated_gpu_hours": float(f"{sum(flops.values()) / _GPU_FLOPS / 3600:.3g}"),
+        "estimated_seconds": {stage: round(value, 1) for stage, value in here.items()},
+        "estimated_total_seconds": round(sum(here.values()), 1),
+        "estimated_gpu_hours": _short(sum(on_gpus.values()) / 3600),
     }
     if gpus is not None:
-        hours = {name: float(f"{value / _GPU_FLOPS / gpus / 3600:.3g}") for name, value in flops.items() if value}
+        hours = {stage: _short(value / gpus / 3600) for stage, value in on_gpus.items()}
         found |= {
             "gpus": gpus,
             "gpu_memory_bytes": gpu_memory,
             "gpu_layouts": layouts(shape, recipe, dtype, trained, gpus, gpu_memory),
-            "gpu_hours": {**hours, "kind": _GPU},
+            "gpu_hours": {**hours, "kind": GPU if like is None else like["environment"]["device"]},
         }
     return found
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")

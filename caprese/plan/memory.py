@@ -95,7 +95,7 @@ def peaks(
     new, whole = s.max_new_tokens, prompt + s.max_new_tokens
     d, f, kv = shape.hidden, shape.ffn, shape.keys * size
     methods = recipe.compositions[0]  # of several, planned as the first
-    dense_prompts = recipe.prefill == "dense" and all(method.dense_prompts for method in methods)
+    dense_prompts = recipe.dense_prompts
 
     base = size * (shape.rest + shape.layers * shape.layer)
     if layout == "sharded":  # its own part, and one layer that is gathered while the next one comes

@@ -153,6 +153,11 @@ class Recipe(BaseModel):
         """Whether each layer's sparsity is to be measured."""
         return not self.alternatives and (self.target_kl is not None or self.target_active is not None)
 
+    @property
+    def dense_prompts(self) -> bool:
+        """Whether prompts run dense; of several alternatives, the first's."""
+        return self.prefill == "dense" and all(method.dense_prompts for method in self.compositions[0])
+
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """As pydantic's, but what is changed may be spelled as in a file, and is checked.
 

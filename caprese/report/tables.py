@@ -32,7 +32,7 @@ def _shown(key: str, value: Any) -> str:
         return duration(value)
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def describe_recovery(report: dict[str, Any]) -> Iterator[RenderableType]:
