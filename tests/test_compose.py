@@ -322,6 +322,7 @@ def third_party(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(target)}
 
 
+@pytest.mark.slow
 def test_the_example_of_the_docs_is_a_method(third_party, tiny_dir, tmp_path):
     caprese_ = [sys.executable, "-m", "caprese"]
     listed = subprocess.run([*caprese_, "methods", "--json"], capture_output=True, text=True, env=third_party)
@@ -332,7 +333,8 @@ def test_the_example_of_the_docs_is_a_method(third_party, tiny_dir, tmp_path):
     command = "recover --method static:0.2+topk:0.5 --rank 2 --prompts gym:simple_equations --samples 8 --epochs 1"
     recipe = tmp_path / "small.yaml"
     recipe.write_text(
-        "samples: {validation: 2, test: 2, max_new_tokens: 8}\nend_to_end: {batch_size: 4, micro_batch: 4}\n"
+        "samples: {validation: 2, test: 2, elsewhere: 0, max_new_tokens: 8}\n"
+        "end_to_end: {batch_size: 4, micro_batch: 4}\n"
         "evaluation: {latency_tokens: 2}\n"
     )
     out = tmp_path / "out"

@@ -14,11 +14,15 @@ from faults.processes import Ended
 from faults.table import Table
 
 FEW = {
-    "kills": ["--kills", "3", "--of", "recover griffin", "push"],
     "damages": ["--damages", "4", "--of", "finished static"],
     "fuzz": ["--minutes", "0", "--examples", "12"],
 }
-SLOW = {"disks": ["--disks", "1"], "moments": ["--moments", "1"], "ranks": ["--ranks", "1"]}
+SLOW = {
+    "kills": ["--kills", "3", "--of", "recover griffin", "push"],
+    "disks": ["--disks", "1"],
+    "moments": ["--moments", "1"],
+    "ranks": ["--ranks", "1"],
+}
 
 
 @pytest.mark.parametrize("part", [*FEW, *(pytest.param(part, marks=pytest.mark.slow) for part in SLOW)])

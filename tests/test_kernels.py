@@ -585,8 +585,12 @@ def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 
 @pytest.mark.skipif(not TRITON or KERNELS, reason="the kernels run in this process, or there is no Triton")
-def test_in_the_interpreter() -> None:
-    options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "TestKernels")
+@pytest.mark.parametrize(
+    "which", ["TestKernels and not dtype1 and not dtype2", pytest.param("TestKernels", marks=pytest.mark.slow)]
+)
+def test_in_the_interpreter(which: str) -> None:
+    """In one type, or in all."""
+    options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", which)
     probe = _python(str(Path(__file__).with_name("interpreter.py")), TRITON_INTERPRET="1")
     if probe.returncode:
         said = probe.stderr.strip().splitlines()[-1]

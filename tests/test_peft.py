@@ -370,6 +370,7 @@ def test_an_adapter_is_no_model_of_its_own(one, tmp_path):
         caprese.load_base(str(one))
 
 
+@pytest.mark.slow
 def test_on_the_oldest_supported_peft(tmp_path):
     oldest = re.search(r'"peft>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path)]

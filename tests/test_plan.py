@@ -17,7 +17,19 @@ from typer.testing import CliRunner
 from caprese.cli import app
 from caprese.commands.options import parse_bytes
 from caprese.errors import CapreseError
-from caprese.models import random_model
+from caprese.models import SHAPES, load_config, random_model
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch):
+    """What is known by name is planned by the shape that caprese knows."""
+
+    def load(name, revision):
+        if name in SHAPES:
+            raise CapreseError(f"no {name} here")
+        return load_config(name, revision)
+
+    monkeypatch.setattr("caprese.plan.job.load_config", load)
 
 
 def planned(*flags: str) -> dict:

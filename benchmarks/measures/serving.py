@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import caprese
 from caprese.adapters import Adapter
@@ -79,7 +79,10 @@ class Measure(speculation.Measure):
             finally:
                 caprese.remove(model)
             return
-        place, how = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
+        place, how = path, dict[str, Any]()
+        if not path.is_dir():  # its reader takes no biases of an FFN, where a branch is, unless a config has them
+            place, how = path.parent, {"gguf_file": path.name}
+            how["config"] = AutoConfig.from_pretrained(place, **how, mlp_bias=cell["adapter"] is not None)
         yield AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **how).eval()
 
 

@@ -116,9 +116,12 @@ def peaks(
     room = 64 + whole + prompt // 4  # a cache grows by a quarter of what it holds
     samples = drawing * (room * kv * shape.layers) + max(passing(drawing * prompt), drawing * shape.vocabulary * 4 * 4)
 
+    tokens = fit.batch_size * whole
+    # what every layer and its FFN are called with, and one layer's neurons and their squares
+    calibration = 2 * size * d * tokens * shape.applied + max(passing(tokens), (4 * size + 4) * f * tokens)
+
     caches = remembered(s.train, last.cache_gigabytes * 1e9 * (layout == "whole"))
     caches += remembered(s.validation, last.cache_gigabytes * 1e9)
-    tokens = fit.batch_size * whole
     # x, E and their copies, and the neurons of both FFNs
     observed = 4 * (4 * d + 3 * f) * fit.batch_size * (new if dense_prompts else whole)
     batch = fit.batch_size * prompt * kv * shape.layers if dense_prompts else 0
@@ -144,7 +147,10 @@ def peaks(
     measured = remembered(s.test + s.elsewhere, _REMEMBERED)
     asked = recipe.evaluation.batch_size
     evaluation = measured + 4 * trained + max(logits, passing(asked * whole))
-    found = {"samples": samples, "layerwise": layerwise, "end_to_end": end_to_end, "evaluation": evaluation}
+    found = {"samples": samples, "calibration": calibration, "layerwise": layerwise, "end_to_end": end_to_end}
+    found["evaluation"] = evaluation
+    if not any("samples" in method.learns for method in methods):
+        del found["calibration"]
     if fit.how == "none":
         del found["layerwise"]
     if not last.epochs:
