@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import caprese
 from caprese.evaluation import environment
 from caprese.exports import dense_checkpoints, dense_ggufs, export
@@ -70,7 +72,7 @@ class Measure:
         if (engine, adapter, kind) not in self.paths:
             to = Path(self.place.name) / f"{engine}-{len(self.paths)}"
             how: dict[str, Any] = {"outtype": None if kind == "bfloat16" else kind}
-            how |= {"format": "gguf"} if engine == "llama.cpp" else {"dtype": caprese.models.parse_dtype("bfloat16")}
+            how |= {"format": "gguf"} if engine == "llama.cpp" else {"dtype": torch.bfloat16}
             applied = caprese.load(self.model, adapter)
             try:
                 facts = export(applied, self.tokenizer, to, **how)

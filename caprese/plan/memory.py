@@ -7,6 +7,7 @@ context), and what an allocator loses between tensors.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from caprese.distill.losses import CHUNK
-from caprese.efficient_methods import idle_branches
+from caprese.efficient_methods import Sparse, idle_branches
 from caprese.models import find_ffns
 from caprese.models.families import family_of
 from caprese.recipes import Recipe
@@ -137,8 +138,11 @@ def peaks(
 
     # for the way back: what norms, attention and the FFN read, of every layer
     counted = last.micro_batch * (new if dense_prompts else whole)
+    left = f * math.prod(
+        1 - method.level for method in methods if isinstance(method, Sparse) and "width" in method.acts_on
+    )
     saved = shape.layers * (
-        counted * (8 * d + size * (2 * d + 2 * shape.attention + 4 * f)) + last.micro_batch * whole * kv
+        counted * (8 * d + size * (2 * d + 2 * shape.attention + 4 * left)) + last.micro_batch * whole * kv
     )
     logits = CHUNK * shape.vocabulary * 4 * _LOGITS
     states = trained * (4 + 4 + 8 + 4 + 4)  # weights, gradients, AdamW's, the best ones, a copy being written
