@@ -7,7 +7,7 @@ context), and what an allocator loses between tensors.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from caprese.distill.losses import CHUNK
-from caprese.efficient_methods import Sparse, idle_branches
+from caprese.efficient_methods import Method, Sparse, idle_branches
 from caprese.models import find_ffns
 from caprese.models.families import family_of
 from caprese.recipes import Recipe
@@ -138,12 +138,9 @@ def peaks(
 
     # for the way back: what norms, attention and the FFN read, of every layer
     counted = last.micro_batch * (new if dense_prompts else whole)
-    left = f * math.prod(
-        1 - method.level for method in methods if isinstance(method, Sparse) and "width" in method.acts_on
-    )
-    saved = shape.layers * (
-        counted * (8 * d + size * (2 * d + 2 * shape.attention + 4 * left)) + last.micro_batch * whole * kv
-    )
+    each = counted * (8 * d + size * (2 * d + 2 * shape.attention)) + last.micro_batch * whole * kv
+    saved = shape.layers * each
+    saved += counted * size * 4 * _neurons(shape, methods)
     logits = CHUNK * shape.vocabulary * 4 * _LOGITS
     states = trained * (4 + 4 + 8 + 4 + 4)  # weights, gradients, AdamW's, the best ones, a copy being written
     end_to_end = caches + states + saved + max(logits, passing(counted))
@@ -160,6 +157,16 @@ def peaks(
     if not last.epochs:
         del found["end_to_end"]
     return {name: int(base + value) for name, value in found.items()}
+
+
+def _neurons(shape: Shape, methods: Sequence[Method]) -> int:
+    """Of all layers together, that methods leave which make FFNs narrower."""
+    left = [float(shape.ffn)] * shape.layers
+    for method in methods:
+        if "width" in method.acts_on:
+            for i, own in method.by_layer(shape.layers).items():
+                left[i] *= 1 - own.level if isinstance(own, Sparse) else 1
+    return int(sum(left))
 
 
 def layouts(
