@@ -623,6 +623,7 @@ def test_refused(name: str, desk: Desk):
     refused(desk, make(desk), *fragments)
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_the_shards_of_other_settings(desk: Desk):
     shards = desk.out / "samples"
     before = digests(shards)

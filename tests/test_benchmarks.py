@@ -164,6 +164,7 @@ def test_lists_stand_for_each_of_their_values():
     assert [tuple(c.values()) for c in cells] == [(1, 5, 3), (1, 5, 4), (2, 5, 3), (2, 5, 4), (0, 5, 1)]
 
 
+@pytest.mark.slow
 def test_parts_of_gpu_in_small(tmp_path):
     """A part that is done is not done again; one that fails leaves the others."""
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--small", "--output", str(tmp_path)]

@@ -15,9 +15,9 @@ from faults.table import Table
 
 FEW = {
     "damages": ["--damages", "4", "--of", "finished static"],
-    "fuzz": ["--minutes", "0", "--examples", "12"],
 }
 SLOW = {
+    "fuzz": ["--minutes", "0", "--examples", "12"],
     "kills": ["--kills", "3", "--of", "recover griffin", "push"],
     "disks": ["--disks", "1"],
     "moments": ["--moments", "1"],

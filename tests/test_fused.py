@@ -284,6 +284,7 @@ def test_indexed_needs_a_gpu_or_a_compiler(monkeypatch: pytest.MonkeyPatch) -> N
         caprese.fuse(applied("llama", "griffin:0.5"), "indexed")
 
 
+@pytest.mark.slow
 def test_indexed_in_the_interpreter(tmp_path: Path) -> None:
     """The kernels themselves under a whole model, interpreted, in a process where Triton knows early."""
     pytest.importorskip("triton")

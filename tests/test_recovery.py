@@ -48,6 +48,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_a_teacher_of_ones_own_draws_the_samples(small_recipe, tmp_path):
     """The model itself as one draws what it does without; an engine's are kept, and nobody is asked again."""
     model, tokenizer = tiny_llama(), byte_tokenizer()
@@ -400,6 +401,7 @@ def test_nothing_learned_is_no_success(small_recipe):
         stages.check_samples({**fine, "train": rows([7, 8, 1], [7, 8, 1])})
 
 
+@pytest.mark.slow
 def test_full_keeps_the_base_too(command, unbroken, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(unbroken, out)

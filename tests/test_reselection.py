@@ -63,6 +63,7 @@ def test_it_changes_what_is_generated_and_rewrites_the_cache():
     assert not torch.allclose(plain[..., :n, :], other[..., :n, :], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_recipe_with_reselection_saves_it_and_load_may_say_otherwise(small_recipe):
     model = tiny_llama()
     recipe = small_recipe.model_copy(update={"reselect_every": 4, "model": "tiny"})

@@ -225,6 +225,7 @@ SMALL = textwrap.dedent(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_it_holds_one_layer_and_its_sums(tmp_path):
     """A base of eight layers in a fraction of its size, and to the same end."""
     config = tiny("llama").config

@@ -151,6 +151,7 @@ def test_a_rerun_goes_on_with_the_contender_that_is_missing(tasks, tmp_path):
     assert len(sorted((tmp_path / "out" / "dense").rglob("results_*.json"))) == 2
 
 
+@pytest.mark.slow
 def test_what_cannot_be_run_is_one_line(tasks, tmp_path, monkeypatch):
     base, tokenizer = caprese.load_base("reasoner-tiny")
     model = recovered(caprese.apply(base, caprese.Griffin()))
