@@ -111,13 +111,19 @@ class Endpoint:
             raise CapreseError(f"{KEY} is no key: it holds what no key does; set it again, without quotes of a text")
         host = urlsplit(self.url).hostname or ""
         near = host in ("localhost", "127.0.0.1", "::1")  # what a proxy would not find
-        return openai.AsyncOpenAI(
-            base_url=self.url,
-            api_key=key,
-            max_retries=_RETRIES,
-            timeout=openai.Timeout(_TIMEOUT, connect=_CONNECT),
-            http_client=openai.DefaultAsyncHttpxClient(trust_env=not near),
-        )
+        try:
+            return openai.AsyncOpenAI(
+                base_url=self.url,
+                api_key=key,
+                max_retries=_RETRIES,
+                timeout=openai.Timeout(_TIMEOUT, connect=_CONNECT),
+                http_client=openai.DefaultAsyncHttpxClient(trust_env=not near),
+            )
+        except Exception as error:  # of any kind: an address, a proxy's, a missing file of certificates
+            raise CapreseError(
+                f"{self.url} cannot be asked ({error}); see the address, and what the environment says of proxies and "
+                "certificates"
+            ) from error
 
     async def _all(
         self,

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from caprese.efficient_methods.tokens import Tokens
-from caprese.models import unwrap
+from caprese.models import find_ffns, unwrap
+from caprese.models.residency import resident
 
 
 class Acting(Protocol):
@@ -125,7 +126,9 @@ def settle(model: nn.Module) -> None:
 @contextmanager
 def untrained(model: nn.Module) -> Iterator[None]:
     """Inside, stand-ins are what they are compared with, which needs no training."""
+    sites = find_ffns(model)
     with ExitStack() as stack:
         for at in stand_ins(model):
-            stack.enter_context(at.untrained())
+            with resident(sites[at.layer].layer):  # they are made of what they replace
+                stack.enter_context(at.untrained())
         yield

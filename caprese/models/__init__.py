@@ -23,10 +23,12 @@ from caprese.models.loading import (
     save_base,
 )
 from caprese.models.parameters import active_parameters, base_parameters, count_parameters
+from caprese.models.residency import residency_of
 from caprese.models.shapes import SHAPES, random_model, shape_config
 from caprese.models.text import broken, check_context, context_of, encode_prompt, encode_text, ending
 
 __all__ = [
+    "residency_of",
     "ALIASES",
     "FAMILIES",
     "FFN",

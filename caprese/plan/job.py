@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from caprese.plan.memory import Shape, layouts, peaks
 from caprese.plan.work import GPU, GPU_FLOPS, PROMPT_TOKENS, count_work, measure_rate, rates_of
 from caprese.progress import say
 from caprese.recipes import Recipe
-from caprese.recovery.stages import check_job
+from caprese.recovery.stages import check_job, check_residency
 
 
 def config_of(recipe: Recipe) -> PretrainedConfig:
@@ -59,8 +59,16 @@ def plan(
     dtype = pick_dtype(recipe.dtype, device) or torch.bfloat16
     if gpus is not None and recipe.dtype == "auto":  # whatever this machine would take
         dtype = torch.bfloat16
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CapreseError(
+            f"the config of {recipe.model} makes no causal LM ({error!r}); get the model again"
+        ) from error
+    if not config.get_text_config().num_hidden_layers:
+        raise CapreseError(f"the config of {recipe.model} has no layers; get the model again")
+    check_residency(recipe.residency, recipe)
     sites = find_ffns(model)
     methods, *others = recipe.compositions  # of several, planned as the first
     layers = len(check_job(model, methods, recipe.branches, recipe.layerwise, recipe.samples.sources))
@@ -122,9 +130,18 @@ def plan(
             "gpus": gpus,
             "gpu_memory_bytes": gpu_memory,
             "gpu_layouts": layouts(shape, recipe, dtype, trained, gpus, gpu_memory),
-            "gpu_hours": {**hours, "kind": GPU if like is None else like["environment"]["device"]},
+            "gpu_hours": {**hours, "kind": "; ".join(_kinds(flops, known, like))},
         }
     return found
+
+
+def _kinds(flops: Iterable[str], known: Mapping[str, float], like: Mapping[str, Any] | None) -> Iterator[str]:
+    """On what the hours are, in words."""
+    assumed = [stage for stage in flops if stage not in known]
+    if like is not None and known:
+        yield str(like.get("environment", {}).get("device", "unknown"))
+    if assumed:
+        yield f"{', '.join(assumed)} assumed on {GPU}" if known else GPU
 
 
 def _short(value: float) -> float:

@@ -17,11 +17,14 @@ from transformers import PretrainedConfig
 
 from caprese.distill.losses import CHUNK
 from caprese.efficient_methods import Method, Sparse, idle_branches
+from caprese.errors import CapreseError
 from caprese.models import find_ffns
 from caprese.models.families import family_of
+from caprese.models.residency import Residency
 from caprese.recipes import Recipe
+from caprese.recovery.stages import check_residency
 
-LAYOUTS = ("whole", "sharded", "streamed")
+LAYOUTS: tuple[Residency, ...] = ("whole", "sharded", "streamed")
 #: what evaluation remembers of the dense model's answers
 _REMEMBERED = 2e9
 # Of a GPU's memory, what tensors may take: the rest is a CUDA context, libraries, and what the allocator loses.
@@ -184,6 +187,11 @@ def layouts(
         each = recipe
         if layout == "streamed":
             each = recipe.model_copy(update={"end_to_end": recipe.end_to_end.model_copy(update={"epochs": 0})})
+        try:
+            check_residency(layout, each)
+        except CapreseError as error:
+            found[layout] = {"bytes": {}, "fits": False, "why_not": str(error)}
+            continue
         held = peaks(shape, each, dtype, trained, layout, gpus)
         over = {stage: size for stage, size in held.items() if size > may}
         found[layout] = {"bytes": held, "fits": not over}

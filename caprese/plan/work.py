@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 from caprese.data_gen import OWN
 from caprese.distill.sensitivity import ALIGNED, LEVELS
 from caprese.efficient_methods import idle_branches
+from caprese.errors import CapreseError
 from caprese.recipes import Recipe
 
 # Assumed mean prompt length: a plan does not load the tokenizer.
@@ -94,9 +96,23 @@ def measure_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5)
 
 
 def rates_of(report: Mapping[str, Any]) -> dict[str, float]:
-    """FLOP/s that a finished run reached, by stage, of those that its recipe counts."""
-    counts = report["parameters"]
-    recipe = Recipe.model_validate(report["recipe"])
-    flops = count_work(recipe, counts["active_dense"], counts["mixers"], len(report["layers"])).flops
-    seconds = {stage["name"]: stage["seconds"] for stage in report["stages"]}
-    return {name: count / seconds[name] for name, count in flops.items() if count and seconds.get(name)}
+    """FLOP/s that a finished run reached, by stage, of those that its recipe counts.
+
+    Raises:
+        CapreseError: it does not say so, such as one of another version.
+    """
+    try:
+        counts = report["parameters"]
+        recipe = Recipe.model_validate(report["recipe"])
+        flops = count_work(recipe, counts["active_dense"], counts["mixers"], len(report["layers"])).flops
+        seconds = {stage["name"]: float(stage["seconds"]) for stage in report["stages"]}
+        rates = {name: count / seconds[name] for name, count in flops.items() if count and seconds.get(name)}
+        if not all(math.isfinite(rate) and rate > 0 for rate in rates.values()):
+            raise ValueError("seconds that are none")
+    except (CapreseError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        said = str(error).splitlines()[0]
+        raise CapreseError(
+            f"the report of the run given to --like does not say how long which stage took ({said}); give a run of "
+            "this version"
+        ) from error
+    return rates

@@ -23,7 +23,7 @@ from caprese.efficient_methods import Method, apply, remove, stand_ins
 from caprese.errors import CapreseError
 from caprese.evaluation import evaluate
 from caprese.files import at_work, path_of
-from caprese.models import base_of, device_of
+from caprese.models import base_of, device_of, residency_of
 from caprese.progress import say
 from caprese.recipes import Recipe, resolve_recipe
 from caprese.recovery.report import portable, report_of
@@ -65,7 +65,7 @@ def recover(
         check_job(model, methods, recipe.branches, recipe.layerwise, recipe.samples.sources)
         for methods in recipe.compositions
     ]
-    check_residency(model, recipe)
+    check_residency(residency_of(model), recipe)
     out = path_of(recipe.output)
     with at_work(out) if PartialState().is_main_process else nullcontext():
         return _recover(model, tokenizer, recipe, each, out, overwrite, teacher)

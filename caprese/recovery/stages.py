@@ -28,7 +28,7 @@ from caprese.efficient_methods import (
 )
 from caprese.errors import CapreseError
 from caprese.models import find_ffns
-from caprese.models.residency import residency_of
+from caprese.models.residency import Residency
 from caprese.progress import say
 from caprese.recipes import Recipe
 
@@ -58,14 +58,16 @@ def check_job(
     return layers
 
 
-def check_residency(model: nn.Module, recipe: Recipe) -> None:
+def check_residency(kind: Residency, recipe: Recipe) -> None:
     """Refuse what a base cannot be given whose decoder layers are not in memory.
+
+    Args:
+        kind: where they are.
 
     Raises:
         CapreseError: several methods to time, reselection, rank auto, or Adam by layer; with a streamed base also
             methods that make weights of its own, or end_to_end.epochs above 0.
     """
-    kind = residency_of(model)
     if kind == "whole":
         return
     if recipe.alternatives:
