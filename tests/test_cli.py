@@ -166,9 +166,17 @@ def test_a_plan_takes_its_hours_from_a_run_like_it(tiny_dir, adapter):
 
 
 def test_only_a_run_is_like_a_plan(tiny_dir, adapter, tmp_path):
-    ask = ("recover", "--model", str(tiny_dir), "--like")
+    ask = ("recover", "--model", str(tiny_dir), "--rank", "4", "--like")
     assert "are for a plan" in refusal(*ask, str(adapter))
     assert "not a (finished) caprese adapter" in refusal(*ask, str(tmp_path), "--dry-run")
+    report = read_sealed(adapter / "report.json", "")
+    odd = tmp_path / "odd"
+    shutil.copytree(adapter, odd)
+    stage = report["stages"][0]
+    changes = ({"recipe": {"unknown": 1}}, {"parameters": {}}, {"stages": [{"name": "samples"}]})
+    for change in (*changes, *({"stages": [{**stage, "seconds": seconds}]} for seconds in (-5, "long", [1], 10**400))):
+        write_sealed(odd / "report.json", {**report, **change})
+        assert "give a run of this version" in refusal(*ask, str(odd), "--dry-run"), change
     alone = tmp_path / "alone"
     shutil.copytree(adapter, alone)
     for name in ("report.json", "recipe.yaml"):

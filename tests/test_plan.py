@@ -45,6 +45,33 @@ def test_a_70b_base_is_recovered_on_one_gpu_layer_by_layer_alone():
     assert "sharded" not in found  # over one
 
 
+@pytest.mark.parametrize(
+    ("flags", "streamed", "sharded"),
+    [
+        (("--method", "mamba"), "makes weights of the base's", None),
+        (("--method", "q4"), "makes weights of the base's", None),
+        (("--rank", "auto"), "rank auto", "rank auto"),
+        (("--reselect-every", "8"), "reselect_every", "reselect_every"),
+    ],
+)
+def test_what_a_residency_refuses_does_not_fit(tiny_dir, flags, streamed, sharded):
+    flags = ("--model", str(tiny_dir), "--rank", "4", *flags)
+    found = planned(*flags, "--gpus", "2")["gpu_layouts"]
+    assert found["whole"]["fits"]
+    for layout, why in (("streamed", streamed), ("sharded", sharded)):
+        assert found[layout]["fits"] is (why is None) and (why or "") in found[layout].get("why_not", "")
+    done = CliRunner().invoke(app, ["recover", *flags, "--residency", "streamed", "--epochs", "0", "--dry-run"])
+    assert done.exit_code == 1 and streamed in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize("change", [{"hidden_act": "nonsense"}, {"num_hidden_layers": 0}, {"hidden_size": -4}])
+def test_a_config_that_makes_no_model_is_one_line(tiny_dir, tmp_path, change):
+    config = json.loads((tiny_dir / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    done = CliRunner().invoke(app, ["recover", "--model", str(tmp_path), "--dry-run"])
+    assert done.exit_code == 1 and "get the model again" in " ".join(done.output.split())
+
+
 def test_more_gpus_hold_less_each():
     flags = ("--model", "llama-3.1-70b", "--epochs", "0", "--gpus")
     two, eight = (planned(*flags, n)["gpu_layouts"]["sharded"] for n in ("2", "8"))

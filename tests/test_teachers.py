@@ -325,6 +325,16 @@ def test_a_server_that_goes_loses_no_finished_shard(engine, tmp_path):
     assert list(make()) == list(made)
 
 
+@pytest.mark.parametrize("url", ["http://192.168.1.300:8000/v1", "http://[v1.x]:1/v1"])
+def test_an_address_that_is_none_is_one_line(url):
+    config = Samples(teacher=url, max_new_tokens=4)
+    with (
+        pytest.raises(CapreseError, match="see the address|no address"),
+        teacher_of(config, tiny_llama(), byte_tokenizer()) as teacher,
+    ):
+        list(teacher.complete([Asked([[2, 3]], 0, [])], config))
+
+
 def test_where_all_is_there_nobody_is_asked(engine, small_recipe, monkeypatch):
     model, tokenizer = tiny_llama(), byte_tokenizer()
     recipe = small_recipe.model_copy(update={"samples": {"teacher": engine.url}})
