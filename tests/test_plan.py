@@ -79,6 +79,16 @@ def test_more_gpus_hold_less_each():
     assert all(eight["bytes"][stage] < size for stage, size in two["bytes"].items())
 
 
+def test_a_stage_that_is_left_out_takes_no_time(tiny_dir):
+    found = planned("--model", str(tiny_dir), "--rank", "4", "--epochs", "0", "--gpus", "2")
+    assert all("end_to_end" not in found[key] for key in ("flops", "estimated_seconds", "gpu_hours", "peak_bytes"))
+
+
+def test_bytes_without_a_unit_are_no_gpu(tiny_dir):
+    done = CliRunner().invoke(app, ["recover", "--model", str(tiny_dir), "--dry-run", "--gpu-memory", "80"])
+    assert done.exit_code == 1 and "no GPU has 80 bytes; give it like 80GB" in " ".join(done.output.split())
+
+
 def test_hours_go_down_with_gpus(tiny_dir):
     one, four = (planned("--model", str(tiny_dir), "--rank", "4", "--gpus", n)["gpu_hours"] for n in ("1", "4"))
     assert one.pop("kind") == four.pop("kind")

@@ -42,6 +42,8 @@ def _machine(flags: Flags) -> dict[str, Any]:
     if flags.gpus is not None and not 1 <= flags.gpus <= 1 << 20:
         raise CapreseError(f"--gpus {flags.gpus}: give a number from 1")
     memory = parse_bytes("80GB" if flags.gpu_memory is None else flags.gpu_memory)
+    if memory < 10**8:
+        raise CapreseError(f"--gpu-memory {flags.gpu_memory}: no GPU has {memory:,} bytes; give it like 80GB")
     return {**told, "gpus": flags.gpus or 1, "gpu_memory": memory}
 
 

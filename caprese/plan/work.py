@@ -70,7 +70,9 @@ def count_work(recipe: Recipe, dense: int, stand_ins: int, layers: int) -> Work:
         "alignment": alone * (forward + 6 * stand_ins) + whole * 4 * forward,
         "calibration": forward * calibration * length,
         "layerwise": 0.0 if idle_branches(methods) else forward * train * passes * 1.3,
-        "end_to_end": forward * train * (1 + 3.5 * epochs)  # prompts run with the completions
+        "end_to_end": 0.0
+        if not epochs
+        else forward * train * (1 + 3.5 * epochs)  # prompts run with the completions
         if not dense_prompts
         else forward * s.train * (2 * s.max_new_tokens + PROMPT_TOKENS + 3.5 * s.max_new_tokens * epochs),
         "evaluation": forward * s.test * (s.max_new_tokens * (3 + 5 * recipe.evaluation.generate) + 3 * PROMPT_TOKENS),
