@@ -94,6 +94,13 @@ class Engine:
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
+    def wait(self) -> None:
+        """Until no request is under way, and none has come for a while."""
+        quiet = 0
+        while quiet < 10:
+            time.sleep(0.05)
+            quiet = 0 if self._now else quiet + 1
+
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()

@@ -28,7 +28,6 @@ from caprese.models.shapes import SHAPES, random_model, shape_config
 from caprese.models.text import broken, check_context, context_of, encode_prompt, encode_text, ending
 
 __all__ = [
-    "residency_of",
     "ALIASES",
     "FAMILIES",
     "FFN",
@@ -56,6 +55,7 @@ __all__ = [
     "load_base",
     "load_config",
     "random_model",
+    "residency_of",
     "resolve",
     "save_base",
     "shape_config",
